@@ -1,0 +1,128 @@
+"""The multimodal language model: vision tower, projector, special-token rows and Qwen3 (through transformers).
+
+Attribute names are the checkpoint's keys below `vlm/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoint import fill, map_weights, read_json
+from .config import VisionConfig, read_vision
+from .prompt import ROW_TOKENS, TokenIds, Tokenizer, find_tokenizer
+from .vision import Projector, VisionTower
+
+
+@dataclass(frozen=True)
+class MLLMConfig:
+    """The parts' sizes; `language` is the checkpoint's Qwen3 configuration as it stands."""
+
+    vision: VisionConfig
+    language: Mapping
+
+
+class MLLM(nn.Module):
+    """Token ids and pictures in, hidden states out."""
+
+    def __init__(self, config: MLLMConfig, *, dtype=None, device=None, operations=nn):
+        super().__init__()
+        factory = {"dtype": dtype, "device": device, "operations": operations}
+        self.vision_model = VisionTower(config.vision, **factory)
+        self.mlp1 = Projector(config.vision, **factory)
+        self.language_model = build_language(config.language, dtype=dtype, device=device)
+        width = self.language_model.config.hidden_size
+        self.special_token_embedding = operations.Embedding(len(ROW_TOKENS), width, dtype=dtype, device=device)
+
+    def embed(self, ids: Sequence[int], rows: Mapping[int, int], device: torch.device) -> torch.Tensor:
+        """Returns embeddings [1, tokens, width] on `device`; ids in `rows` (id -> row) take that special row."""
+        table = self.language_model.get_input_embeddings()
+        embedded = table(torch.tensor([ids], device=device))
+        special = [(i, rows[token]) for i, token in enumerate(ids) if token in rows]
+        if special:
+            where, which = zip(*special, strict=True)
+            replaced = self.special_token_embedding(torch.tensor(which, device=device))
+            embedded = embedded.index_copy(1, torch.tensor(where, device=device), replaced[None].to(embedded))
+        return embedded
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Returns the features [B, tokens, width] of normalised pixels [B, 3, size, size]."""
+        return self.mlp1(self.vision_model(pixels))
+
+    def hidden_states(self, embedded: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+        """Returns the chosen layers' hidden states side by side [1, tokens, len(layers) * width].
+
+        Layer -1 is the output after the final norm, -2 the input of the last layer.
+        """
+        states = self.language_model.model(
+            inputs_embeds=embedded, use_cache=False, output_hidden_states=True
+        ).hidden_states
+        return torch.cat([states[layer] for layer in layers], dim=-1)
+
+
+def build_language(config: Mapping, *, dtype=None, device=None) -> nn.Module:
+    """Returns transformers' Qwen3 with uninitialised weights.
+
+    Raises:
+        RuntimeError: the configuration is of another architecture.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    if config.get("model_type") != "qwen3":
+        raise RuntimeError(f"vlm: language model {config.get('model_type')!r} found, 'qwen3' expected")
+    settings = Qwen3Config.from_dict({k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")})
+    settings._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(settings)
+    if torch.device(device or "cpu").type != "meta":
+        model = model.to_empty(device=device or "cpu")
+    # Its table is a buffer that no checkpoint stores, so it cannot stay on the meta device.
+    model.model.rotary_emb = type(model.model.rotary_emb)(settings)
+    return model.to(dtype=dtype) if dtype is not None else model
+
+
+def read_config(root: Path, shapes: Mapping[str, tuple[int, ...]]) -> MLLMConfig:
+    """Returns the sizes that `vlm/config.json` and the weights' shapes tell."""
+    config = read_json(root / "vlm" / "config.json")
+    return MLLMConfig(read_vision(shapes, config), config.get("llm_config", {}))
+
+
+def load(root: Path, *, dtype: torch.dtype | None = None, device="cpu", operations=nn) -> MLLM:
+    """Returns the model of a checkpoint folder, ready for inference. With `dtype` None the files' own is kept.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        RuntimeError: the files are damaged, of another model, or do not fit each other.
+    """
+    weights = map_weights(root / "vlm")
+    config = read_config(root, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    model = MLLM(config, device="meta", operations=operations)
+    fill(model, weights, "vlm")
+    return model.to(device=device, dtype=dtype).eval()
+
+
+class Encoder:
+    """Prompts to the transformer's context, for one checkpoint."""
+
+    def __init__(self, tokenizer: Tokenizer, layers: Sequence[int]):
+        self.tokenizer = tokenizer
+        self.layers = tuple(layers)
+        self.rows = {tokenizer.special[name]: row for row, name in enumerate(ROW_TOKENS)}
+
+    @classmethod
+    def read(cls, root: Path) -> Encoder:
+        """Returns the encoder of a checkpoint folder (its tokenizer and which layers it hands on)."""
+        config = read_json(root / "generation_decoder" / "config.json")
+        return cls(Tokenizer(find_tokenizer(root)), config.get("vlm_select_layer", (-1, -2)))
+
+    def context(self, model: MLLM, prompt: TokenIds, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the context [tokens, len(layers) * width] of a prompt: its user's turn to its end.
+
+        The system turn is seen by the attention but not handed on. `device` and `dtype` are the arithmetic's.
+        """
+        embedded = model.embed(prompt.ids, self.rows, device)
+        return model.hidden_states(embedded.to(dtype), self.layers)[0, prompt.user :]

@@ -1,0 +1,338 @@
+"""The flow transformer of InternVL-U (arXiv 2603.09877, section on the generation head): a two-stream MMDiT.
+
+Source of the arithmetic: github.com/OpenGVLab/InternVL-U at 018a59c. What differs is only the work done: every
+token goes through its own stream's weights alone, samples of different lengths are packed instead of padded,
+and the last block computes nothing but what the picture's tokens need. Attribute names are the checkpoint's keys.
+
+Letters in shape comments: B samples, N tokens of the picture and its references, T context tokens of all samples
+together, D width, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional
+
+from .config import MMDiTConfig
+from .positions import Grid, Layout, position_ids, rotary_table
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(query, key, value) [B, H, tokens, E] -> [B, tokens, H * E], softmax over all keys, scale E ** -0.5."""
+
+EPS = 1e-6
+TIME_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One sample's context [tokens, context width] and its rotary table [2, all tokens, E / 2], fp32."""
+
+    context: torch.Tensor
+    rotary: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the context tokens of a batch lie one after another: the tokens of each sample, and each token's sample."""
+
+    lengths: tuple[int, ...]
+    sample: torch.Tensor  # [T]
+    rotary_image: torch.Tensor  # [2, 1, N, 1, E / 2]
+    rotary_text: torch.Tensor  # [2, T, 1, E / 2]
+
+    def groups(self) -> list[tuple[slice, slice, int]]:
+        """Returns (samples, context tokens, tokens a sample) of each run of samples of equal length."""
+        result, first, token = [], 0, 0
+        for i, length in enumerate(self.lengths):
+            if i + 1 == len(self.lengths) or self.lengths[i + 1] != length:
+                end = token + (i + 1 - first) * length
+                result.append((slice(first, i + 1), slice(token, end), length))
+                first, token = i + 1, end
+        return result
+
+
+def scaled_dot_product(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Returns torch's own attention; see `Attention`."""
+    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def time_embedding(timestep: torch.Tensor) -> torch.Tensor:
+    """Returns the sinusoids [B, 256], fp32, of timesteps [B] in 0..999.
+
+    The phases go up to 1e6, where one fp32 step is 0.06 rad: the order of the products is the official one, and
+    a compiler must not touch it, so the transformer takes this result and not the timestep.
+    """
+    half = TIME_WIDTH // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    phase = 1000 * (timestep[:, None].float() * torch.exp(exponent))
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+class MMDiT(nn.Module):
+    """The transformer: picture latents, references and context in, velocity of the picture out."""
+
+    def __init__(self, config: MMDiTConfig, *, dtype=None, device=None, operations=nn):
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        factory = {"dtype": dtype, "device": device}
+        packed = config.channels * config.patch_size**2
+        self.img_in = operations.Linear(packed, config.width, **factory)
+        self.txt_norm = operations.RMSNorm(config.context_width, eps=EPS, **factory)
+        self.txt_in = operations.Linear(config.context_width, config.width, **factory)
+        self.time_text_embed = TimeEmbedding(config.width, operations=operations, **factory)
+        self.transformer_blocks = nn.ModuleList(
+            Block(config.width, config.heads, operations=operations, **factory) for _ in range(config.layers)
+        )
+        self.norm_out = OutputNorm(config.width, operations=operations, **factory)
+        self.proj_out = operations.Linear(config.width, packed, **factory)
+
+    def branch(self, context: torch.Tensor, layout: Layout, picture: Grid, references: Sequence[Grid]) -> Branch:
+        """Returns one sample's `Branch`. Made once per picture: nothing in it depends on the noise level.
+
+        `context` is [tokens, context width]; `picture` and `references` are (rows, columns) in latent pixels.
+        """
+        config = self.config
+        tokens = [token_grid(grid, config.patch_size) for grid in (picture, *references)]
+        positions = position_ids(tokens[0], tokens[1:], layout, config.image_scale)
+        table = rotary_table(positions, config.rope_axes, config.rope_theta)
+        return Branch(context, table.to(context.device))
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        time: torch.Tensor,
+        branches: Sequence[Branch],
+        references: Sequence[torch.Tensor] = (),
+        attention: Attention = scaled_dot_product,
+    ) -> torch.Tensor:
+        """Returns the velocity [B, channels, height, width] of `latents` [B, channels, height, width].
+
+        `time` is `time_embedding(timestep)`; there is one branch a sample; each reference is a batch of latents
+        [B, channels, h, w]. All tensors but the rotary tables are cast to the dtype of `latents`.
+        """
+        image, grid = self.tokens(latents, references)
+        picture = grid[0] * grid[1]
+        packing = pack(branches, image)
+        text = torch.cat([branch.context.to(image) for branch in branches])
+        text = self.txt_in(self.txt_norm(text))
+
+        modulation = functional.silu(self.time_text_embed(time.to(image.dtype)))
+        last = len(self.transformer_blocks) - 1
+        for i, block in enumerate(self.transformer_blocks):
+            image, text = block(image, text, modulation, packing, attention, picture if i == last else None)
+        return self.velocity(image, modulation, grid, latents.shape[-2:])
+
+    def tokens(self, latents: torch.Tensor, references: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Grid]:
+        """Returns the image stream's tokens [B, N, D] and the picture's (rows, columns) of them."""
+        patches = [patchify(x.to(latents.dtype), self.config.patch_size) for x in (latents, *references)]
+        image = self.img_in(torch.cat(patches, dim=1))
+        return image, token_grid(latents.shape[-2:], self.config.patch_size)
+
+    def velocity(self, image: torch.Tensor, modulation: torch.Tensor, grid: Grid, size: Sequence[int]) -> torch.Tensor:
+        """Returns the picture [B, channels, *size] that the picture's tokens [B, rows * columns, D] stand for."""
+        output = self.proj_out(self.norm_out(image, modulation))
+        return unpatchify(output, grid, self.config.patch_size)[..., : size[0], : size[1]]
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids [B, 256] -> [B, D]."""
+
+    def __init__(self, width: int, *, dtype=None, device=None, operations=nn):
+        super().__init__()
+        factory = {"dtype": dtype, "device": device}
+        self.timestep_embedder = nn.ModuleDict(
+            {
+                "linear_1": operations.Linear(TIME_WIDTH, width, **factory),
+                "linear_2": operations.Linear(width, width, **factory),
+            }
+        )
+
+    def forward(self, sinusoids: torch.Tensor) -> torch.Tensor:
+        hidden = functional.silu(self.timestep_embedder["linear_1"](sinusoids))
+        return self.timestep_embedder["linear_2"](hidden)
+
+
+class Block(nn.Module):
+    """One double-stream block: joint attention, then an MLP a stream, both modulated by the noise level."""
+
+    def __init__(self, width: int, heads: int, *, dtype=None, device=None, operations=nn):
+        super().__init__()
+        factory = {"dtype": dtype, "device": device, "operations": operations}
+        self.img_mod = Modulation(width, **factory)
+        self.txt_mod = Modulation(width, **factory)
+        self.attn = JointAttention(width, heads, **factory)
+        self.img_mlp = MLP(width, **factory)
+        self.txt_mlp = MLP(width, **factory)
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        modulation: torch.Tensor,
+        packing: Packing,
+        attention: Attention,
+        picture: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the two streams after the block: image [B, N, D], text [T, D].
+
+        With `picture` set (the last block) only the first `picture` image tokens are carried on; the text comes
+        back as it was.
+        """
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(modulation)[:, None].chunk(6, -1)
+        txt_mod = self.txt_mod(modulation)[packing.sample]  # [B, 6 D] -> [T, 6 D]
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, -1)
+
+        img_out, txt_out = self.attn(
+            modulate(image, img_shift1, img_scale1), modulate(text, txt_shift1, txt_scale1), packing, attention, picture
+        )
+        image = image[:, :picture] + img_gate1 * img_out
+        image = image + img_gate2 * self.img_mlp(modulate(image, img_shift2, img_scale2))
+        if txt_out is None:
+            return image, text
+        text = text + txt_gate1 * txt_out
+        return image, text + txt_gate2 * self.txt_mlp(modulate(text, txt_shift2, txt_scale2))
+
+
+class JointAttention(nn.Module):
+    """Attention over both streams of a sample, each stream with its own projections and a sigmoid output gate."""
+
+    def __init__(self, width: int, heads: int, *, dtype=None, device=None, operations=nn):
+        super().__init__()
+        factory = {"dtype": dtype, "device": device}
+        self.heads = heads
+        for prefix in ("to_{}", "add_{}_proj"):
+            setattr(self, prefix.format("q"), operations.Linear(width, 2 * width, **factory))
+            setattr(self, prefix.format("k"), operations.Linear(width, width, **factory))
+            setattr(self, prefix.format("v"), operations.Linear(width, width, **factory))
+        self.to_out = nn.ModuleList([operations.Linear(width, width, **factory)])
+        self.to_add_out = operations.Linear(width, width, **factory)
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            setattr(self, name, operations.RMSNorm(width // heads, eps=EPS, **factory))
+
+    def forward(
+        self, image: torch.Tensor, text: torch.Tensor, packing: Packing, attention: Attention, picture: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the attended image [B, N, D] (or [B, picture, D]) and text [T, D] (or None, with `picture`)."""
+        img_k = rotate(self.norm_k(self._split(self.to_k(image))), packing.rotary_image)
+        txt_k = rotate(self.norm_added_k(self._split(self.add_k_proj(text))), packing.rotary_text)
+        img_v, txt_v = self._split(self.to_v(image)), self._split(self.add_v_proj(text))
+        img_q, img_gate = self._split(self.to_q(image[:, :picture])).chunk(2, -1)
+        img_q = rotate(self.norm_q(img_q), packing.rotary_image[:, :, :picture])
+        txt_q = txt_gate = None
+        if picture is None:
+            txt_q, txt_gate = self._split(self.add_q_proj(text)).chunk(2, -1)
+            txt_q = rotate(self.norm_added_q(txt_q), packing.rotary_text)
+
+        img_parts, txt_parts = [], []
+        for samples, tokens, length in packing.groups():
+            query, key, value = (
+                _join(img[samples], None if txt is None else txt[tokens], length)
+                for img, txt in ((img_q, txt_q), (img_k, txt_k), (img_v, txt_v))
+            )
+            attended = attention(query, key, value)  # [b, H, n, E] -> [b, n, D]
+            img_parts.append(attended[:, : img_q.shape[1]])
+            txt_parts.append(attended[:, img_q.shape[1] :].flatten(0, 1))
+        img_out = self.to_out[0](torch.cat(img_parts)) * torch.sigmoid(img_gate.flatten(-2))
+        if txt_gate is None:
+            return img_out, None
+        return img_out, self.to_add_out(torch.cat(txt_parts)) * torch.sigmoid(txt_gate.flatten(-2))
+
+    def _split(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(-1, (self.heads, -1))  # [..., H * E] -> [..., H, E]
+
+
+class Modulation(nn.Sequential):
+    """Noise level, already through SiLU, [B, D] -> [B, 6 D]. Index 0 of the checkpoint is that SiLU."""
+
+    def __init__(self, width: int, *, dtype=None, device=None, operations=nn):
+        super().__init__(nn.Identity(), operations.Linear(width, 6 * width, dtype=dtype, device=device))
+
+
+class MLP(nn.Module):
+    """Two linear layers with tanh-GELU between, four times as wide inside."""
+
+    def __init__(self, width: int, *, dtype=None, device=None, operations=nn):
+        super().__init__()
+        inner = nn.Module()
+        inner.proj = operations.Linear(width, 4 * width, dtype=dtype, device=device)
+        outer = operations.Linear(4 * width, width, dtype=dtype, device=device)
+        self.net = nn.ModuleList([inner, nn.Identity(), outer])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.net[2](functional.gelu(self.net[0].proj(tokens), approximate="tanh"))
+
+
+class OutputNorm(nn.Module):
+    """Layer norm modulated by the noise level; unlike in the blocks the scale comes first."""
+
+    def __init__(self, width: int, *, dtype=None, device=None, operations=nn):
+        super().__init__()
+        self.linear = operations.Linear(width, 2 * width, dtype=dtype, device=device)
+
+    def forward(self, image: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.linear(modulation)[:, None].chunk(2, -1)
+        return modulate(image, shift, scale)
+
+
+def pack(branches: Sequence[Branch], image: torch.Tensor) -> Packing:
+    """Returns how the branches' contexts are packed beside the image tokens [B, N, D].
+
+    Raises:
+        ValueError: not one branch a sample.
+    """
+    if len(branches) != image.shape[0]:
+        raise ValueError(f"{len(branches)} branches found for {image.shape[0]} samples, one each expected")
+    tokens = image.shape[1]
+    lengths = tuple(branch.context.shape[0] for branch in branches)
+    sample = [torch.full((length,), i, device=image.device) for i, length in enumerate(lengths)]
+    tables = [branch.rotary.to(image.device) for branch in branches]
+    return Packing(
+        lengths,
+        torch.cat(sample),
+        tables[0][:, None, :tokens, None],
+        torch.cat([table[:, tokens:] for table in tables], dim=1)[:, :, None],
+    )
+
+
+def modulate(tokens: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns the layer-normalised tokens (no weights, eps 1e-6), scaled and shifted."""
+    return functional.layer_norm(tokens, tokens.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+def rotate(heads: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Returns heads [..., H, E] with adjacent pairs rotated by `table` (cosine, sine) [2, ..., 1, E / 2]."""
+    cosine, sine = table
+    real, imaginary = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
+    return turned.flatten(-2).to(heads.dtype)
+
+
+def token_grid(size: Sequence[int], patch: int) -> Grid:
+    """Returns (rows, columns) of the tokens of a latent of (height, width); an odd edge counts as a whole patch."""
+    return math.ceil(size[0] / patch), math.ceil(size[1] / patch)
+
+
+def patchify(latents: torch.Tensor, patch: int) -> torch.Tensor:
+    """Returns the patches [B, rows * columns, channels * patch ** 2]; an odd edge is repeated outwards."""
+    extra = (-latents.shape[-1] % patch, -latents.shape[-2] % patch)
+    if any(extra):
+        latents = functional.pad(latents, (0, extra[0], 0, extra[1]), mode="replicate")
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+
+
+def unpatchify(patches: torch.Tensor, grid: Grid, patch: int) -> torch.Tensor:
+    """Returns [B, channels, rows * patch, columns * patch] from patches [B, rows * columns, channels * patch ** 2]."""
+    return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch, q=patch)
+
+
+def _join(image: torch.Tensor, text: torch.Tensor | None, length: int) -> torch.Tensor:
+    if text is not None:
+        image = torch.cat([image, text.unflatten(0, (-1, length))], dim=1)
+    return image.transpose(1, 2)  # [b, n, H, E] -> [b, H, n, E]

@@ -1,0 +1,170 @@
+"""Prompts: the chat template, the three branches of a picture, and token ids.
+
+Structure is made of token ids and never parsed from text: a user who types `<img>` or `<|im_end|>` gets these
+characters as plain text, while the official code takes them for structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from .positions import Layout, Span
+
+IM_START, IM_END, IMG, END_IMG, IMG_CONTEXT, IMG_UNCOND = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<img_uncond>",
+)
+ROW_TOKENS = ("</box>", "<box>", IMG_CONTEXT, END_IMG, IMG, "</quad>", "<quad>", "</ref>", "<ref>", IMG_UNCOND)
+"""Tokens with a row of their own in `special_token_embedding`, in the order of its rows."""
+
+IMAGE_PLACEHOLDER = "<image>"
+SENTENCE_ENDS = (".", "!", "?", ",", ":", ";")
+WITHOUT_WORDS = "Generate an image based on reference images."
+
+_NAME = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+SYSTEM_ANSWER = _NAME
+SYSTEM_DRAW = (
+    _NAME
+    + "请通过详细描述图像中物体和背景的颜色、形状、大小、纹理、数量、文字内容以及空间位置关系等来对图像进行全面描述："
+)
+SYSTEM_EDIT = (
+    _NAME + "请描述输入图像的关键特征（颜色、形状、大小、纹理、物体、背景等），然后解释用户的文本指令应该如何改变或"
+    "修改图像，从而生成一个满足用户要求的新图像，并适当保持与原始输入的一致性。："
+)
+
+
+class Special(NamedTuple):
+    """A structural token inside a prompt, as opposed to text."""
+
+    name: str
+
+
+class Picture(NamedTuple):
+    """The place of an input picture inside a prompt."""
+
+
+Piece = str | Special | Picture
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """A tokenised prompt: its ids, where its pictures' features go, and where the user's turn begins."""
+
+    ids: tuple[int, ...]
+    pictures: tuple[slice, ...]
+    user: int
+    grid: int
+
+    @property
+    def layout(self) -> Layout:
+        """The context's spans, from the user's turn to the end."""
+        spans, position = [], self.user
+        for place in self.pictures:
+            spans += [Span(place.start - position), Span(place.stop - place.start, self.grid, self.grid)]
+            position = place.stop
+        return tuple(span for span in (*spans, Span(len(self.ids) - position)) if span.count)
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The three prompts of one picture. Without input pictures `partial` is `unconditional`."""
+
+    conditional: TokenIds
+    partial: TokenIds
+    unconditional: TokenIds
+
+
+class Tokenizer:
+    """Text to ids and back, with special tokens by name only."""
+
+    def __init__(self, folder: Path):
+        """Reads `tokenizer.json`, or the older vocab.json and merges.txt, in `folder`.
+
+        Raises:
+            FileNotFoundError: the folder has no tokenizer.
+            RuntimeError: the tokenizer is unreadable or lacks one of the model's special tokens.
+        """
+        self._tokenizer = _read_tokenizer(folder)
+        self._tokenizer.encode_special_tokens = True
+        names = dict.fromkeys((IM_START, IM_END, *ROW_TOKENS))
+        self.special = {name: self._tokenizer.token_to_id(name) for name in names}
+        missing = [name for name, number in self.special.items() if number is None]
+        if missing:
+            raise RuntimeError(f"the tokenizer in {folder} has no {', '.join(missing)}: it belongs to another model")
+
+    def encode(self, pieces: Sequence[Piece], picture_tokens: int = 0) -> tuple[list[int], list[slice]]:
+        """Returns the pieces' ids and the places of the pictures, each `picture_tokens` long."""
+        ids: list[int] = []
+        pictures: list[slice] = []
+        for piece in pieces:
+            if isinstance(piece, Special):
+                ids.append(self.special[piece.name])
+            elif isinstance(piece, Picture):
+                pictures.append(slice(len(ids) + 1, len(ids) + 1 + picture_tokens))
+                ids += [self.special[IMG], *[self.special[IMG_CONTEXT]] * picture_tokens, self.special[END_IMG]]
+            else:
+                ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
+        return ids, pictures
+
+
+def find_tokenizer(root: Path) -> Path:
+    """Returns the folder of a checkpoint that holds the tokenizer: `processor`, or `vlm` in some mirrors.
+
+    Raises:
+        FileNotFoundError: neither has one.
+    """
+    for part in ("processor", "vlm"):
+        if (root / part / "tokenizer.json").is_file() or (root / part / "vocab.json").is_file():
+            return root / part
+    raise FileNotFoundError(f"no tokenizer.json or vocab.json in {root / 'processor'} or {root / 'vlm'}. Download them.")
+
+
+def branches(tokenizer: Tokenizer, text: str, *, system: str | None = None) -> Branches:
+    """Returns the prompts for a picture drawn from `text` alone; `system` replaces the default system message.
+
+    An empty `text` is allowed: the user's turn is then empty, as in the official code.
+    """
+    message = SYSTEM_DRAW if system is None else system
+    nothing = _draw(tokenizer, message, ["Here is a random image ", Special(IMG_UNCOND), ":"])
+    return Branches(_draw(tokenizer, message, [_sentence(text)]), nothing, nothing)
+
+
+def _draw(tokenizer: Tokenizer, system: str, user: Sequence[Piece]) -> TokenIds:
+    before, _ = tokenizer.encode([Special(IM_START), f"system\n{system}", Special(IM_END), "\n"])
+    first, *rest = user
+    turn = [Special(IM_START), "user\n" + first if isinstance(first, str) else "user\n", *rest]
+    after = [Special(IM_END), "\n", Special(IM_START), "assistant\n", Special(IMG)]
+    ids, _ = tokenizer.encode([*turn, *after])
+    return TokenIds((*before, *ids), (), len(before), 0)
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    if text:
+        text = text[0].upper() + text[1:]
+        if not text.endswith(SENTENCE_ENDS):
+            text += "."
+    return text
+
+
+def _read_tokenizer(folder: Path):
+    file = folder / "tokenizer.json"
+    try:
+        if file.is_file():
+            from tokenizers import Tokenizer as Fast
+
+            return Fast.from_file(str(file))
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+    except Exception as error:
+        raise RuntimeError(f"the tokenizer in {folder} is unreadable ({error}). Download it again.") from error

@@ -1,0 +1,30 @@
+"""The nodes. Ids and input names are frozen: saved workflows depend on them."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import model_folders
+from .decode import DecodeLatent
+from .encode import EncodePrompt
+from .latent import CreateLatent
+from .load import LoadModel
+from .sample import CreateGuider, SampleLatent, ScheduleSteps, SelectSampler
+
+NODES = [
+    LoadModel,
+    EncodePrompt,
+    CreateLatent,
+    SampleLatent,
+    CreateGuider,
+    SelectSampler,
+    ScheduleSteps,
+    DecodeLatent,
+]
+
+model_folders.register()
+
+
+class InternVLUExtension(ComfyExtension):
+    """What ComfyUI asks for the list of nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

@@ -1,0 +1,117 @@
+"""Dual guidance inside ComfyUI: wrappers on the MODEL, so that every sampler node gets it, and a GUIDER.
+
+The positive conditioning may carry a partial one (references without words). It becomes a third condition
+`middle` of the run; without it, two branches are computed, as text to image needs no more.
+"""
+
+from __future__ import annotations
+
+import math
+
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+from comfy.patcher_extension import WrappersMP
+
+from ...internvl_u.sampling import dual_guidance, whole_timestep
+
+KEY = "internvl_u"
+PARTIAL = "internvl_u_partial"
+"""Key in a positive conditioning entry: the conditioning of the partial branch."""
+ALL_CFG, PART_CFG = 4.5, 2.0
+_SHARED = ("area", "strength", "mask", "mask_strength", "set_area_to_bounds", "start_percent", "end_percent", "hooks")
+
+
+class DualGuider(comfy.samplers.CFGGuider):
+    """A GUIDER with both strengths; without it `cfg` of a sampler node is `all_cfg`, and `part_cfg` is 2.0."""
+
+    part_cfg = PART_CFG
+
+    def set_scales(self, all_cfg: float, part_cfg: float) -> None:
+        """Sets the guidance of the words and the guidance of the references."""
+        self.set_cfg(all_cfg)
+        self.part_cfg = part_cfg
+
+
+def install(patcher) -> None:
+    """Puts dual guidance on a MODEL."""
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, add_partial)
+    patcher.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict)
+
+
+def add_partial(executor, *args, **kwargs):
+    """Runs a sampling with the partial conditioning, if there is one, as a condition of its own."""
+    conds = executor.class_obj.conds
+    middle = []
+    for entry in conds.get("positive", ()):
+        for partial in comfy.sampler_helpers.convert_cond(entry.get(PARTIAL, ())):
+            middle.append(partial | {key: entry[key] for key in _SHARED if key in entry})
+    if middle and "negative" in conds:
+        conds["middle"] = middle
+    return executor(*args, **kwargs)
+
+
+def predict(executor, x, sigma, model_options=None, seed=None):
+    """Returns the guided clean latent; a guider with a guidance of its own is left alone."""
+    guider = executor.class_obj
+    conds = getattr(guider, "conds", {})
+    plain = type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
+    middle = conds.get("middle")
+    model_options = model_options or {}
+    only_positive = (
+        math.isclose(guider.cfg, 1.0) and middle is None and not model_options.get("disable_cfg1_optimization", False)
+    )
+    if not plain or only_positive or conds.get("positive") is None or conds.get("negative") is None:
+        return executor(x, sigma, model_options, seed)
+
+    model, branches = guider.inner_model, [conds["positive"], conds["negative"]]
+    if middle is not None:
+        branches.append(middle)
+    out = _evaluate(model, branches, x, sigma, guider.cfg, model_options)
+    if "sampler_cfg_function" not in model_options:
+        model_options = model_options | {
+            "sampler_cfg_function": _combine(out[2] if middle is not None else None, guider.cfg, _part_cfg(guider))
+        }
+    return comfy.samplers.cfg_function(
+        model, out[0], out[1], guider.cfg, x, sigma, model_options=model_options, cond=branches[0], uncond=branches[1]
+    )
+
+
+def _part_cfg(guider) -> float:
+    return getattr(guider, "part_cfg", PART_CFG)
+
+
+def _evaluate(model, branches, x, sigma, cfg, model_options):
+    batch = model_options.get("sampler_calc_cond_batch_function")
+    if batch is None:
+        out = comfy.samplers.calc_cond_batch(model, branches, x, sigma, model_options)
+    else:
+        out = batch({"conds": branches, "input": x, "sigma": sigma, "model": model, "model_options": model_options})
+    for function in model_options.get("sampler_pre_cfg_function", ()):
+        out = function(
+            {
+                "conds": branches,
+                "conds_out": out,
+                "cond_scale": cfg,
+                "timestep": sigma,
+                "input": x,
+                "sigma": sigma,
+                "model": model,
+                "model_options": model_options,
+            }
+        )
+    return out
+
+
+def _combine(partial, all_cfg, part_cfg):
+    def combine(args):
+        x, sigma = args["input"], args["sigma"]
+        level = sigma.reshape(-1, *[1] * (x.ndim - 1))
+        # ComfyUI hands over clean latents; guidance is on velocities.
+        conditional, unconditional = (
+            (x - args[key]) / level for key in ("cond_denoised", "uncond_denoised")
+        )
+        middle = unconditional if partial is None else (x - partial) / level
+        return level * dual_guidance(conditional, middle, unconditional, all_cfg, part_cfg, whole_timestep(sigma))
+
+    return combine

@@ -1,0 +1,129 @@
+"""MLLM: the multimodal language model under ComfyUI's memory management."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management as mm
+import comfy.ops
+import torch
+
+from ...internvl_u import mllm, prompt
+from ...internvl_u.checkpoint import check_weights, map_weights
+from . import compat
+from .model import LAYOUT
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class CastRMSNorm(torch.nn.Module, comfy.ops.CastWeightBiasOp):
+    """transformers' RMSNorm with ComfyUI's casting of the weight; modules become it by a change of class."""
+
+    comfy_cast_weights = True
+    bias = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        comfy.ops.run_every_op()
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, hidden, offloadable=True)
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        result = weight * wide.to(hidden.dtype)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return result
+
+
+@dataclass
+class NativeMLLM:
+    """The MLLM socket's object: the model under ComfyUI's patcher, and the checkpoint's encoder."""
+
+    patcher: object
+    encoder: mllm.Encoder
+    dtype: torch.dtype
+
+    def get_ram_usage(self) -> int:
+        """Returns the bytes that ComfyUI's cache counts for this object."""
+        return self.patcher.model_size()
+
+    def encode(self, text: str, system: str | None = None) -> tuple[list, list]:
+        """Returns positive and negative CONDITIONING for a picture drawn from `text`."""
+        prompts = prompt.branches(self.encoder.tokenizer, text, system=system)
+        return tuple(self._conditionings([prompts.conditional, prompts.unconditional]))
+
+    def _conditionings(self, prompts: list[prompt.TokenIds]) -> list:
+        tokens = max(len(tokens.ids) for tokens in prompts)
+        mm.load_models_gpu([self.patcher], memory_required=self._activations(tokens))
+        device = self.patcher.load_device
+        result = []
+        with compat.device_context(device):
+            for tokens in prompts:
+                context = self.encoder.context(self.patcher.model, tokens, device=device, dtype=self.dtype)
+                context = context.unsqueeze(0).to(mm.intermediate_device(), torch.float32)
+                result.append([[context, {LAYOUT: tokens.layout}]])
+        return result
+
+    def _activations(self, tokens: int) -> int:
+        config = self.patcher.model.language_model.config
+        kept = config.num_hidden_layers * config.hidden_size + 4 * config.intermediate_size
+        return tokens * kept * self.dtype.itemsize
+
+
+def load_mllm(root: str, precision: torch.dtype | None = None) -> NativeMLLM:
+    """Returns the MLLM of a checkpoint folder; `precision` None keeps the files' dtype.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        RuntimeError: the files are damaged, of another model, or do not fit each other.
+    """
+    patcher, dtype = _load_patcher(root, precision)
+    return NativeMLLM(patcher, mllm.Encoder.read(Path(root)), dtype)
+
+
+def _load_patcher(root: str, precision: torch.dtype | None, disable_dynamic: bool = False):
+    weights = map_weights(Path(root) / "vlm", compat.open_weights)
+    config = mllm.read_config(Path(root), {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    check_weights(mllm.MLLM(config, device="meta").state_dict(), weights, "vlm")
+    model = mllm.MLLM(config, device="meta", operations=comfy.ops.manual_cast)
+    cast_language(model.language_model)
+    model.load_state_dict(_stored(weights, precision), strict=True, assign=True)
+    model.requires_grad_(False).eval()
+    compat.remember_dtypes(model)
+    load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
+    patcher = compat.make_patcher(model, load_device, offload_device, dynamic=not disable_dynamic)
+    compat.reload_with(patcher, _reload, root, precision)
+    return patcher, _arithmetic(weights, precision, load_device)
+
+
+def _reload(root: str, precision: torch.dtype | None, disable_dynamic: bool = False):
+    return _load_patcher(root, precision, disable_dynamic)[0]
+
+
+def cast_language(model: torch.nn.Module) -> None:
+    """Gives transformers' modules ComfyUI's classes, so that their weights can be cast and offloaded."""
+    swaps = {torch.nn.Linear: comfy.ops.manual_cast.Linear, torch.nn.Embedding: comfy.ops.manual_cast.Embedding}
+    for module in model.modules():
+        if type(module) in swaps:
+            module.__class__ = swaps[type(module)]
+            if not hasattr(module, "bias"):
+                module.bias = None
+        elif type(module).__name__.endswith("RMSNorm"):
+            module.__class__ = CastRMSNorm
+
+
+def _stored(weights: dict[str, torch.Tensor], precision: torch.dtype | None) -> dict[str, torch.Tensor]:
+    if precision is None:
+        return weights
+    if precision not in FP8:
+        return {name: tensor.to(precision) for name, tensor in weights.items()}
+    # In fp8 only the matrices shrink: norms, biases and embeddings are small and suffer most.
+    return {
+        name: tensor.to(precision) if tensor.ndim == 2 and "embed" not in name else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def _arithmetic(weights: dict[str, torch.Tensor], precision: torch.dtype | None, device: torch.device) -> torch.dtype:
+    stored = precision or next(iter(weights.values())).dtype
+    if stored == torch.float32 or not mm.should_use_bf16(device):
+        return torch.float32
+    return torch.bfloat16

@@ -1,0 +1,172 @@
+"""MODEL: the flow transformer under ComfyUI's BaseModel and ModelPatcher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management as mm
+import comfy.model_sampling
+import comfy.supported_models_base
+import comfy.utils
+import torch
+
+from ...internvl_u import sampling
+from ...internvl_u.checkpoint import check_weights, read_json
+from ...internvl_u.config import read_mmdit
+from ...internvl_u.mmdit import MMDiT, time_embedding
+from ...internvl_u.pipeline import map_mmdit
+from ...internvl_u.positions import Span
+from . import compat, guidance
+from .mmdit import NativeMMDiT
+
+LAYOUT = "internvl_u_layout"
+"""Key in a conditioning entry: the context's spans of words and pictures."""
+
+
+class InternVLUConfig(comfy.supported_models_base.BASE):
+    """The model configuration that BaseModel reads. Not registered with ComfyUI's detection."""
+
+    unet_extra_config = {}
+    latent_format = comfy.latent_formats.Wan21
+    sampling_settings = {"shift": sampling.SHIFT, "multiplier": sampling.TRAIN_STEPS}
+    supported_inference_dtypes = [torch.bfloat16, torch.float32]
+    memory_usage_factor = 1.0
+
+    def inpaint_model(self):
+        return False
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return InternVLU(self, device=device)
+
+
+class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """Noise levels as the official scheduler has them: the highest is 0.99967, and a start is pure noise."""
+
+    def set_parameters(self, shift=sampling.SHIFT, timesteps=sampling.TRAIN_STEPS, multiplier=sampling.TRAIN_STEPS):
+        super().set_parameters(shift=shift, timesteps=timesteps, multiplier=multiplier)
+        self.sigmas = sampling.sigma_table()
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        return noise if max_denoise else super().noise_scaling(sigma, noise, latent_image, max_denoise)
+
+
+class InternVLU(comfy.model_base.QwenImage):
+    """Derived from QwenImage for the one test that ComfyUI makes of it: the names that LoRA files may use."""
+
+    def __init__(self, model_config, device=None):
+        comfy.model_base.BaseModel.__init__(
+            self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=NativeMMDiT
+        )
+        self.memory_usage_factor_conds = ("ref_latents",)
+        self.model_sampling = FlowSampling(model_config)
+
+    def process_timestep(self, timestep, **kwargs):
+        """Returns the time sinusoids [B, 256], made here, out of reach of a compiler."""
+        compute = self.manual_cast_dtype or self.get_dtype()
+        return time_embedding(torch.floor(timestep).to(compute))
+
+    def extra_conds(self, **kwargs):
+        """Returns the conditions of one conditioning entry: its context with positions, and reference latents.
+
+        Raises:
+            ValueError: the conditioning was not made by InternVL-U Encode.
+        """
+        out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
+        out.pop("c_crossattn", None)
+        references = [_five_axes(latent) for latent in kwargs.get("reference_latents") or ()]
+        if references:
+            out["ref_latents"] = comfy.conds.CONDList([self.process_latent_in(latent) for latent in references])
+        context = kwargs.get("cross_attn")
+        config = self.diffusion_model.config
+        if context is None or context.shape[-1] != config.context_width:
+            width = None if context is None else context.shape[-1]
+            raise ValueError(
+                f"conditioning of width {width} found, {config.context_width} expected: connect InternVL-U Encode"
+            )
+        layout = _spans(kwargs.get(LAYOUT), context.shape[1])
+        grids = [tuple(latent.shape[-2:]) for latent in references]
+        size = tuple(kwargs["noise"].shape[-2:])
+        out["branches"] = CONDBranch(self.diffusion_model, context.to(kwargs["device"]), layout, grids, size)
+        return out
+
+
+class CONDBranch(comfy.conds.CONDRegular):
+    """A context of exact length with its rotary table, one a sample; any lengths go together in a batch."""
+
+    def __init__(self, model: MMDiT, context: torch.Tensor, layout, references, size):
+        self.model, self.context, self.layout, self.references, self.size_drawn = model, context, layout, references, size
+        self.made: dict[tuple[int, int], list] = {}
+
+    def process_cond(self, batch_size, area=None, **kwargs):
+        """Returns the branches for a batch, for the drawn size or an `area` of it (made once each)."""
+        size = self.size_drawn
+        if area is not None:
+            axes = area[: len(area) // 2]
+            size = (axes[-2], axes[-1])
+        if size not in self.made:
+            self.made[size] = [
+                self.model.branch(context, self.layout, size, self.references) for context in self.context
+            ]
+        branches = self.made[size]
+        return _Batch((branches * -(-batch_size // len(branches)))[:batch_size])
+
+
+class _Batch(comfy.conds.CONDRegular):
+    """A list of branches as ComfyUI's batching sees it."""
+
+    def can_concat(self, other):
+        return True
+
+    def concat(self, others):
+        return [branch for batch in (self, *others) for branch in batch.cond]
+
+    def size(self):
+        return [1]
+
+
+def load_model(root: str, precision: torch.dtype | None = None, disable_dynamic: bool = False):
+    """Returns the MODEL of a checkpoint folder; `precision` None lets ComfyUI choose the storage dtype.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        RuntimeError: the files are damaged, of another model, or do not fit each other.
+    """
+    weights = map_mmdit(Path(root), compat.open_weights)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    settings = read_mmdit(shapes, read_json(Path(root) / "generation_decoder" / "config.json"))
+    check_weights(MMDiT(settings, device="meta").state_dict(), weights, "generation_decoder")
+
+    config = InternVLUConfig({"config": settings})
+    load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
+    storage = precision or mm.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(weights),
+        supported_dtypes=list(config.supported_inference_dtypes),
+        weight_dtype=comfy.utils.weight_dtype(weights),
+    )
+    compat.set_dtypes(
+        config, storage, mm.unet_manual_cast(storage, load_device, config.supported_inference_dtypes), load_device
+    )
+    model = config.get_model(weights, device="meta")
+    model.diffusion_model.load_state_dict({k: v.to(storage) for k, v in weights.items()}, strict=True, assign=True)
+    model.diffusion_model.requires_grad_(False)
+    model.device = offload_device
+    compat.remember_dtypes(model.diffusion_model)
+    patcher = compat.make_patcher(model, load_device, offload_device, dynamic=not disable_dynamic)
+    compat.reload_with(patcher, load_model, root, precision)
+    guidance.install(patcher)
+    return patcher
+
+
+def _five_axes(latent: torch.Tensor) -> torch.Tensor:
+    return latent.unsqueeze(2) if latent.ndim == 4 else latent  # [B, 16, h, w] -> [B, 16, 1, h, w]
+
+
+def _spans(layout, tokens: int):
+    known = sum(span.count for span in layout or ())
+    if known > tokens:
+        raise ValueError(f"conditioning of {tokens} tokens found, {known} expected: it was cut by another node")
+    # What another node has appended is words.
+    return tuple(layout or ()) + ((Span(tokens - known),) if tokens > known else ())

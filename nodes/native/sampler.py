@@ -1,0 +1,69 @@
+"""SAMPLER, SIGMAS and a whole sampling run."""
+
+from __future__ import annotations
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from tqdm.auto import tqdm
+
+from ...internvl_u import sampling
+from .guidance import DualGuider
+
+
+def dpmpp_2m_flow() -> comfy.samplers.KSAMPLER:
+    """Returns the official solver as a SAMPLER."""
+    return comfy.samplers.KSAMPLER(_sample)
+
+
+def flow_sigmas(steps: int, denoise: float = 1.0) -> torch.Tensor:
+    """Returns the official noise levels [steps + 1]; below `denoise` 1 the last ones of a longer schedule.
+
+    Raises:
+        ValueError: `steps` is below 1 or `denoise` is not in 0..1.
+    """
+    if not 0.0 <= denoise <= 1.0:
+        raise ValueError(f"denoise {denoise} found, 0 to 1 expected")
+    if denoise == 0.0:
+        return torch.empty(0)
+    return sampling.flow_sigmas(int(steps / denoise))[-(steps + 1) :]
+
+
+def sample_latent(model, positive, negative, latent: dict, *, seed, steps, all_cfg, part_cfg, denoise=1.0) -> dict:
+    """Returns the drawn LATENT: official solver, schedule and guidance."""
+    guider = DualGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_scales(all_cfg, part_cfg)
+    sigmas = flow_sigmas(steps, denoise)
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    drawn = guider.sample(
+        noise,
+        samples,
+        dpmpp_2m_flow(),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, sigmas.shape[-1] - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return latent | {"samples": drawn.to(comfy.model_management.intermediate_device())}
+
+
+@torch.no_grad()
+def _sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    ones = x.new_ones([x.shape[0]])
+
+    def denoise(latent, sigma):
+        return model(latent, sigma * ones, **(extra_args or {}))
+
+    with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
+
+        def on_step(index, latent, sigma, clean):
+            if callback is not None:
+                callback({"x": latent, "i": index, "sigma": sigma, "sigma_hat": sigma, "denoised": clean})
+            bar.update()
+
+        return sampling.sample(denoise, x, sigmas, on_step)

@@ -1,0 +1,79 @@
+"""VAE: ComfyUI's own, filled from a checkpoint folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.sd
+import torch
+
+from ...internvl_u.checkpoint import check_weights
+from ...internvl_u.picture import resize
+from ...internvl_u.vae import map_vae, to_wan
+from . import compat
+
+
+def load_vae(root: str) -> comfy.sd.VAE:
+    """Returns the VAE of a checkpoint folder. A batch of pictures stays a batch and is no video.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        RuntimeError: the files are damaged or of another model.
+    """
+    weights = to_wan(map_vae(Path(root), compat.open_weights))
+    check_weights(_expected(weights), weights, "vae")
+    vae = comfy.sd.VAE(sd=weights)
+    vae.throw_exception_if_invalid()
+    vae.not_video = True
+    compat.reload_with(vae.patcher, _load_patcher, root)
+    return vae
+
+
+def decode(vae: comfy.sd.VAE, latent: torch.Tensor, width: int = 0, height: int = 0) -> torch.Tensor:
+    """Returns pictures [B, height, width, 3] in [0, 1], at a size in pixels (0: as drawn; Lanczos otherwise).
+
+    ComfyUI centres a level on its value, the official pipeline is half a level brighter; this is the latter.
+    """
+    pictures = vae.decode(latent)
+    if pictures.ndim == 5:
+        pictures = pictures.flatten(0, 1)  # [B, frames, H, W, 3]
+    pictures = (pictures + 0.5 / 255).clamp(0.0, 1.0)
+    size = (width or pictures.shape[2], height or pictures.shape[1])
+    if size == (pictures.shape[2], pictures.shape[1]):
+        return pictures
+    return torch.stack([_resized(picture, *size) for picture in pictures])
+
+
+def _resized(picture: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    import numpy
+    from PIL import Image
+
+    levels = (picture.cpu().float().numpy() * 255).astype(numpy.uint8)
+    scaled = numpy.asarray(resize(Image.fromarray(levels), width, height))
+    return torch.from_numpy(scaled.astype(numpy.float32) / 255)
+
+
+def _load_patcher(root: str, disable_dynamic: bool = False):
+    vae = load_vae(root)
+    if disable_dynamic and hasattr(vae.patcher, "is_dynamic") and vae.patcher.is_dynamic():
+        return vae.patcher.clone(disable_dynamic=True)
+    return vae.patcher
+
+
+def _expected(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    import comfy.ldm.wan.vae
+
+    width = weights.get("decoder.head.0.gamma")
+    if width is None:
+        raise RuntimeError("vae: no decoder.norm_out.gamma found: this is not the Qwen-Image VAE")
+    with torch.device("meta"):
+        model = comfy.ldm.wan.vae.WanVAE(
+            dim=width.shape[0],
+            z_dim=16,
+            dim_mult=[1, 2, 4, 4],
+            num_res_blocks=2,
+            attn_scales=[],
+            temperal_downsample=[False, True, True],
+            dropout=0.0,
+        )
+    return model.state_dict()

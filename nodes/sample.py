@@ -1,0 +1,133 @@
+"""The sampler in one node, and its parts for the custom-sampling nodes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+ALL_CFG_TIP = "How strongly the words are followed. Higher: closer to the prompt, harder contrast. 4.5 is the official value."
+PART_CFG_TIP = "How strongly reference images are followed when editing. Without references it changes nothing. 2.0 is the official value."
+STEPS_TIP = "Denoising steps. More: finer and slower. 20 is the official value."
+DENOISE_TIP = "1 draws from pure noise. Below 1 keeps that much less of the way: the incoming latent shows through."
+
+
+def _scale(name: str, default: float, tooltip: str):
+    return io.Float.Input(name, default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
+
+
+def _steps():
+    return io.Int.Input("steps", default=20, min=1, max=1000, tooltip=STEPS_TIP)
+
+
+def _denoise():
+    return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=DENOISE_TIP)
+
+
+def _conditionings():
+    return [
+        io.Model.Input("model"),
+        io.Conditioning.Input("positive", tooltip="From InternVL-U Encode."),
+        io.Conditioning.Input("negative", tooltip="From InternVL-U Encode."),
+    ]
+
+
+class SampleLatent(io.ComfyNode):
+    """Official solver, schedule and guidance in one node."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="InternVLU_SampleLatent",
+            display_name="InternVL-U Sampler",
+            category="InternVL-U",
+            description="Draws with the official solver (DPM-Solver++ 2M), schedule and dual guidance: the same seed "
+            "gives the official pipeline's picture.",
+            inputs=[
+                *_conditionings(),
+                io.Latent.Input("latent_image"),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The start noise, made on the CPU: the same seed gives the same picture everywhere.",
+                ),
+                _steps(),
+                _scale("all_cfg", 4.5, ALL_CFG_TIP),
+                _scale("part_cfg", 2.0, PART_CFG_TIP),
+                _denoise(),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent_image, **settings) -> io.NodeOutput:
+        from .native.sampler import sample_latent
+
+        return io.NodeOutput(sample_latent(model, positive, negative, latent_image, **settings))
+
+
+class CreateGuider(io.ComfyNode):
+    """Dual guidance for SamplerCustomAdvanced."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="InternVLU_CreateGuider",
+            display_name="InternVL-U Guider",
+            category="InternVL-U/custom sampling",
+            description="Dual guidance with both strengths, for SamplerCustomAdvanced.",
+            inputs=[*_conditionings(), _scale("all_cfg", 4.5, ALL_CFG_TIP), _scale("part_cfg", 2.0, PART_CFG_TIP)],
+            outputs=[io.Guider.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, all_cfg, part_cfg) -> io.NodeOutput:
+        from .native.guidance import DualGuider
+
+        guider = DualGuider(model)
+        guider.set_conds(positive, negative)
+        guider.set_scales(all_cfg, part_cfg)
+        return io.NodeOutput(guider)
+
+
+class SelectSampler(io.ComfyNode):
+    """The official solver as a SAMPLER."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="InternVLU_SelectSampler",
+            display_name="InternVL-U Sampler Object",
+            category="InternVL-U/custom sampling",
+            description="DPM-Solver++ 2M for flow models, as the official pipeline has it, for SamplerCustomAdvanced.",
+            inputs=[],
+            outputs=[io.Sampler.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        from .native.sampler import dpmpp_2m_flow
+
+        return io.NodeOutput(dpmpp_2m_flow())
+
+
+class ScheduleSteps(io.ComfyNode):
+    """The official schedule as SIGMAS."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="InternVLU_ScheduleSteps",
+            display_name="InternVL-U Scheduler",
+            category="InternVL-U/custom sampling",
+            description="The official noise levels for a number of steps, for SamplerCustomAdvanced.",
+            inputs=[_steps(), _denoise()],
+            outputs=[io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def execute(cls, steps, denoise) -> io.NodeOutput:
+        from .native.sampler import flow_sigmas
+
+        return io.NodeOutput(flow_sigmas(steps, denoise))
