@@ -32,13 +32,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
     draw = commands.add_parser("draw", help="draw a picture from a text")
-    draw.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder in the released layout")
+    draw.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="checkpoint folder in the released layout"
+    )
     draw.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw; may be empty")
     draw.add_argument("--width", type=int, default=1024, metavar="W", help="pixels, 16 to 4096 (default %(default)s)")
     draw.add_argument("--height", type=int, default=1024, metavar="H", help="pixels, 16 to 4096 (default %(default)s)")
     draw.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default %(default)s)")
     draw.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the start noise (default %(default)s)")
-    draw.add_argument("--all-cfg", type=float, default=4.5, metavar="A", help="guidance of the words (default %(default)s)")
+    draw.add_argument(
+        "--all-cfg", type=float, default=4.5, metavar="A", help="guidance of the words (default %(default)s)"
+    )
     draw.add_argument(
         "--part-cfg", type=float, default=2.0, metavar="P", help="guidance of reference images (default %(default)s)"
     )
@@ -65,7 +69,11 @@ def _draw(options: argparse.Namespace) -> None:
     pipeline = Pipeline(options.model, dtype=getattr(torch, options.dtype), device=options.device)
     with tqdm(total=drawing.steps, unit="step", desc="draw") as bar:
         image = pipeline.draw(drawing, lambda done: bar.update(done - bar.n))
-    settings = asdict(drawing) | {"dtype": options.dtype, "model": options.model.absolute().name, "version": __version__}
+    settings = asdict(drawing) | {
+        "dtype": options.dtype,
+        "model": options.model.absolute().name,
+        "version": __version__,
+    }
     image.save(options.out, pnginfo=_metadata(settings))
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 REPOSITORY = "InternVL-U/InternVL-U"
+OpenFile = Callable[[Path], dict[str, torch.Tensor]]
 PARTS = ("vlm", "generation_decoder", "vae")
 HOW_TO_GET = (
     f"Download {REPOSITORY} from Hugging Face (or OpenGVLab/InternVL-U from ModelScope) with its subfolders "
@@ -89,7 +90,7 @@ def open_file(file: Path) -> dict[str, torch.Tensor]:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}
 
 
-def map_weights(folder: Path, open_file: Callable[[Path], dict[str, torch.Tensor]] = open_file) -> dict[str, torch.Tensor]:
+def map_weights(folder: Path, open_file: OpenFile = open_file) -> dict[str, torch.Tensor]:
     """Returns all tensors of a part's folder by name; `open_file` maps one file.
 
     Raises:

@@ -185,7 +185,8 @@ class Block(nn.Module):
         With `picture` set (the last block) only the first `picture` image tokens are carried on; the text comes
         back as it was.
         """
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(modulation)[:, None].chunk(6, -1)
+        img_mod = self.img_mod(modulation)[:, None]  # [B, 1, 6 D]
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, -1)
         txt_mod = self.txt_mod(modulation)[packing.sample]  # [B, 6 D] -> [T, 6 D]
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, -1)
 

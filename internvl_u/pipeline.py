@@ -57,7 +57,8 @@ class Pipeline:
         """
         width, height = picture.drawn_size(drawing.width, drawing.height)
         sigmas = sampling.flow_sigmas(drawing.steps)
-        latent = self.sample(self.contexts(drawing), picture.noise(width, height, drawing.seed), sigmas, drawing, on_step)
+        noise = picture.noise(width, height, drawing.seed)
+        latent = self.sample(self.contexts(drawing), noise, sigmas, drawing, on_step)
         return picture.resize(picture.to_image(self.decode(latent)[0]), drawing.width, drawing.height)
 
     @torch.inference_mode()

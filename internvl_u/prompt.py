@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from .checkpoint import HOW_TO_GET
 from .positions import Layout, Span
 
 IM_START, IM_END, IMG, END_IMG, IMG_CONTEXT, IMG_UNCOND = (
@@ -28,9 +29,7 @@ IMAGE_PLACEHOLDER = "<image>"
 SENTENCE_ENDS = (".", "!", "?", ",", ":", ";")
 WITHOUT_WORDS = "Generate an image based on reference images."
 
-_NAME = (
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
-)
+_NAME = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 SYSTEM_ANSWER = _NAME
 SYSTEM_DRAW = (
     _NAME
@@ -125,7 +124,7 @@ def find_tokenizer(root: Path) -> Path:
     for part in ("processor", "vlm"):
         if (root / part / "tokenizer.json").is_file() or (root / part / "vocab.json").is_file():
             return root / part
-    raise FileNotFoundError(f"no tokenizer.json or vocab.json in {root / 'processor'} or {root / 'vlm'}. Download them.")
+    raise FileNotFoundError(f"no tokenizer.json or vocab.json in {root / 'processor'} or {root / 'vlm'}. {HOW_TO_GET}.")
 
 
 def branches(tokenizer: Tokenizer, text: str, *, system: str | None = None) -> Branches:

@@ -36,9 +36,10 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: VisionConfig, *, dtype=None, device=None, operations=nn):
         super().__init__()
         factory = {"dtype": dtype, "device": device}
-        patches = (config.image_size // config.patch_size) ** 2
+        patch = config.patch_size
+        patches = (config.image_size // patch) ** 2
         self.class_embedding = nn.Parameter(torch.empty(1, 1, config.width, **factory))
-        self.patch_embedding = operations.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, **factory)
+        self.patch_embedding = operations.Conv2d(3, config.width, patch, stride=patch, **factory)
         self.position_embedding = nn.Parameter(torch.empty(1, patches + 1, config.width, **factory))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:

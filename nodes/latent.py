@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from comfy_api.latest import io
 from comfy.model_management import intermediate_device
+from comfy_api.latest import io
 
 from ..internvl_u.picture import LARGEST, SMALLEST, drawn_size, latent_size
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-ALL_CFG_TIP = "How strongly the words are followed. Higher: closer to the prompt, harder contrast. 4.5 is the official value."
-PART_CFG_TIP = "How strongly reference images are followed when editing. Without references it changes nothing. 2.0 is the official value."
+ALL_CFG_TIP = (
+    "How strongly the words are followed. Higher: closer to the prompt, harder contrast. 4.5 is the official value."
+)
+PART_CFG_TIP = (
+    "How strongly reference images are followed when editing. Without references it changes nothing. 2.0 is the "
+    "official value."
+)
 STEPS_TIP = "Denoising steps. More: finer and slower. 20 is the official value."
 DENOISE_TIP = "1 draws from pure noise. Below 1 keeps that much less of the way: the incoming latent shows through."
 

@@ -108,9 +108,7 @@ def _combine(partial, all_cfg, part_cfg):
         x, sigma = args["input"], args["sigma"]
         level = sigma.reshape(-1, *[1] * (x.ndim - 1))
         # ComfyUI hands over clean latents; guidance is on velocities.
-        conditional, unconditional = (
-            (x - args[key]) / level for key in ("cond_denoised", "uncond_denoised")
-        )
+        conditional, unconditional = ((x - args[key]) / level for key in ("cond_denoised", "uncond_denoised"))
         middle = unconditional if partial is None else (x - partial) / level
         return level * dual_guidance(conditional, middle, unconditional, all_cfg, part_cfg, whole_timestep(sigma))
 

@@ -35,7 +35,7 @@ class CastRMSNorm(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
 @dataclass
 class NativeMLLM:
-    """The MLLM socket's object: the model under ComfyUI's patcher, and the checkpoint's encoder."""
+    """What the MLLM output carries: the model under ComfyUI's patcher, and the checkpoint's encoder."""
 
     patcher: object
     encoder: mllm.Encoder

@@ -7,18 +7,20 @@ import functools
 import comfy.patcher_extension
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from torch.nn import functional
 
 from ...internvl_u.mmdit import MMDiT, pack
-from ...internvl_u.mmdit import functional as F
 
 
 class NativeMMDiT(MMDiT):
     """`MMDiT` called as ComfyUI calls a diffusion model; block patches, wrappers and attention choices work."""
 
-    def forward(self, x, timesteps, context=None, control=None, transformer_options=None, branches=(), ref_latents=(), **_):
+    def forward(
+        self, x, timesteps, context=None, control=None, transformer_options=None, contexts=(), ref_latents=(), **_
+    ):
         """Returns the velocity of `x` [B, 16, h, w] or [B, 16, 1, h, w], in its shape.
 
-        `timesteps` are the sinusoids [B, 256] that `InternVLU.process_timestep` makes; `branches` one a sample.
+        `timesteps` are the sinusoids [B, 256] that `InternVLU.process_timestep` makes; `contexts` are one `PromptContext` a sample.
 
         Raises:
             ValueError: `x` is a video, or a ControlNet is attached.
@@ -28,19 +30,22 @@ class NativeMMDiT(MMDiT):
             self._forward,
             self,
             comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options),
-        ).execute(x, timesteps, context, control, branches, ref_latents, options)
+        ).execute(x, timesteps, context, control, contexts, ref_latents, options)
 
-    def _forward(self, x, timesteps, context, control, branches, ref_latents, transformer_options):
+    def _forward(self, x, timesteps, context, control, contexts, ref_latents, transformer_options):
         if control is not None:
-            raise ValueError("a ControlNet is attached, but there is none for InternVL-U: use it on another model of a chain")
+            raise ValueError(
+                "a ControlNet is attached, but none exists for InternVL-U: use it on another model of a chain"
+            )
         latents = single_frame(x)
         image, grid = self.tokens(latents, [single_frame(reference) for reference in ref_latents])
         picture = grid[0] * grid[1]
+        branches = [one.at(tuple(latents.shape[-2:])) for one in contexts]
         packing = pack(branches, image)
         text = torch.cat([branch.context.to(image) for branch in branches])
         text = self.txt_in(self.txt_norm(text))
 
-        modulation = F.silu(self.time_text_embed(timesteps.to(image.dtype)))
+        modulation = functional.silu(self.time_text_embed(timesteps.to(image.dtype)))
         options = transformer_options.copy()
         options["total_blocks"], options["block_type"] = len(self.transformer_blocks), "double"
         attention = functools.partial(_attention, options=options)
@@ -59,7 +64,7 @@ def single_frame(latents: torch.Tensor) -> torch.Tensor:
     """
     if latents.ndim == 5:
         if latents.shape[2] != 1:
-            raise ValueError(f"a latent of {latents.shape[2]} frames found, 1 expected: InternVL-U draws single pictures")
+            raise ValueError(f"a latent of {latents.shape[2]} frames found, 1 expected: InternVL-U draws no videos")
         return latents[:, :, 0]
     return latents
 

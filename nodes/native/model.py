@@ -16,9 +16,9 @@ import torch
 from ...internvl_u import sampling
 from ...internvl_u.checkpoint import check_weights, read_json
 from ...internvl_u.config import read_mmdit
-from ...internvl_u.mmdit import MMDiT, time_embedding
+from ...internvl_u.mmdit import Branch, MMDiT, time_embedding
 from ...internvl_u.pipeline import map_mmdit
-from ...internvl_u.positions import Span
+from ...internvl_u.positions import Grid, Layout, Span
 from . import compat, guidance
 from .mmdit import NativeMMDiT
 
@@ -63,8 +63,10 @@ class InternVLU(comfy.model_base.QwenImage):
         self.memory_usage_factor_conds = ("ref_latents",)
         self.model_sampling = FlowSampling(model_config)
 
-    def process_timestep(self, timestep, **kwargs):
-        """Returns the time sinusoids [B, 256], made here, out of reach of a compiler."""
+    def process_timestep(self, timestep, x=None, contexts=(), **kwargs):
+        """Returns the time sinusoids [B, 256]. They and the rotary tables are made here, out of reach of a compiler."""
+        for context in contexts:
+            context.at(tuple(x.shape[-2:]))
         compute = self.manual_cast_dtype or self.get_dtype()
         return time_embedding(torch.floor(timestep).to(compute))
 
@@ -88,40 +90,40 @@ class InternVLU(comfy.model_base.QwenImage):
             )
         layout = _spans(kwargs.get(LAYOUT), context.shape[1])
         grids = [tuple(latent.shape[-2:]) for latent in references]
-        size = tuple(kwargs["noise"].shape[-2:])
-        out["branches"] = CONDBranch(self.diffusion_model, context.to(kwargs["device"]), layout, grids, size)
+        contexts = [PromptContext(self.diffusion_model, one, layout, grids) for one in context.to(kwargs["device"])]
+        out["contexts"] = CONDContexts(contexts)
         return out
 
 
-class CONDBranch(comfy.conds.CONDRegular):
-    """A context of exact length with its rotary table, one a sample; any lengths go together in a batch."""
+class PromptContext:
+    """One prompt's context of exact length, with its positions in a picture of any size.
 
-    def __init__(self, model: MMDiT, context: torch.Tensor, layout, references, size):
-        self.model, self.context, self.layout, self.references, self.size_drawn = model, context, layout, references, size
-        self.made: dict[tuple[int, int], list] = {}
+    The size is known only when the model is called: areas, tiles and the like take parts of a picture.
+    """
 
-    def process_cond(self, batch_size, area=None, **kwargs):
-        """Returns the branches for a batch, for the drawn size or an `area` of it (made once each)."""
-        size = self.size_drawn
-        if area is not None:
-            axes = area[: len(area) // 2]
-            size = (axes[-2], axes[-1])
+    def __init__(self, model: MMDiT, context: torch.Tensor, layout: Layout, references: list[Grid]):
+        self.model, self.context, self.layout, self.references = model, context, layout, references
+        self.made: dict[Grid, Branch] = {}
+
+    def at(self, size: Grid) -> Branch:
+        """Returns the branch for latents of (height, width), made when first asked for."""
         if size not in self.made:
-            self.made[size] = [
-                self.model.branch(context, self.layout, size, self.references) for context in self.context
-            ]
-        branches = self.made[size]
-        return _Batch((branches * -(-batch_size // len(branches)))[:batch_size])
+            self.made[size] = self.model.branch(self.context, self.layout, size, self.references)
+        return self.made[size]
 
 
-class _Batch(comfy.conds.CONDRegular):
-    """A list of branches as ComfyUI's batching sees it."""
+class CONDContexts(comfy.conds.CONDRegular):
+    """Prompt contexts, one a sample. Any lengths go together in a batch, unpadded."""
+
+    def process_cond(self, batch_size, **kwargs):
+        repeats = -(-batch_size // len(self.cond))
+        return self._copy_with((self.cond * repeats)[:batch_size])
 
     def can_concat(self, other):
         return True
 
     def concat(self, others):
-        return [branch for batch in (self, *others) for branch in batch.cond]
+        return [context for conds in (self, *others) for context in conds.cond]
 
     def size(self):
         return [1]

@@ -1,0 +1,287 @@
+"""Whole graphs in a running ComfyUI: the shipped workflows, previews, cancelling, unloading, and what goes wrong."""
+
+import asyncio
+import json
+import os
+import shutil
+import struct
+import time
+
+import numpy
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+WORKFLOWS = ("text_to_image", "text_to_image_custom_sampling", "text_to_image_ksampler")
+
+
+@pytest.fixture
+def graph(comfyui):
+    """Reads a shipped workflow in API format and puts a golden case's values in."""
+    from pathlib import Path
+
+    def make(name, case, **changes):
+        file = Path(__file__).parent.parent / "workflows" / f"{name}.api.json"
+        nodes = json.loads(file.read_text(encoding="utf-8"))
+        values = {"model_name": "tiny", "precision": "fp32", "preset": "custom", "noise_seed": 1234, "seed": 1234}
+        values |= {"width": case.width, "height": case.height, "steps": case.steps, "prompt": case.prompt} | changes
+        for node in nodes.values():
+            for key, value in values.items():
+                if key in node["inputs"] and not isinstance(node["inputs"][key], list):
+                    node["inputs"][key] = value
+        return nodes
+
+    return make
+
+
+def find(nodes, kind):
+    (found,) = [name for name, node in nodes.items() if node["class_type"] == kind]
+    return found
+
+
+def with_latent(nodes):
+    """Adds core's SaveLatent at the point where the picture is decoded."""
+    decoder = next(
+        node for node in nodes.values() if "DecodeLatent" in node["class_type"] or "VAEDecode" in node["class_type"]
+    )
+    nodes["latent"] = {
+        "class_type": "SaveLatent",
+        "inputs": {"samples": decoder["inputs"]["samples"], "filename_prefix": "l"},
+    }
+    return nodes
+
+
+def picture(server, entry, node):
+    (file,) = server.files(entry, node)
+    with Image.open(file) as image:
+        return numpy.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("name", WORKFLOWS[:2])
+def test_shipped_workflows_draw_the_official_latent_and_picture(server, graph, case, name, near, same_picture):
+    import comfy.latent_formats
+
+    nodes = with_latent(graph(name, case))
+    entry = server.run(nodes)
+    (file,) = server.files(entry, "latent", "latents")
+    latent = load_file(file)["latent_tensor"]
+    near(comfy.latent_formats.Wan21().process_in(latent)[:, :, 0], case["final_latents"])
+    drawn = picture(server, entry, find(nodes, "SaveImage"))
+    if name == "text_to_image":
+        same_picture(drawn, case["image_u8"])
+    else:
+        unscaled = ((127.5 * case["decoded"][0] + 128) / 255).clamp(0, 1) * 255
+        same_picture(drawn, unscaled.movedim(0, -1).numpy().astype(numpy.uint8))
+
+
+def test_plain_ksampler_workflow_draws_the_official_latent(server, graph, golden, near):
+    import comfy.latent_formats
+
+    case = golden("t2i_odd_size")
+    nodes = with_latent(graph("text_to_image_ksampler", case))
+    sampler = nodes[find(nodes, "KSampler")]["inputs"]
+    assert (sampler["sampler_name"], sampler["scheduler"], sampler["cfg"]) == ("euler", "simple", 4.5)
+    (file,) = server.files(server.run(nodes), "latent", "latents")
+    latent = load_file(file)["latent_tensor"]
+    near(comfy.latent_formats.Wan21().process_in(latent)[:, :, 0], case["final_latents"])
+
+
+def test_models_are_freed_and_loaded_again_between_two_prompts(server, graph, golden):
+    case = golden("t2i_square")
+    nodes = graph("text_to_image", case)
+    image = find(nodes, "SaveImage")
+    first = picture(server, server.run(nodes), image)
+    assert (first != picture(server, server.run(graph("text_to_image", case, seed=5)), image)).any()
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1)
+    entry = server.run(nodes)
+    assert (picture(server, entry, image) == first).all()
+    cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+    assert cached == []
+
+
+def test_a_new_seed_encodes_nothing_again(server, graph, golden):
+    case = golden("t2i_square")
+    nodes = graph("text_to_image", case, seed=77)
+    server.run(nodes)
+    again = graph("text_to_image", case, seed=78)
+    entry = server.run(again)
+    cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+    assert {find(nodes, "InternVLU_LoadModel"), find(nodes, "InternVLU_EncodePrompt")} <= set(cached)
+
+
+def test_core_nodes_work_in_place_of_ours(server, graph, golden):
+    case = golden("t2i_square")
+    nodes = graph("text_to_image", case)
+    load, image = find(nodes, "InternVLU_LoadModel"), find(nodes, "SaveImage")
+    decoded = nodes[image]["inputs"]["images"]
+    sampler = nodes[find(nodes, "InternVLU_SampleLatent")]["inputs"]
+    nodes["encode"] = {"class_type": "VAEEncode", "inputs": {"pixels": decoded, "vae": [load, 2]}}
+    sampled = {
+        "latent_image": ["encode", 0],
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "cfg": 4.5,
+        "denoise": 0.5,
+    }
+    linked = {key: sampler[key] for key in ("model", "positive", "negative")}
+    nodes["again"] = {"class_type": "KSampler", "inputs": {**linked, **sampled, "seed": 3, "steps": 4}}
+    tiles = {"tile_size": 64, "overlap": 0, "temporal_size": 64, "temporal_overlap": 8}
+    nodes["tiled"] = {"class_type": "VAEDecodeTiled", "inputs": {"samples": ["again", 0], "vae": [load, 2], **tiles}}
+    nodes["out"] = {"class_type": "SaveImage", "inputs": {"images": ["tiled", 0], "filename_prefix": "again"}}
+    entry = server.run(nodes)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    (file,) = server.files(entry, "out")
+    with Image.open(file) as drawn:
+        assert drawn.size == (64, 64)
+        assert (numpy.asarray(drawn) != picture(server, entry, image)).any()
+
+
+def test_a_lora_file_changes_the_picture(server, graph, golden):
+    import torch
+    from safetensors.torch import save_file
+
+    case = golden("t2i_square")
+    generator = torch.Generator().manual_seed(1)
+    layer = "diffusion_model.transformer_blocks.0.attn.to_v"
+    weights = {f"{layer}.lora_A.weight": torch.randn(4, 64, generator=generator)}
+    weights[f"{layer}.lora_B.weight"] = torch.randn(64, 4, generator=generator)
+    save_file(weights, server.base / "models" / "loras" / "some.safetensors")
+    plain = graph("text_to_image", case)
+    nodes = graph("text_to_image", case)
+    load = find(nodes, "InternVLU_LoadModel")
+    inputs = {"model": [load, 0], "lora_name": "some.safetensors", "strength_model": 1.0}
+    nodes["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+    nodes[find(nodes, "InternVLU_SampleLatent")]["inputs"]["model"] = ["lora", 0]
+    image = find(nodes, "SaveImage")
+    changed = picture(server, server.run(nodes), image)
+    assert (changed != picture(server, server.run(plain), image)).any()
+    assert "lora key not loaded" not in server.log.read_text()
+
+
+async def listen(server, nodes, act=None):
+    """Queues a graph and returns what the websocket told until it ended: (event types, previews, progress)."""
+    import aiohttp
+
+    events, previews, progress = [], [], []
+    async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=listener") as socket:
+        await asyncio.to_thread(server.queue, nodes, "listener")
+        async for message in socket:
+            if message.type == aiohttp.WSMsgType.BINARY:
+                if struct.unpack(">I", message.data[:4])[0] == 1:
+                    previews.append(message.data[8:])
+                continue
+            event = json.loads(message.data)
+            events.append(event["type"])
+            if event["type"] == "progress":
+                progress.append(event["data"]["value"])
+                if act is not None:
+                    await asyncio.to_thread(act, event["data"])
+            if event["type"] in {"execution_success", "execution_error", "execution_interrupted"}:
+                return events, previews, progress
+
+
+def test_previews_and_progress_arrive_while_it_draws(server, graph, golden):
+    import io
+
+    nodes = graph("text_to_image", golden("t2i_square"), seed=99, steps=6)
+    events, previews, progress = asyncio.run(asyncio.wait_for(listen(server, nodes), 120))
+    assert events[-1] == "execution_success"
+    assert progress[-6:] == [1, 2, 3, 4, 5, 6]
+    assert len(previews) == 6
+    sizes = {Image.open(io.BytesIO(data)).size for data in previews}
+    assert len(sizes) == 1
+
+
+def test_cancel_stops_within_a_step_and_the_next_job_runs(server, graph, golden):
+    case = golden("t2i_square")
+    nodes = graph("text_to_image", case, seed=100, steps=1000)
+    asked = []
+
+    def cancel(data):
+        if not asked:
+            asked.append(data["value"])
+            server.post("/interrupt", {})
+
+    events, _, progress = asyncio.run(asyncio.wait_for(listen(server, nodes, cancel), 120))
+    assert events[-1] == "execution_interrupted"
+    assert progress[-1] < 500
+    entry = server.run(graph("text_to_image", case))
+    assert entry["status"]["status_str"] == "success"
+
+
+@pytest.fixture
+def bad_model(server, checkpoint):
+    """Puts a damaged copy of the checkpoint into the server's models; `damage(folder)` does the harm."""
+    made = []
+
+    def make(damage):
+        folder = server.base / "models" / "InternVL-U" / "bad"
+        shutil.copytree(checkpoint, folder)
+        made.append(folder)
+        damage(folder)
+        return "bad"
+
+    yield make
+    for folder in made:
+        shutil.rmtree(folder)
+
+
+def other_model(folder):
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+
+
+DAMAGES = {
+    "no shard": (lambda f: (f / "vlm/model-00002-of-00003.safetensors").unlink(), "1 of 3 weight files are missing"),
+    "another model": (other_model, "holds a FluxPipeline, InternVLUPipeline expected"),
+    "bad json": (lambda f: (f / "vlm/config.json").write_text("{"), "config.json is not readable as JSON"),
+    "no part": (lambda f: shutil.rmtree(f / "vae"), "has no vae/config.json"),
+    "damaged": (lambda f: os.truncate(f / "generation_decoder/model.safetensors", 5000), "is damaged"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "processor"), "no tokenizer.json or vocab.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_checkpoint_is_told_and_the_server_stays_usable(server, graph, golden, bad_model, damage):
+    harm, message = DAMAGES[damage]
+    case = golden("t2i_square")
+    entry = server.run(graph("text_to_image", case, model_name=bad_model(harm)))
+    assert entry["status"]["status_str"] == "error"
+    assert message in server.error(entry)
+    assert server.run(graph("text_to_image", case))["status"]["status_str"] == "success"
+
+
+def test_an_unknown_model_is_told_with_where_it_was_searched(server, graph, golden):
+    answer = server.queue(graph("text_to_image", golden("t2i_square"), model_name="nowhere"))
+    text = json.dumps(answer)
+    assert "no InternVL-U model 'nowhere'" in text
+    assert "models/InternVL-U" in text and "Download InternVL-U/InternVL-U" in text and "tiny" in text
+
+
+@pytest.mark.parametrize("width", [8, 5000])
+def test_a_size_out_of_range_is_refused(server, graph, golden, width):
+    answer = server.queue(graph("text_to_image", golden("t2i_square"), width=width))
+    assert "value_" in json.dumps(answer["node_errors"])
+
+
+@pytest.mark.parametrize("prompt", ["", "a cat <img> and <|im_end|>", "<IMG_CONTEXT>" * 3, "x" * 5000])
+def test_odd_prompts_draw_a_picture(server, graph, golden, prompt):
+    nodes = graph("text_to_image", golden("t2i_square"), prompt=prompt, steps=1)
+    entry = server.run(nodes)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    assert picture(server, entry, find(nodes, "SaveImage")).shape == (64, 64, 3)
+
+
+def test_a_changed_checkpoint_is_loaded_again(server, graph, golden, bad_model):
+    name = bad_model(lambda folder: None)
+    offered = server.get("/object_info/InternVLU_LoadModel")["InternVLU_LoadModel"]["input"]["required"]["model_name"]
+    assert name in offered[1]["options"]
+    case = golden("t2i_square")
+    server.run(graph("text_to_image", case, model_name=name))
+    entry = server.run(graph("text_to_image", case, model_name=name, seed=1))
+    cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+    assert cached
+    os.utime(server.base / "models" / "InternVL-U" / name / "vae" / "diffusion_pytorch_model.safetensors")
+    entry = server.run(graph("text_to_image", case, model_name=name, seed=2))
+    cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+    assert find(graph("text_to_image", case), "InternVLU_LoadModel") not in cached

@@ -1,0 +1,210 @@
+"""Fixtures for all tests: the pack under a name of its own, golden data, ComfyUI in this process and as a server."""
+
+import importlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import types
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "tests" / "data" / "checkpoint"
+GOLDEN = ROOT / "tests" / "data" / "golden"
+PICTURE_CASES = ("t2i_square", "t2i_wide", "t2i_odd_size")
+
+# Our folder `nodes` would hide ComfyUI's module of that name if the root were on sys.path.
+pack = types.ModuleType("pack")
+pack.__path__ = [str(ROOT)]
+sys.modules["pack"] = pack
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden case: what was asked for and every tensor that the official code computed."""
+
+    name: str
+    prompt: str
+    width: int
+    height: int
+    steps: int
+    tensors: dict
+
+    def __getitem__(self, key):
+        return self.tensors[key]
+
+    def context(self, branch):
+        return self["context"][branch][self["context_mask"][branch]]
+
+
+@pytest.fixture(scope="session")
+def manifest():
+    return json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def golden(manifest):
+    def read(name):
+        stated = manifest["cases"][name]
+        tensors = load_file(GOLDEN / f"{name}.safetensors")
+        return Case(name, *(stated[key] for key in ("prompt", "width", "height", "steps")), tensors)
+
+    return read
+
+
+@pytest.fixture(params=PICTURE_CASES)
+def case(request, golden):
+    return golden(request.param)
+
+
+@pytest.fixture(scope="session")
+def checkpoint():
+    return CHECKPOINT
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A copy of the checkpoint that a test may damage."""
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def near():
+    def check(actual, expected, tolerance=1e-4):
+        assert actual.shape == expected.shape
+        error = ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
+        assert error <= tolerance, f"relative error {error:.2e}, at most {tolerance:.0e} expected"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def same_picture():
+    """Two 8-bit pictures [H, W, 3] agree within 1 level at 99.9 % of their values."""
+
+    def check(actual, expected):
+        actual, expected = (numpy.asarray(picture).astype(int) for picture in (actual, expected))
+        assert actual.shape == expected.shape
+        assert (numpy.abs(actual - expected) <= 1).mean() >= 0.999
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def comfyui():
+    """ComfyUI's folder, its modules importable in this process, on the CPU."""
+    path = os.environ.get("INTERNVLU_COMFYUI")
+    if not path:
+        pytest.skip("no ComfyUI: run the tests with `python dev.py test`, or set INTERNVLU_COMFYUI to its folder")
+    sys.path.insert(0, path)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def native(comfyui):
+    return importlib.import_module("pack.nodes.native")
+
+
+class Server:
+    """A running ComfyUI with only this pack, on a free loopback port and a base directory of its own."""
+
+    def __init__(self, comfyui, base, *flags):
+        self.base = base
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = base / "server.log"
+        command = [sys.executable, str(comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command += ["--base-directory", str(base), "--disable-auto-launch", "--database-url", "sqlite:///:memory:"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen([*command, *flags], stdout=log, stderr=log, cwd=base)
+        deadline = time.monotonic() + 180
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.3)
+
+    def _answers(self):
+        try:
+            return bool(self.get("/system_stats"))
+        except OSError:
+            return False
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return json.loads(answer.read())
+
+    def post(self, path, body):
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.loads(answer.read() or b"{}")
+        except urllib.error.HTTPError as error:
+            return json.loads(error.read())
+
+    def queue(self, graph, client_id="tests"):
+        return self.post("/prompt", {"prompt": graph, "client_id": client_id})
+
+    def wait(self, prompt_id, timeout=120):
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            history = self.get(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return history[prompt_id]
+            time.sleep(0.1)
+        raise TimeoutError(f"job {prompt_id} did not end in {timeout} s:\n{self.log.read_text()[-2000:]}")
+
+    def run(self, graph, timeout=120):
+        """Runs a graph in API format; returns its history entry."""
+        answer = self.queue(graph)
+        assert "prompt_id" in answer, answer
+        return self.wait(answer["prompt_id"], timeout)
+
+    def files(self, entry, node, kind="images"):
+        return [self.base / "output" / item["subfolder"] / item["filename"] for item in entry["outputs"][node][kind]]
+
+    def error(self, entry):
+        return next(
+            data["exception_message"] for kind, data in entry["status"]["messages"] if kind == "execution_error"
+        )
+
+    def stop(self):
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def make_base(base):
+    """Fills a ComfyUI base directory: this pack, and the tiny checkpoint under two names."""
+    for folder in ("custom_nodes", "models/InternVL-U", "models/loras", "input", "output", "user", "temp"):
+        (base / folder).mkdir(parents=True)
+    (base / "custom_nodes" / "internvl-u").symlink_to(ROOT)
+    for name in ("tiny", "InternVL-U"):
+        (base / "models" / "InternVL-U" / name).symlink_to(CHECKPOINT)
+    return base
+
+
+@pytest.fixture(scope="session")
+def server(comfyui, tmp_path_factory):
+    running = Server(comfyui, make_base(tmp_path_factory.mktemp("comfyui")), "--preview-method", "latent2rgb")
+    yield running
+    running.stop()

@@ -1,0 +1,111 @@
+"""Rules that hold for the tree itself: layers, versions, what is published."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pack.internvl_u
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "latent_preview", "nodes", "server"}
+LIBRARY = {"torch", "numpy", "PIL", "einops", "safetensors", "tokenizers", "transformers", "tqdm", "diffusers"}
+
+
+def imports(file):
+    """Yields (module, is relative, is at import time) for each import of a file."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name, 0, id(node) in top
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node.level, id(node) in top
+
+
+def files(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", files("internvl_u"), ids=lambda f: f.name)
+def test_the_library_knows_nothing_of_comfyui_or_the_nodes(file):
+    for module, level, _ in imports(file):
+        assert level <= 1
+        if level == 0:
+            name = module.split(".")[0]
+            assert name in LIBRARY or name in sys.stdlib_module_names, module
+
+
+@pytest.mark.parametrize("file", [f for f in files("nodes") if f.parent.name == "native"], ids=lambda f: f.name)
+def test_the_native_layer_does_not_know_the_nodes(file):
+    for module, level, _ in imports(file):
+        assert level in (0, 1) or (level == 3 and module.startswith("internvl_u")), module
+
+
+@pytest.mark.parametrize("file", [f for f in files("nodes") if f.parent.name == "nodes"], ids=lambda f: f.name)
+def test_nodes_import_the_native_layer_only_when_they_run(file):
+    for module, level, at_import in imports(file):
+        assert not (at_import and level == 1 and module.startswith("native")), module
+        assert module.split(".")[0] not in {"transformers", "diffusers", "safetensors"}
+
+
+def test_model_management_is_spoken_to_in_one_place():
+    for file in files("nodes"):
+        if file.parent.name != "native":
+            text = file.read_text(encoding="utf-8")
+            assert "comfy.sd" not in text and "load_models_gpu" not in text and "model_patcher" not in text
+
+
+def test_functions_and_files_are_short():
+    for folder in ("internvl_u", "nodes"):
+        for file in files(folder):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef):
+                    assert node.end_lineno - node.lineno < 80, (file, node.name)
+
+
+def test_the_root_stays_small_and_has_no_old_style_mappings():
+    text = (ROOT / "__init__.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 30 and "NODE_CLASS_MAPPINGS" not in text
+
+
+def test_the_version_stands_once():
+    stated = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
+    assert pack.internvl_u.__version__ == stated
+    assert f"[{stated}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_requirements_change_nobodys_torch():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = [line for line in lines if line.strip() and not line.startswith("#")]
+    assert not [line for line in wanted if re.match(r"(torch|transformers|numpy|diffusers)|.*[=<>]", line)]
+
+
+def published():
+    def listed(*arguments):
+        done = subprocess.run(["git", "ls-files", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.split("\n")
+
+    tracked, ignored = listed(), listed("-ci", "-X", ".comfyignore")
+    return [ROOT / name for name in sorted(set(tracked) - set(ignored)) if name]
+
+
+SCANNED = {
+    ".py": r"os\.environ|getenv|subprocess|urllib|requests|socket|(?<![\w.])(eval|exec)\(|\.(connect|bind|send|cuda)\(",
+    ".js": r"\.connect\(|\.bind\(|\.send\(|\.exec\(|\beval\(",
+}
+
+
+def test_the_published_files_hold_nothing_that_the_registry_flags():
+    names = published()
+    assert ROOT / "nodes" / "load.py" in names and ROOT / "dev.py" not in names
+    assert not [name for name in names if "tests" in name.relative_to(ROOT).parts]
+    for name in names:
+        pattern = SCANNED.get(name.suffix)
+        if pattern:
+            assert not re.search(pattern, name.read_text(encoding="utf-8")), name

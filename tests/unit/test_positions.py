@@ -1,0 +1,33 @@
+import torch
+from pack.internvl_u.positions import Span, position_ids, rotary_table
+
+
+def test_positions_of_text_to_image_equal_the_official_ones(case):
+    size = case["noise"].shape[-2:]
+    grid = (size[0] // 2, size[1] // 2)
+    found = [position_ids(grid, [], (Span(len(case.context(i))),), 0.25) for i in range(3)]
+    assert torch.equal(torch.cat(found), case["position_ids"])
+
+
+def test_positions_of_references_and_pictures_in_the_context_equal_the_official_ones(golden):
+    case = golden("edit_one")
+    found = []
+    for branch in range(3):
+        is_image = case["context_image_mask"][branch][case["context_mask"][branch]].tolist()
+        before = is_image.index(True) if any(is_image) else len(is_image)
+        rest = len(is_image) - before - sum(is_image)
+        spans = (Span(before), Span(sum(is_image), 4, 4), Span(rest))
+        references = [(4, 6)] if any(is_image) else []
+        found.append(position_ids((4, 6), references, tuple(span for span in spans if span.count), 0.25))
+    assert torch.equal(torch.cat(found), case["position_ids"])
+
+
+def test_each_reference_has_a_frame_of_its_own():
+    frames = position_ids((2, 2), [(2, 2), (1, 3)], (Span(2),), 0.25)[:, 0]
+    assert frames.tolist() == [0] * 4 + [1] * 4 + [2] * 3 + [3, 4]
+
+
+def test_rotary_table_turns_by_position_over_theta():
+    table = rotary_table(torch.tensor([[0.0, 2.0, 3.0]]), (2, 4, 2), 100.0)
+    angles = torch.tensor([0.0, 2.0, 2.0 / 10, 3.0])
+    assert torch.allclose(table[:, 0], torch.stack([angles.cos(), angles.sin()]))
