@@ -203,8 +203,21 @@ def make_base(base):
     return base
 
 
+def make_extra_paths(base):
+    """Fills folders outside the base directory and returns the YAML file that tells ComfyUI of them."""
+    for folder, name in (("own", "elsewhere"), ("shared", "in-diffusers"), ("shared", "tiny")):
+        (base / "extra" / folder).mkdir(parents=True, exist_ok=True)
+        (base / "extra" / folder / name).symlink_to(CHECKPOINT)
+    (base / "extra" / "shared" / "another-model").mkdir()
+    file = base / "extra_model_paths.yaml"
+    file.write_text(f"tests:\n  base_path: {base}/extra\n  InternVL-U: own\n  diffusers: shared\n")
+    return file
+
+
 @pytest.fixture(scope="session")
 def server(comfyui, tmp_path_factory):
-    running = Server(comfyui, make_base(tmp_path_factory.mktemp("comfyui")), "--preview-method", "latent2rgb")
+    base = make_base(tmp_path_factory.mktemp("comfyui"))
+    extra = make_extra_paths(base)
+    running = Server(comfyui, base, "--preview-method", "latent2rgb", "--extra-model-paths-config", str(extra))
     yield running
     running.stop()

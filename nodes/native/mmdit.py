@@ -20,7 +20,8 @@ class NativeMMDiT(MMDiT):
     ):
         """Returns the velocity of `x` [B, 16, h, w] or [B, 16, 1, h, w], in its shape.
 
-        `timesteps` are the sinusoids [B, 256] that `InternVLU.process_timestep` makes; `contexts` are one `PromptContext` a sample.
+        `timesteps` are the sinusoids [B, 256] that `InternVLU.process_timestep` makes; `contexts` holds one
+        `PromptContext` a sample.
 
         Raises:
             ValueError: `x` is a video, or a ControlNet is attached.

@@ -106,6 +106,19 @@ def test_vae_equals_the_official_one_and_keeps_a_batch_apart(loaded, checkpoint,
     near(latents, expected["encoded_mean"], 1e-5)
 
 
+def test_vae_equals_diffusers_at_another_size(loaded, checkpoint, near):
+    from pack.internvl_u.vae import StandaloneVAE
+
+    other = StandaloneVAE(checkpoint)
+    mean, std = other._statistics(torch.zeros(1))
+    latents = torch.randn(1, 16, 5, 11, generator=torch.Generator().manual_seed(2))
+    pictures = other.decode(latents).clamp(-1, 1)
+    found = loaded.vae.decode((latents * std + mean)[:, :, None]).flatten(0, 1).movedim(-1, 1) * 2 - 1
+    near(found, pictures, 1e-5)
+    encoded = loaded.vae.encode((pictures.movedim(1, -1) + 1) / 2)[:, :, 0]
+    near((encoded - mean) / std, other.encode(pictures), 1e-5)
+
+
 @pytest.mark.parametrize("steps, denoise, expected", [(4, 1.0, 4), (4, 0.5, 8), (3, 0.3, 10)])
 def test_partial_denoise_takes_the_end_of_a_longer_schedule(parts, steps, denoise, expected):
     sigmas = parts.sampler.flow_sigmas(steps, denoise)

@@ -1,6 +1,7 @@
 """Rules that hold for the tree itself: layers, versions, what is published."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -99,6 +100,14 @@ SCANNED = {
     ".py": r"os\.environ|getenv|subprocess|urllib|requests|socket|(?<![\w.])(eval|exec)\(|\.(connect|bind|send|cuda)\(",
     ".js": r"\.connect\(|\.bind\(|\.send\(|\.exec\(|\beval\(",
 }
+
+
+def test_comfy_cli_finds_the_pack_in_order():
+    pytest.importorskip("comfy_cli", reason="comfy-cli is a development tool, see requirements-dev.txt")
+    line = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "node", "validate"]
+    quiet = {"DO_NOT_TRACK": "1", "COMFY_NO_TELEMETRY": "1", "COMFY_NO_UPDATE_CHECK": "1"}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | quiet)
+    assert done.returncode == 0 and "warning" not in (done.stdout + done.stderr).lower(), done.stdout + done.stderr
 
 
 def test_the_published_files_hold_nothing_that_the_registry_flags():
