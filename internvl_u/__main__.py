@@ -1,11 +1,11 @@
-"""The command line: `python -m internvl_u draw --model DIR --prompt TEXT --out FILE.png`."""
+"""The command line: `python -m internvl_u draw ...` and `python -m internvl_u ask ...`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from . import __version__
@@ -31,57 +31,112 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("internvl_u", description="InternVL-U without ComfyUI.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    draw = commands.add_parser("draw", help="draw a picture from a text")
-    draw.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="checkpoint folder in the released layout"
-    )
-    draw.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw; may be empty")
-    draw.add_argument("--width", type=int, default=1024, metavar="W", help="pixels, 16 to 4096 (default %(default)s)")
-    draw.add_argument("--height", type=int, default=1024, metavar="H", help="pixels, 16 to 4096 (default %(default)s)")
+    draw = commands.add_parser("draw", help="draw a picture from a text, or edit pictures")
+    _common(draw, "what to draw or to change; may be empty; <image> marks a picture's place")
+    draw.add_argument("--width", type=int, metavar="W", help="pixels, 16 to 4096 (default: the first picture's)")
+    draw.add_argument("--height", type=int, metavar="H", help="pixels, 16 to 4096 (default: the first picture's)")
     draw.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default %(default)s)")
     draw.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the start noise (default %(default)s)")
     draw.add_argument(
-        "--all-cfg", type=float, default=4.5, metavar="A", help="guidance of the words (default %(default)s)"
+        "--all-cfg", type=float, metavar="A", help="guidance of the words (default 4.5; 3.5 if it thinks)"
     )
     draw.add_argument(
-        "--part-cfg", type=float, default=2.0, metavar="P", help="guidance of reference images (default %(default)s)"
+        "--part-cfg", type=float, metavar="P", help="guidance of pictures (default 2.0; 1.5 if it thinks)"
     )
-    draw.add_argument("--system", metavar="TEXT", help="replaces the default system message")
-    draw.add_argument("--dtype", choices=DTYPES, default="float32", help="arithmetic and weights (default %(default)s)")
-    draw.add_argument("--device", default="cpu", metavar="D", help="torch device, such as cuda (default %(default)s)")
+    thought = draw.add_mutually_exclusive_group()
+    thought.add_argument("--think", action="store_true", help="let the model think first; the thought goes to stderr")
+    thought.add_argument("--thought", default="", metavar="TEXT", help="draw from this thought")
+    draw.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="longest thought (default %(default)s)"
+    )
     draw.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
     draw.set_defaults(run=_draw)
+    ask = commands.add_parser("ask", help="ask about pictures, or chat without any")
+    _common(ask, "the question; <image> marks a picture's place")
+    ask.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default %(default)s)"
+    )
+    ask.add_argument("--beams", type=int, default=1, metavar="N", help="beams of the search (default %(default)s)")
+    ask.set_defaults(run=_ask)
     return parser
 
 
+def _common(parser: argparse.ArgumentParser, prompt: str) -> None:
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder, released layout")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help=prompt)
+    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; repeatable")
+    parser.add_argument("--system", metavar="TEXT", help="replaces the default system message")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="arithmetic and weights (default %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", metavar="D", help="torch device, such as cuda (default %(default)s)")
+
+
 def _draw(options: argparse.Namespace) -> None:
-    import torch
     from tqdm import tqdm
 
-    from .pipeline import Drawing, Pipeline
+    from .pipeline import Drawing
+    from .writing import Writing
 
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"--out {options.out} found, a name ending in .png expected")
     if not options.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {options.out.absolute().parent} for --out. Make it first.")
-    names = ("prompt", "width", "height", "steps", "seed", "all_cfg", "part_cfg", "system")
-    drawing = Drawing(**{name: getattr(options, name) for name in names})
-    pipeline = Pipeline(options.model, dtype=getattr(torch, options.dtype), device=options.device)
+    pipeline = _open(options)
+    names = {field.name for field in dataclasses.fields(Drawing)} & vars(options).keys()
+    drawing = Drawing(images=_images(options, pipeline), **{name: getattr(options, name) for name in names})
+    if options.think:
+        thought = pipeline.think(drawing, writing=Writing(options.max_new_tokens))
+        print(thought, file=sys.stderr)
+        drawing = dataclasses.replace(drawing, thought=thought)
     with tqdm(total=drawing.steps, unit="step", desc="draw") as bar:
         image = pipeline.draw(drawing, lambda done: bar.update(done - bar.n))
-    settings = asdict(drawing) | {
-        "dtype": options.dtype,
-        "model": options.model.absolute().name,
-        "version": __version__,
-    }
-    image.save(options.out, pnginfo=_metadata(settings))
+    image.save(options.out, pnginfo=_metadata(options, pipeline, drawing))
 
 
-def _metadata(settings: dict):
+def _ask(options: argparse.Namespace) -> None:
+    from .writing import Writing
+
+    pipeline = _open(options)
+    writing = Writing(options.max_new_tokens, beams=options.beams)
+    print(pipeline.answer(options.prompt, _images(options, pipeline), options.system, writing=writing))
+
+
+def _open(options: argparse.Namespace):
+    import torch
+
+    from .pipeline import Pipeline
+
+    return Pipeline(options.model, dtype=getattr(torch, options.dtype), device=options.device)
+
+
+def _images(options: argparse.Namespace, pipeline) -> tuple:
+    from PIL import Image, UnidentifiedImageError
+
+    from .picture import remarks, to_rgb
+
+    images = []
+    for file in options.image:
+        try:
+            with Image.open(file) as image:
+                image.load()
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise ValueError(f"--image {file} is not readable as a picture ({error})") from error
+        for remark in remarks(image, pipeline.encoder.sizes):
+            print(f"internvl_u: {file}: {remark}", file=sys.stderr)
+        images.append(to_rgb(image))
+    return tuple(images)
+
+
+def _metadata(options: argparse.Namespace, pipeline, drawing):
     from PIL.PngImagePlugin import PngInfo
 
+    (width, height), (all_cfg, part_cfg) = pipeline.size(drawing), drawing.scales
+    settings = {name: getattr(drawing, name) for name in ("prompt", "system", "thought", "steps", "seed")}
+    settings |= {"width": width, "height": height, "all_cfg": all_cfg, "part_cfg": part_cfg, "dtype": options.dtype}
+    settings |= {"images": [file.name for file in options.image], "model": options.model.absolute().name}
     info = PngInfo()
-    info.add_itxt("internvl_u", json.dumps(settings, ensure_ascii=False))
+    info.add_itxt("internvl_u", json.dumps(settings | {"version": __version__}, ensure_ascii=False))
     return info
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
 from .checkpoint import fill, map_weights, read_json
 from .config import VisionConfig, read_vision
+from .picture import ReferenceSizes, vision_pixels
 from .prompt import ROW_TOKENS, TokenIds, Tokenizer, find_tokenizer
 from .vision import Projector, VisionTower
 
@@ -31,6 +33,7 @@ class MLLM(nn.Module):
 
     def __init__(self, config: MLLMConfig, *, dtype=None, device=None, operations=nn):
         super().__init__()
+        self.vision = config.vision
         factory = {"dtype": dtype, "device": device, "operations": operations}
         self.vision_model = VisionTower(config.vision, **factory)
         self.mlp1 = Projector(config.vision, **factory)
@@ -105,24 +108,72 @@ def load(root: Path, *, dtype: torch.dtype | None = None, device="cpu", operatio
     return model.to(device=device, dtype=dtype).eval()
 
 
+@dataclass(frozen=True)
 class Encoder:
-    """Prompts to the transformer's context, for one checkpoint."""
+    """What a checkpoint's prompts are made with: tokenizer, layers handed on, and how pictures are prepared."""
 
-    def __init__(self, tokenizer: Tokenizer, layers: Sequence[int]):
-        self.tokenizer = tokenizer
-        self.layers = tuple(layers)
-        self.rows = {tokenizer.special[name]: row for row, name in enumerate(ROW_TOKENS)}
+    tokenizer: Tokenizer
+    layers: tuple[int, ...]
+    sizes: ReferenceSizes
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    default_size: tuple[int, int]
 
     @classmethod
     def read(cls, root: Path) -> Encoder:
-        """Returns the encoder of a checkpoint folder (its tokenizer and which layers it hands on)."""
-        config = read_json(root / "generation_decoder" / "config.json")
-        return cls(Tokenizer(find_tokenizer(root)), config.get("vlm_select_layer", (-1, -2)))
+        """Returns the encoder of a checkpoint folder.
 
-    def context(self, model: MLLM, prompt: TokenIds, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        Raises:
+            FileNotFoundError: the tokenizer is missing.
+            RuntimeError: a file is unreadable or of another model.
+        """
+        drawing = read_json(root / "generation_decoder" / "config.json")
+        file = root / "processor" / "processor_config.json"
+        processor = read_json(file) if file.is_file() else {}
+        vision = processor.get("image_processor_kwargs", {})
+        return cls(
+            Tokenizer(find_tokenizer(root)),
+            tuple(drawing.get("vlm_select_layer", (-1, -2))),
+            ReferenceSizes.read(processor),
+            tuple(vision.get("image_mean", (0.485, 0.456, 0.406))),
+            tuple(vision.get("image_std", (0.229, 0.224, 0.225))),
+            (int(drawing.get("gen_image_width", 512)), int(drawing.get("gen_image_height", 512))),
+        )
+
+    @property
+    def rows(self) -> dict[int, int]:
+        """Special-token row by token id."""
+        return {self.tokenizer.special[name]: row for row, name in enumerate(ROW_TOKENS)}
+
+    def features(
+        self, model: MLLM, images: Sequence[Image.Image], *, device: torch.device, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """Returns what the model sees in each RGB picture [1, tokens, width]."""
+        size = model.vision.image_size
+        pixels = (vision_pixels(image, size, self.mean, self.std) for image in images)
+        return [model.image_features(one.to(device, dtype)).to(dtype) for one in pixels]
+
+    def embedded(
+        self, model: MLLM, prompt: TokenIds, features: Sequence[torch.Tensor], *, device, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Returns a prompt's embeddings [1, tokens, width], its pictures' features in place."""
+        embedded = model.embed(prompt.ids, self.rows, device).to(dtype)
+        for place, seen in zip(prompt.pictures, features, strict=True):
+            embedded[:, place] = seen
+        return embedded
+
+    def context(
+        self,
+        model: MLLM,
+        prompt: TokenIds,
+        features: Sequence[torch.Tensor] = (),
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
         """Returns the context [tokens, len(layers) * width] of a prompt: its user's turn to its end.
 
         The system turn is seen by the attention but not handed on. `device` and `dtype` are the arithmetic's.
         """
-        embedded = model.embed(prompt.ids, self.rows, device)
-        return model.hidden_states(embedded.to(dtype), self.layers)[0, prompt.user :]
+        embedded = self.embedded(model, prompt, features, device=device, dtype=dtype)
+        return model.hidden_states(embedded, self.layers)[0, prompt.user :]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy
 import torch
 from PIL import Image
+from torch.nn import functional
 
 STRIDE = 16
 """Width and height of what is drawn are multiples of this many pixels (VAE 8 x patch 2)."""
@@ -52,3 +58,81 @@ def to_image(decoded: torch.Tensor) -> Image.Image:
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     """Returns the image at a size in pixels, with the Lanczos filter of the official pipeline."""
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+@dataclass(frozen=True)
+class ReferenceSizes:
+    """The range of sizes, in pixels, that reference pictures are brought into."""
+
+    smallest_area: int = 4096 * 64
+    largest_area: int = 16384 * 64
+    longest_side: int | None = 1024
+
+    @classmethod
+    def read(cls, config: Mapping) -> ReferenceSizes:
+        """Returns the range that a checkpoint's `processor_config.json` states."""
+        stated = config.get("image_gen_processor_kwargs", {})
+        area = int(stated.get("vae_downsample_factor", LATENT_STRIDE)) ** 2
+        return cls(
+            int(stated.get("min_dynamic_patch", 4096)) * area,
+            int(stated.get("max_dynamic_patch", 16384)) * area,
+            stated.get("max_length"),
+        )
+
+    def fit(self, width: int, height: int) -> tuple[int, int]:
+        """Returns the (width, height) for a picture: multiples of 16, aspect kept as nearly as the range allows."""
+        sides, longest = (height, width), self.longest_side or sys.maxsize
+        if max(sides) > longest:
+            sides = tuple(max(1, int(side * (longest / max(sides)))) for side in sides)
+        fitted = tuple(round(side / STRIDE) * STRIDE for side in sides)
+        area = sides[0] * sides[1]
+        if fitted[0] * fitted[1] > self.largest_area:
+            scale = math.sqrt(area / self.largest_area)
+            fitted = tuple(math.floor(side / scale / STRIDE) * STRIDE for side in sides)
+        elif fitted[0] * fitted[1] < self.smallest_area:
+            scale = math.sqrt(self.smallest_area / area)
+            fitted = tuple(math.ceil(side * scale / STRIDE) * STRIDE for side in sides)
+        if max(fitted) > longest:
+            scale = longest / max(fitted)
+            fitted = tuple(math.floor(side * scale / STRIDE) * STRIDE for side in fitted)
+        # The official rule fails for pictures thinner than 16 pixels; one patch is the least that can be drawn.
+        height, width = (max(side, STRIDE) for side in fitted)
+        return width, height
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns the image in 8-bit RGB; what is transparent lies on white."""
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def remarks(image: Image.Image, sizes: ReferenceSizes) -> list[str]:
+    """Returns what a user should know of how an unusual picture, still in its own mode, is taken."""
+    said = []
+    if "A" in image.getbands() or "transparency" in image.info:
+        said.append("its transparent parts are laid on white")
+    (width, height), fitted = image.size, sizes.fit(*image.size)
+    stretch = fitted[0] / fitted[1] * height / width
+    if not 0.8 < stretch < 1.25:
+        said.append(f"its {width} x {height} pixels are stretched to {fitted[0]} x {fitted[1]} for the transformer")
+    if max(width, height) > 4 * max(fitted):
+        said.append(f"its {width} x {height} pixels are scaled down to {fitted[0]} x {fitted[1]}")
+    return said
+
+
+def vision_pixels(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Returns what the vision tower sees [1, 3, size, size]: the whole picture, its aspect not kept."""
+    levels = torch.from_numpy(numpy.array(image)).movedim(-1, 0)[None]  # HWC -> BCHW
+    levels = functional.interpolate(levels, size=(size, size), mode="bicubic", antialias=True)
+    centre, spread = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    return (levels.float() / 255 - centre) / spread
+
+
+def reference_pixels(image: Image.Image, sizes: ReferenceSizes) -> torch.Tensor:
+    """Returns a reference for the VAE [1, 3, height, width] in [-1, 1], at the size that `sizes` gives."""
+    scaled = image.resize(sizes.fit(*image.size), Image.Resampling.BICUBIC)
+    levels = torch.from_numpy(numpy.array(scaled)).movedim(-1, 0)[None]  # HWC -> BCHW
+    return levels.float() / 255 * 2 - 1

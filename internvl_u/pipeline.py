@@ -1,8 +1,8 @@
-"""Text to image from a checkpoint folder, without ComfyUI: what `python -m internvl_u draw` runs."""
+"""Drawing, editing, thinking and answering from a checkpoint folder, without ComfyUI."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from .checkpoint import check_folder, fill, map_weights, open_file, read_json, s
 from .config import read_mmdit
 from .mmdit import MMDiT, time_embedding
 from .vae import StandaloneVAE
+from .writing import Writing, write
 
 PADDING = "encoder_padding_token"
 """A tensor of the released files that only fills padding in training."""
@@ -21,16 +22,43 @@ PADDING = "encoder_padding_token"
 
 @dataclass(frozen=True)
 class Drawing:
-    """What to draw. Sizes are pixels, scales are the two guidance strengths."""
+    """What to draw. Sizes are pixels, scales the two guidance strengths; None takes the official default.
+
+    With `images` (RGB) the prompt edits them; `thought` is a chain of thought that the drawing follows.
+    """
 
     prompt: str
-    width: int = 1024
-    height: int = 1024
+    width: int | None = None
+    height: int | None = None
     steps: int = 20
     seed: int = 0
-    all_cfg: float = 4.5
-    part_cfg: float = 2.0
+    all_cfg: float | None = None
+    part_cfg: float | None = None
     system: str | None = None
+    images: tuple[Image.Image, ...] = ()
+    thought: str = ""
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """The two guidance strengths: 4.5 and 2.0, or 3.5 and 1.5 after a thought, where none is given."""
+        all_cfg, part_cfg = (3.5, 1.5) if self.thought else (4.5, 2.0)
+        return (
+            all_cfg if self.all_cfg is None else self.all_cfg,
+            part_cfg if self.part_cfg is None else self.part_cfg,
+        )
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the transformer draws from: (context, layout) of each branch, and the references' latents [1, 16, h, w].
+
+    Without references the partial branch is the unconditional one and is left out.
+    """
+
+    conditional: tuple[torch.Tensor, prompt.Layout]
+    partial: tuple[torch.Tensor, prompt.Layout] | None
+    unconditional: tuple[torch.Tensor, prompt.Layout]
+    references: tuple[torch.Tensor, ...] = ()
 
 
 class Pipeline:
@@ -53,43 +81,103 @@ class Pipeline:
         """Returns the picture, at the wished size; `on_step(n)` hears after each of the steps.
 
         Raises:
-            ValueError: a size or number of steps is out of range.
+            ValueError: a size, the number of steps or the number of placeholders is out of range.
         """
-        width, height = picture.drawn_size(drawing.width, drawing.height)
+        width, height = self.size(drawing)
+        drawn = picture.drawn_size(width, height)
         sigmas = sampling.flow_sigmas(drawing.steps)
-        noise = picture.noise(width, height, drawing.seed)
-        latent = self.sample(self.contexts(drawing), noise, sigmas, drawing, on_step)
-        return picture.resize(picture.to_image(self.decode(latent)[0]), drawing.width, drawing.height)
+        noise = picture.noise(*drawn, drawing.seed)
+        latent = self.sample(self.conditions(drawing), noise, sigmas, drawing.scales, on_step)
+        return picture.resize(picture.to_image(self.decode(latent)[0]), width, height)
+
+    def size(self, drawing: Drawing) -> tuple[int, int]:
+        """Returns the wished (width, height): by default the first picture's, or the checkpoint's own."""
+        default = self.encoder.default_size
+        if drawing.images:
+            default = self.encoder.sizes.fit(*drawing.images[0].size)
+        return drawing.width or default[0], drawing.height or default[1]
 
     @torch.inference_mode()
-    def contexts(self, drawing: Drawing) -> list[tuple[torch.Tensor, prompt.Layout]]:
-        """Returns context and layout of the conditional and the unconditional prompt.
+    def write(
+        self,
+        text: str,
+        images: Sequence[Image.Image] = (),
+        system: str | None = None,
+        writing: Writing | None = None,
+        on_token: Callable[[list[int]], None] | None = None,
+    ) -> list[int]:
+        """Returns the ids that the model writes after the prompt; see `writing.write`."""
+        model = self._mllm()
+        opening = prompt.opening(
+            self.encoder.tokenizer, text, system=system, pictures=len(images), grid=model.vision.grid
+        )
+        where = {"device": self.device, "dtype": self.dtype}
+        features = self.encoder.features(model, images, **where)
+        return write(self.encoder, model, opening, features, writing, on_token=on_token, **where)
 
-        The partial prompt of text to image is the unconditional one, so it is not computed again.
+    def answer(self, question: str, images: Sequence[Image.Image] = (), system: str | None = None, **how) -> str:
+        """Returns the model's answer to a question about any number of pictures."""
+        system = prompt.SYSTEM_ANSWER if system is None else system
+        return self.encoder.tokenizer.decode(self.write(question, images, system, **how))
+
+    def think(self, drawing: Drawing, **how) -> prompt.Thought:
+        """Returns the thought that the model has before it draws, as far as the official code hands it on."""
+        system = (
+            (prompt.SYSTEM_EDIT if drawing.images else prompt.SYSTEM_DRAW) if drawing.system is None else drawing.system
+        )
+        written = self.write(drawing.prompt, drawing.images, system, **how)
+        ids = prompt.handed_on(written, self.encoder.tokenizer.stops)
+        return prompt.Thought(self.encoder.tokenizer.decode(ids), ids)
+
+    @torch.inference_mode()
+    def conditions(self, drawing: Drawing) -> Conditions:
+        """Returns what the transformer draws from.
+
+        Raises:
+            ValueError: the prompt has more placeholders than there are pictures.
         """
-        prompts = prompt.branches(self.encoder.tokenizer, drawing.prompt, system=drawing.system)
-        model = self._on_device("mllm", lambda: mllm.load(self.root, dtype=self.dtype))
-        return [
-            (self.encoder.context(model, tokens, self.device, self.dtype), tokens.layout)
-            for tokens in (prompts.conditional, prompts.unconditional)
-        ]
+        references = self._references(drawing.images)
+        model, images = self._mllm(), drawing.images
+        tokenizer, where = self.encoder.tokenizer, {"device": self.device, "dtype": self.dtype}
+        prompts = prompt.branches(
+            tokenizer,
+            drawing.prompt,
+            pictures=len(images),
+            grid=model.vision.grid,
+            system=drawing.system,
+            thought=tokenizer.thought(drawing.thought),
+        )
+        features = self.encoder.features(model, images, **where)
+
+        def encode(tokens: prompt.TokenIds, seen=()):
+            return self.encoder.context(model, tokens, seen, **where), tokens.layout
+
+        partial = encode(prompts.partial, features) if images else None
+        return Conditions(encode(prompts.conditional, features), partial, encode(prompts.unconditional), references)
 
     @torch.inference_mode()
-    def sample(self, contexts, noise, sigmas, drawing: Drawing, on_step=None) -> torch.Tensor:
+    def sample(self, conditions: Conditions, noise, sigmas, scales, on_step=None) -> torch.Tensor:
         """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
         model = self._on_device("mmdit", lambda: load_mmdit(self.root, dtype=self.dtype))
-        size = noise.shape[-2:]
-        branches = [model.branch(context, layout, size, ()) for context, layout in contexts]
+        size, references = noise.shape[-2:], conditions.references
+        grids = [reference.shape[-2:] for reference in references]
+        seeing = [c for c in (conditions.conditional, conditions.partial) if c is not None]
+        groups = [([model.branch(*seen, size, grids) for seen in seeing], references)]
+        groups.append(([model.branch(*conditions.unconditional, size, ())], ()))
+        if not references:
+            groups = [([*groups[0][0], *groups[1][0]], ())]
 
         def denoise(latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             timestep = sampling.whole_timestep(sigma).reshape(1)
-            time = time_embedding(timestep.to(self.dtype)).expand(len(branches), -1)
-            both = latent.to(self.dtype).expand(len(branches), -1, -1, -1)
-            conditional, nothing = model(both, time, branches).float().chunk(2)
-            velocity = sampling.dual_guidance(
-                conditional, nothing, nothing, drawing.all_cfg, drawing.part_cfg, timestep
-            )
-            return latent - sigma * velocity
+            time = time_embedding(timestep.to(self.dtype))
+            velocities = []
+            for branches, seen in groups:
+                count = len(branches)
+                repeated = [one.to(self.dtype).expand(count, -1, -1, -1) for one in (latent, *seen)]
+                velocity = model(repeated[0], time.expand(count, -1), branches, repeated[1:])
+                velocities += velocity.float().split(1)
+            conditional, partial, unconditional = velocities if len(velocities) == 3 else (*velocities, velocities[1])
+            return latent - sigma * sampling.dual_guidance(conditional, partial, unconditional, *scales, timestep)
 
         hear = None if on_step is None else lambda index, *_: on_step(index + 1)
         return sampling.sample(denoise, noise.to(self.device), sigmas.to(self.device), hear)
@@ -99,6 +187,15 @@ class Pipeline:
         """Returns pictures [1, 3, 8 h, 8 w] in [-1, 1] from a final latent [1, 16, h, w]."""
         vae = self._on_device("vae", lambda: StandaloneVAE(self.root, dtype=self.dtype))
         return vae.decode(latent.to(self.dtype)).float()
+
+    def _references(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, ...]:
+        if not images:
+            return ()
+        vae = self._on_device("vae", lambda: StandaloneVAE(self.root, dtype=self.dtype))
+        return tuple(vae.encode(picture.reference_pixels(image, self.encoder.sizes)) for image in images)
+
+    def _mllm(self) -> mllm.MLLM:
+        return self._on_device("mllm", lambda: mllm.load(self.root, dtype=self.dtype))
 
     def _on_device(self, name: str, load: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         self._leave_device(keep=name)

@@ -114,6 +114,19 @@ class Tokenizer:
                 ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
         return ids, pictures
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids, without special tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def thought(self, text: str) -> tuple[int, ...]:
+        """Returns the ids of a thought: its own where it remembers them, else those of its text."""
+        return text.ids if isinstance(text, Thought) else tuple(self.encode([text])[0])
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end what the model writes."""
+        return self.special[IM_END], self.special[IMG]
+
 
 def find_tokenizer(root: Path) -> Path:
     """Returns the folder of a checkpoint that holds the tokenizer: `processor`, or `vlm` in some mirrors.
@@ -127,23 +140,94 @@ def find_tokenizer(root: Path) -> Path:
     raise FileNotFoundError(f"no tokenizer.json or vocab.json in {root / 'processor'} or {root / 'vlm'}. {HOW_TO_GET}.")
 
 
-def branches(tokenizer: Tokenizer, text: str, *, system: str | None = None) -> Branches:
-    """Returns the prompts for a picture drawn from `text` alone; `system` replaces the default system message.
+def branches(
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    pictures: int = 0,
+    grid: int = 0,
+    system: str | None = None,
+    thought: Sequence[int] = (),
+) -> Branches:
+    """Returns the prompts for a picture drawn from `text`, or edited from `pictures` input pictures.
 
-    An empty `text` is allowed: the user's turn is then empty, as in the official code.
+    Each picture takes `grid` x `grid` tokens. `system` replaces the default system message; `thought` are the ids of
+    a chain of thought that the drawing follows. An empty `text` is allowed: the user's turn is then empty.
+
+    Raises:
+        ValueError: the text has more `<image>` placeholders than there are pictures.
     """
-    message = SYSTEM_DRAW if system is None else system
-    nothing = _draw(tokenizer, message, ["Here is a random image ", Special(IMG_UNCOND), ":"])
-    return Branches(_draw(tokenizer, message, [_sentence(text)]), nothing, nothing)
+    message = (SYSTEM_EDIT if pictures else SYSTEM_DRAW) if system is None else system
+    drawn = Special(IMG)
+
+    def build(turn: Sequence[Piece], written: Sequence[int] = ()) -> TokenIds:
+        return _prompt(tokenizer, message, turn, grid, (*written, tokenizer.special[drawn.name]))
+
+    nothing = build(["Here is a random image ", Special(IMG_UNCOND), ":"])
+    conditional = build(_user_turn(text, pictures), thought)
+    partial = build(_with_pictures(f"{IMAGE_PLACEHOLDER}\n" * pictures + WITHOUT_WORDS)) if pictures else nothing
+    return Branches(conditional, partial, nothing)
 
 
-def _draw(tokenizer: Tokenizer, system: str, user: Sequence[Piece]) -> TokenIds:
+def opening(tokenizer: Tokenizer, text: str, *, system: str, pictures: int = 0, grid: int = 0) -> TokenIds:
+    """Returns the prompt after which the model writes: an answer, or a thought before it draws.
+
+    Raises:
+        ValueError: the text has more `<image>` placeholders than there are pictures.
+    """
+    return _prompt(tokenizer, system, _user_turn(text, pictures), grid)
+
+
+def handed_on(written: Sequence[int], stops: Sequence[int]) -> tuple[int, ...]:
+    """Returns the tokens of a written thought that the official code draws from.
+
+    It drops the token that ended the thought and the one before it, or the last two where nothing ended it.
+    """
+    end = next((i for i, token in enumerate(written) if token in stops), len(written) - 1)
+    return tuple(written[: max(end - 1, 0)])
+
+
+class Thought(str):
+    """A thought as text that remembers its tokens, which the text alone does not always give back."""
+
+    ids: tuple[int, ...]
+
+    def __new__(cls, text: str, ids: Sequence[int]):
+        made = super().__new__(cls, text)
+        made.ids = tuple(ids)
+        return made
+
+    def __getnewargs__(self):
+        return str(self), self.ids  # so that copies remember too
+
+
+def _prompt(
+    tokenizer: Tokenizer, system: str, turn: Sequence[Piece], grid: int, written: Sequence[int] = ()
+) -> TokenIds:
     before, _ = tokenizer.encode([Special(IM_START), f"system\n{system}", Special(IM_END), "\n"])
-    first, *rest = user
-    turn = [Special(IM_START), "user\n" + first if isinstance(first, str) else "user\n", *rest]
-    after = [Special(IM_END), "\n", Special(IM_START), "assistant\n", Special(IMG)]
-    ids, _ = tokenizer.encode([*turn, *after])
-    return TokenIds((*before, *ids), (), len(before), 0)
+    first, *rest = turn
+    user = ["user\n" + first, *rest] if isinstance(first, str) else ["user\n", first, *rest]
+    after = [Special(IM_END), "\n", Special(IM_START), "assistant\n"]
+    ids, places = tokenizer.encode([Special(IM_START), *user, *after], grid**2)
+    places = [slice(place.start + len(before), place.stop + len(before)) for place in places]
+    return TokenIds((*before, *ids, *written), tuple(places), len(before), grid)
+
+
+def _user_turn(text: str, pictures: int) -> list[Piece]:
+    slots = text.count(IMAGE_PLACEHOLDER)
+    if slots > pictures:
+        raise ValueError(
+            f"the prompt has {slots} {IMAGE_PLACEHOLDER} placeholders for {pictures} pictures: connect more "
+            "pictures or take placeholders out"
+        )
+    return _with_pictures(_sentence(f"{IMAGE_PLACEHOLDER}\n" * (pictures - slots) + text))
+
+
+def _with_pictures(text: str) -> list[Piece]:
+    pieces: list[Piece] = []
+    for words in text.split(IMAGE_PLACEHOLDER):
+        pieces += [Picture(), words]
+    return [piece for piece in pieces[1:] if piece != ""] or [""]
 
 
 def _sentence(text: str) -> str:

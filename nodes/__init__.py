@@ -8,6 +8,7 @@ from .encode import EncodePrompt
 from .latent import CreateLatent
 from .load import LoadModel
 from .sample import CreateGuider, SampleLatent, ScheduleSteps, SelectSampler
+from .think import AnswerQuestion, WriteThought
 
 NODES = [
     LoadModel,
@@ -18,6 +19,8 @@ NODES = [
     SelectSampler,
     ScheduleSteps,
     DecodeLatent,
+    WriteThought,
+    AnswerQuestion,
 ]
 
 model_folders.register()

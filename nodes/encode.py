@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .load import MLLM
+from .text import PICTURES, picture_inputs, system_input
 
 
 class EncodePrompt(io.ComfyNode):
-    """A text to the two conditionings of a picture."""
+    """A text, pictures to edit and a thought to the conditionings of a picture."""
 
     @classmethod
     def define_schema(cls):
@@ -16,32 +17,44 @@ class EncodePrompt(io.ComfyNode):
             node_id="InternVLU_EncodePrompt",
             display_name="InternVL-U Encode",
             category="InternVL-U",
-            description="Reads the prompt with the multimodal language model. Positive follows the prompt, negative "
-            "is the model's own empty prompt: InternVL-U has no negative prompt.",
+            description="Reads the prompt with the multimodal language model. With pictures it edits them. Positive "
+            "follows the prompt, negative is the model's own empty prompt: InternVL-U has no negative prompt.",
             inputs=[
-                MLLM.Input("mllm", display_name="MLLM"),
+                MLLM.Input("mllm"),
                 io.String.Input(
                     "prompt",
                     multiline=True,
+                    placeholder="what to draw, or what to change",
                     dynamic_prompts=True,
-                    tooltip="What to draw, in English or Chinese. A full stop is added if the text does not end in "
-                    "one. Special tokens such as <img> are taken as plain text.",
+                    tooltip="What to draw, or what to change in the pictures, in English or Chinese. A full stop is "
+                    "added if the text does not end in one. Special tokens such as <img> are taken as plain text.",
                 ),
+                system_input("drawing or editing"),
+                io.Vae.Input("vae", optional=True, tooltip="Needed with pictures: from Load InternVL-U."),
+                *picture_inputs(),
                 io.String.Input(
-                    "system_prompt",
-                    default="",
-                    multiline=True,
+                    "thought",
                     optional=True,
-                    tooltip="Replaces the model's default system message. Empty: the default, which the model was "
-                    "trained with.",
+                    force_input=True,
+                    tooltip="A chain of thought to draw from: of InternVL-U Think, or any text. Then 3.5 for all_cfg "
+                    "and 1.5 for part_cfg are the official values.",
                 ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
                 io.Conditioning.Output(display_name="negative"),
+                io.Latent.Output(
+                    display_name="latent",
+                    tooltip="Empty, of the first picture's size (within the trained range), else the model's own size.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, mllm, prompt, system_prompt="") -> io.NodeOutput:
-        return io.NodeOutput(*mllm.encode(prompt, system=system_prompt or None))
+    def execute(cls, mllm, prompt, system_prompt="", vae=None, thought="", **pictures) -> io.NodeOutput:
+        from .native.pictures import rgb_pictures
+
+        images = rgb_pictures([pictures.get(name) for name in PICTURES], mllm.encoder.sizes)
+        return io.NodeOutput(
+            *mllm.encode(prompt, system=system_prompt or None, images=images, vae=vae, thought=thought)
+        )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from comfy.model_management import intermediate_device
 from comfy_api.latest import io
 
-from ..internvl_u.picture import LARGEST, SMALLEST, drawn_size, latent_size
+from ..internvl_u.picture import LARGEST, SMALLEST, drawn_size
 
 CUSTOM = "custom"
 PRESETS = ("1024 x 1024", "1024 x 768", "768 x 1024", "1024 x 576", "576 x 1024", "512 x 512")
-CHANNELS = 16
 
 
 class CreateLatent(io.ComfyNode):
@@ -43,5 +40,6 @@ class CreateLatent(io.ComfyNode):
     def execute(cls, preset, width, height, batch_size) -> io.NodeOutput:
         if preset != CUSTOM:
             width, height = (int(side) for side in preset.split(" x "))
-        size = latent_size(*drawn_size(width, height))
-        return io.NodeOutput({"samples": torch.zeros(batch_size, CHANNELS, 1, *size, device=intermediate_device())})
+        from .native.sampler import empty_latent
+
+        return io.NodeOutput(empty_latent(*drawn_size(width, height), batch_size))

@@ -103,7 +103,7 @@ class SelectSampler(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="InternVLU_SelectSampler",
-            display_name="InternVL-U Sampler Object",
+            display_name="InternVL-U Solver",
             category="InternVL-U/custom sampling",
             description="DPM-Solver++ 2M for flow models, as the official pipeline has it, for SamplerCustomAdvanced.",
             inputs=[],

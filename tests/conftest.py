@@ -1,10 +1,12 @@
 """Fixtures for all tests: the pack under a name of its own, golden data, ComfyUI in this process and as a server."""
 
+import asyncio
 import importlib
 import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -16,12 +18,16 @@ from pathlib import Path
 
 import numpy
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "tests" / "data" / "checkpoint"
 GOLDEN = ROOT / "tests" / "data" / "golden"
 PICTURE_CASES = ("t2i_square", "t2i_wide", "t2i_odd_size")
+EDIT_CASES = ("edit_one", "edit_placeholder", "edit_large_ref")
+THOUGHT_CASES = ("cot_t2i", "cot_edit", "cot_t2i_eos", "cot_t2i_img")
+TEXT_CASES = ("qa_one", "qa_two", "qa_text_only", "qa_beam")
 
 # Our folder `nodes` would hide ComfyUI's module of that name if the root were on sys.path.
 pack = types.ModuleType("pack")
@@ -38,6 +44,10 @@ class Case:
     width: int
     height: int
     steps: int
+    images: tuple
+    new: int
+    beams: int
+    text: str
     tensors: dict
 
     def __getitem__(self, key):
@@ -57,13 +67,31 @@ def golden(manifest):
     def read(name):
         stated = manifest["cases"][name]
         tensors = load_file(GOLDEN / f"{name}.safetensors")
-        return Case(name, *(stated[key] for key in ("prompt", "width", "height", "steps")), tensors)
+        pictures = tuple(GOLDEN / f"image_{letter}.png" for letter in stated.get("images", ()))
+        defaults = {"width": 0, "height": 0, "steps": 0, "new": 0, "beams": 1, "generated_text": ""}
+        width, height, steps, new, beams, text = (stated.get(key, default) for key, default in defaults.items())
+        return Case(name, stated["prompt"], width, height, steps, pictures, new, beams, text, tensors)
 
     return read
 
 
 @pytest.fixture(params=PICTURE_CASES)
 def case(request, golden):
+    return golden(request.param)
+
+
+@pytest.fixture(params=EDIT_CASES)
+def edit(request, golden):
+    return golden(request.param)
+
+
+@pytest.fixture(params=THOUGHT_CASES)
+def thinking(request, golden):
+    return golden(request.param)
+
+
+@pytest.fixture(params=TEXT_CASES)
+def question(request, golden):
     return golden(request.param)
 
 
@@ -179,6 +207,54 @@ class Server:
 
     def files(self, entry, node, kind="images"):
         return [self.base / "output" / item["subfolder"] / item["filename"] for item in entry["outputs"][node][kind]]
+
+    def find(self, graph, kind):
+        """Returns the id of the one node of a kind in an API graph."""
+        (found,) = [name for name, node in graph.items() if node["class_type"] == kind]
+        return found
+
+    def with_latent(self, graph):
+        """Adds core's SaveLatent, named "latent", at the point where the picture is decoded."""
+        decoders = {"InternVLU_DecodeLatent", "VAEDecode"}
+        (samples,) = [node["inputs"]["samples"] for node in graph.values() if node["class_type"] in decoders]
+        graph["latent"] = {"class_type": "SaveLatent", "inputs": {"samples": samples, "filename_prefix": "latent"}}
+        return graph
+
+    def latent(self, entry):
+        """Returns the latent that `with_latent` saved."""
+        (file,) = self.files(entry, "latent", "latents")
+        return load_file(file)["latent_tensor"]
+
+    def picture(self, entry, node):
+        """Returns the one picture [H, W, 3] that a SaveImage node wrote."""
+        (file,) = self.files(entry, node)
+        with Image.open(file) as image:
+            return numpy.asarray(image.convert("RGB"))
+
+    def listen(self, graph, act=None, timeout=120):
+        """Runs a graph; returns the events (kind, data) and preview images that the websocket told.
+
+        `act(kind, data)` hears each event as it comes.
+        """
+        return asyncio.run(asyncio.wait_for(self._listen(graph, act), timeout))
+
+    async def _listen(self, graph, act):
+        import aiohttp
+
+        events, previews = [], []
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{self.url}/ws?clientId=listener") as socket:
+            await asyncio.to_thread(self.queue, graph, "listener")
+            async for message in socket:
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    if struct.unpack(">I", message.data[:4])[0] == 1:
+                        previews.append(message.data[8:])
+                    continue
+                event = json.loads(message.data)
+                events.append((event["type"], event["data"]))
+                if act is not None:
+                    await asyncio.to_thread(act, *events[-1])
+                if event["type"] in {"execution_success", "execution_error", "execution_interrupted"}:
+                    return events, previews
 
     def error(self, entry):
         return next(

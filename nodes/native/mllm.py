@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,12 @@ import torch
 
 from ...internvl_u import mllm, prompt
 from ...internvl_u.checkpoint import check_weights, map_weights
+from ...internvl_u.picture import drawn_size, reference_pixels
+from ...internvl_u.writing import Writing, write
 from . import compat
+from .guidance import PARTIAL
 from .model import LAYOUT
+from .sampler import empty_latent
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -45,27 +50,68 @@ class NativeMLLM:
         """Returns the bytes that ComfyUI's cache counts for this object."""
         return self.patcher.model_size()
 
-    def encode(self, text: str, system: str | None = None) -> tuple[list, list]:
-        """Returns positive and negative CONDITIONING for a picture drawn from `text`."""
-        prompts = prompt.branches(self.encoder.tokenizer, text, system=system)
-        return tuple(self._conditionings([prompts.conditional, prompts.unconditional]))
+    def encode(self, text: str, *, system: str | None = None, images=(), vae=None, thought: str = "") -> tuple:
+        """Returns positive and negative CONDITIONING and a latent of the size to draw.
 
-    def _conditionings(self, prompts: list[prompt.TokenIds]) -> list:
-        tokens = max(len(tokens.ids) for tokens in prompts)
-        mm.load_models_gpu([self.patcher], memory_required=self._activations(tokens))
+        `images` are RGB pictures to edit; they need the `vae`. `thought` is a chain of thought to draw from.
+
+        Raises:
+            ValueError: pictures without a VAE, or more placeholders in the text than pictures.
+        """
+        if images and vae is None:
+            raise ValueError(f"{len(images)} pictures found and no VAE: connect the VAE of Load InternVL-U to Encode")
+        tokenizer, grid = self.encoder.tokenizer, self.patcher.model.vision.grid
+        thought = tokenizer.thought(thought)
+        prompts = prompt.branches(tokenizer, text, pictures=len(images), grid=grid, system=system, thought=thought)
+        references = {"reference_latents": [self._reference(vae, image) for image in images]} if images else {}
+        with self._ready(max(len(tokens.ids) for tokens in (prompts.conditional, prompts.partial))) as where:
+            features = self.encoder.features(self.patcher.model, images, **where)
+            positive = self._conditioning(prompts.conditional, features, where, references)
+            negative = self._conditioning(prompts.unconditional, (), where, {})
+            if images:
+                positive[0][1][PARTIAL] = self._conditioning(prompts.partial, features, where, references)
+        size = self.encoder.sizes.fit(*images[0].size) if images else self.encoder.default_size
+        return positive, negative, empty_latent(*drawn_size(*size))
+
+    def write(self, text: str, *, system: str, images=(), writing: Writing, on_token=None) -> list[int]:
+        """Returns the ids that the model writes after a prompt; `on_token(ids)` hears after each token.
+
+        Raises:
+            ValueError: more placeholders in the text than pictures.
+        """
+        model = self.patcher.model
+        opening = prompt.opening(
+            self.encoder.tokenizer, text, system=system, pictures=len(images), grid=model.vision.grid
+        )
+        with self._ready(len(opening.ids), writing) as where:
+            features = self.encoder.features(model, images, **where)
+            return write(self.encoder, model, opening, features, writing, on_token=on_token, **where)
+
+    @contextlib.contextmanager
+    def _ready(self, tokens: int, writing: Writing | None = None):
+        mm.load_models_gpu([self.patcher], memory_required=self._activations(tokens, writing))
         device = self.patcher.load_device
-        result = []
+        run_on(self.patcher.model.language_model, device, self.dtype)
         with compat.device_context(device):
-            for tokens in prompts:
-                context = self.encoder.context(self.patcher.model, tokens, device=device, dtype=self.dtype)
-                context = context.unsqueeze(0).to(mm.intermediate_device(), torch.float32)
-                result.append([[context, {LAYOUT: tokens.layout}]])
-        return result
+            yield {"device": device, "dtype": self.dtype}
 
-    def _activations(self, tokens: int) -> int:
+    def _conditioning(self, tokens: prompt.TokenIds, features, where, extra: dict) -> list:
+        context = self.encoder.context(self.patcher.model, tokens, features, **where)
+        context = context.unsqueeze(0).to(mm.intermediate_device(), torch.float32)
+        return [[context, {LAYOUT: tokens.layout, **extra}]]
+
+    def _reference(self, vae, image) -> torch.Tensor:
+        pixels = reference_pixels(image, self.encoder.sizes)
+        return vae.encode((pixels.movedim(1, -1) + 1) / 2)  # BCHW -> BHWC
+
+    def _activations(self, tokens: int, writing: Writing | None) -> int:
         config = self.patcher.model.language_model.config
         kept = config.num_hidden_layers * config.hidden_size + 4 * config.intermediate_size
-        return tokens * kept * self.dtype.itemsize
+        cached = 0
+        if writing is not None:
+            a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+            cached = a_token * (tokens + writing.max_new_tokens) * writing.beams + config.vocab_size * writing.beams * 4
+        return (tokens * kept + cached) * self.dtype.itemsize
 
 
 def load_mllm(root: str, precision: torch.dtype | None = None) -> NativeMLLM:
@@ -108,6 +154,13 @@ def cast_language(model: torch.nn.Module) -> None:
                 module.bias = None
         elif type(module).__name__.endswith("RMSNorm"):
             module.__class__ = CastRMSNorm
+
+
+def run_on(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Tells transformers where and how the model runs: it would ask the first weight, which may be offloaded."""
+    kind = type(model) if not hasattr(type(model), "asked") else type(model).asked
+    where = {"asked": kind, "device": property(lambda self: device), "dtype": property(lambda self: dtype)}
+    model.__class__ = type(kind.__name__, (kind,), where)
 
 
 def _stored(weights: dict[str, torch.Tensor], precision: torch.dtype | None) -> dict[str, torch.Tensor]:

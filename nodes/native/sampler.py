@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import comfy.latent_formats
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -10,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...internvl_u import sampling
+from ...internvl_u.picture import latent_size
 from .guidance import DualGuider
 
 
@@ -29,6 +32,13 @@ def flow_sigmas(steps: int, denoise: float = 1.0) -> torch.Tensor:
     if denoise == 0.0:
         return torch.empty(0)
     return sampling.flow_sigmas(int(steps / denoise))[-(steps + 1) :]
+
+
+def empty_latent(width: int, height: int, batch: int = 1) -> dict:
+    """Returns an empty LATENT [batch, 16, 1, height / 8, width / 8] of a drawn size in pixels."""
+    size = latent_size(width, height)
+    device = comfy.model_management.intermediate_device()
+    return {"samples": torch.zeros(batch, comfy.latent_formats.Wan21.latent_channels, 1, *size, device=device)}
 
 
 def sample_latent(model, positive, negative, latent: dict, *, seed, steps, all_cfg, part_cfg, denoise=1.0) -> dict:

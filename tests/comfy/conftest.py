@@ -1,6 +1,9 @@
-"""The checkpoint as ComfyUI's objects, and drawing with them in this process."""
+"""The checkpoint as ComfyUI's objects, drawing with them in this process, and graphs for a running ComfyUI."""
 
 import importlib
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -48,9 +51,42 @@ def draw(parts, empty):
     """Draws a golden case with our sampler; returns ComfyUI's latents."""
 
     def run(model, mllm, case, seed=1234, **changes):
-        positive, negative = mllm.encode(case.prompt)
+        positive, negative, _ = mllm.encode(case.prompt)
         settings = {"steps": case.steps, "all_cfg": 4.5, "part_cfg": 2.0} | changes
         latent = empty(case.width, case.height)
         return parts.sampler.sample_latent(model, positive, negative, latent, seed=seed, **settings)["samples"]
 
     return run
+
+
+@pytest.fixture
+def graph():
+    """Reads a shipped workflow in API format and puts a golden case's values in."""
+
+    def make(name, case, **changes):
+        file = Path(__file__).parent.parent / "workflows" / f"{name}.api.json"
+        nodes = json.loads(file.read_text(encoding="utf-8"))
+        values = {"model_name": "tiny", "precision": "fp32", "preset": "custom", "noise_seed": 1234, "seed": 1234}
+        values |= {"width": case.width, "height": case.height, "steps": case.steps, "prompt": case.prompt} | changes
+        for node in nodes.values():
+            for key, value in values.items():
+                if key in node["inputs"] and not isinstance(node["inputs"][key], list):
+                    node["inputs"][key] = value
+        return nodes
+
+    return make
+
+
+@pytest.fixture
+def load_images(server):
+    """Puts LoadImage nodes for files into a graph; returns their outputs."""
+
+    def add(nodes, files):
+        outputs = []
+        for i, file in enumerate(files):
+            shutil.copy(file, server.base / "input" / file.name)
+            nodes[f"load{i}"] = {"class_type": "LoadImage", "inputs": {"image": file.name}}
+            outputs.append([f"load{i}", 0])
+        return outputs
+
+    return add

@@ -1,72 +1,25 @@
 """Whole graphs in a running ComfyUI: the shipped workflows, previews, cancelling, unloading, and what goes wrong."""
 
-import asyncio
 import json
 import os
 import shutil
-import struct
 import time
 
 import numpy
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
 
 WORKFLOWS = ("text_to_image", "text_to_image_custom_sampling", "text_to_image_ksampler")
 
 
-@pytest.fixture
-def graph(comfyui):
-    """Reads a shipped workflow in API format and puts a golden case's values in."""
-    from pathlib import Path
-
-    def make(name, case, **changes):
-        file = Path(__file__).parent.parent / "workflows" / f"{name}.api.json"
-        nodes = json.loads(file.read_text(encoding="utf-8"))
-        values = {"model_name": "tiny", "precision": "fp32", "preset": "custom", "noise_seed": 1234, "seed": 1234}
-        values |= {"width": case.width, "height": case.height, "steps": case.steps, "prompt": case.prompt} | changes
-        for node in nodes.values():
-            for key, value in values.items():
-                if key in node["inputs"] and not isinstance(node["inputs"][key], list):
-                    node["inputs"][key] = value
-        return nodes
-
-    return make
-
-
-def find(nodes, kind):
-    (found,) = [name for name, node in nodes.items() if node["class_type"] == kind]
-    return found
-
-
-def with_latent(nodes):
-    """Adds core's SaveLatent at the point where the picture is decoded."""
-    decoder = next(
-        node for node in nodes.values() if "DecodeLatent" in node["class_type"] or "VAEDecode" in node["class_type"]
-    )
-    nodes["latent"] = {
-        "class_type": "SaveLatent",
-        "inputs": {"samples": decoder["inputs"]["samples"], "filename_prefix": "l"},
-    }
-    return nodes
-
-
-def picture(server, entry, node):
-    (file,) = server.files(entry, node)
-    with Image.open(file) as image:
-        return numpy.asarray(image.convert("RGB"))
-
-
 @pytest.mark.parametrize("name", WORKFLOWS[:2])
-def test_shipped_workflows_draw_the_official_latent_and_picture(server, graph, case, name, near, same_picture):
-    import comfy.latent_formats
-
-    nodes = with_latent(graph(name, case))
+def test_shipped_workflows_draw_the_official_latent_and_picture(
+    server, graph, case, name, normalised, near, same_picture
+):
+    nodes = server.with_latent(graph(name, case))
     entry = server.run(nodes)
-    (file,) = server.files(entry, "latent", "latents")
-    latent = load_file(file)["latent_tensor"]
-    near(comfy.latent_formats.Wan21().process_in(latent)[:, :, 0], case["final_latents"])
-    drawn = picture(server, entry, find(nodes, "SaveImage"))
+    near(normalised(server.latent(entry)), case["final_latents"])
+    drawn = server.picture(entry, server.find(nodes, "SaveImage"))
     if name == "text_to_image":
         same_picture(drawn, case["image_u8"])
     else:
@@ -74,28 +27,24 @@ def test_shipped_workflows_draw_the_official_latent_and_picture(server, graph, c
         same_picture(drawn, unscaled.movedim(0, -1).numpy().astype(numpy.uint8))
 
 
-def test_plain_ksampler_workflow_draws_the_official_latent(server, graph, golden, near):
-    import comfy.latent_formats
-
+def test_plain_ksampler_workflow_draws_the_official_latent(server, graph, golden, normalised, near):
     case = golden("t2i_odd_size")
-    nodes = with_latent(graph("text_to_image_ksampler", case))
-    sampler = nodes[find(nodes, "KSampler")]["inputs"]
+    nodes = server.with_latent(graph("text_to_image_ksampler", case))
+    sampler = nodes[server.find(nodes, "KSampler")]["inputs"]
     assert (sampler["sampler_name"], sampler["scheduler"], sampler["cfg"]) == ("euler", "simple", 4.5)
-    (file,) = server.files(server.run(nodes), "latent", "latents")
-    latent = load_file(file)["latent_tensor"]
-    near(comfy.latent_formats.Wan21().process_in(latent)[:, :, 0], case["final_latents"])
+    near(normalised(server.latent(server.run(nodes))), case["final_latents"])
 
 
 def test_models_are_freed_and_loaded_again_between_two_prompts(server, graph, golden):
     case = golden("t2i_square")
     nodes = graph("text_to_image", case)
-    image = find(nodes, "SaveImage")
-    first = picture(server, server.run(nodes), image)
-    assert (first != picture(server, server.run(graph("text_to_image", case, seed=5)), image)).any()
+    image = server.find(nodes, "SaveImage")
+    first = server.picture(server.run(nodes), image)
+    assert (first != server.picture(server.run(graph("text_to_image", case, seed=5)), image)).any()
     server.post("/free", {"unload_models": True, "free_memory": True})
     time.sleep(1)
     entry = server.run(nodes)
-    assert (picture(server, entry, image) == first).all()
+    assert (server.picture(entry, image) == first).all()
     cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
     assert cached == []
 
@@ -107,15 +56,15 @@ def test_a_new_seed_encodes_nothing_again(server, graph, golden):
     again = graph("text_to_image", case, seed=78)
     entry = server.run(again)
     cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
-    assert {find(nodes, "InternVLU_LoadModel"), find(nodes, "InternVLU_EncodePrompt")} <= set(cached)
+    assert {server.find(nodes, "InternVLU_LoadModel"), server.find(nodes, "InternVLU_EncodePrompt")} <= set(cached)
 
 
 def test_core_nodes_work_in_place_of_ours(server, graph, golden):
     case = golden("t2i_square")
     nodes = graph("text_to_image", case)
-    load, image = find(nodes, "InternVLU_LoadModel"), find(nodes, "SaveImage")
+    load, image = server.find(nodes, "InternVLU_LoadModel"), server.find(nodes, "SaveImage")
     decoded = nodes[image]["inputs"]["images"]
-    sampler = nodes[find(nodes, "InternVLU_SampleLatent")]["inputs"]
+    sampler = nodes[server.find(nodes, "InternVLU_SampleLatent")]["inputs"]
     nodes["encode"] = {"class_type": "VAEEncode", "inputs": {"pixels": decoded, "vae": [load, 2]}}
     sampled = {
         "latent_image": ["encode", 0],
@@ -134,7 +83,7 @@ def test_core_nodes_work_in_place_of_ours(server, graph, golden):
     (file,) = server.files(entry, "out")
     with Image.open(file) as drawn:
         assert drawn.size == (64, 64)
-        assert (numpy.asarray(drawn) != picture(server, entry, image)).any()
+        assert (numpy.asarray(drawn) != server.picture(entry, image)).any()
 
 
 def test_a_lora_file_changes_the_picture(server, graph, golden):
@@ -149,44 +98,23 @@ def test_a_lora_file_changes_the_picture(server, graph, golden):
     save_file(weights, server.base / "models" / "loras" / "some.safetensors")
     plain = graph("text_to_image", case)
     nodes = graph("text_to_image", case)
-    load = find(nodes, "InternVLU_LoadModel")
+    load = server.find(nodes, "InternVLU_LoadModel")
     inputs = {"model": [load, 0], "lora_name": "some.safetensors", "strength_model": 1.0}
     nodes["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
-    nodes[find(nodes, "InternVLU_SampleLatent")]["inputs"]["model"] = ["lora", 0]
-    image = find(nodes, "SaveImage")
-    changed = picture(server, server.run(nodes), image)
-    assert (changed != picture(server, server.run(plain), image)).any()
+    nodes[server.find(nodes, "InternVLU_SampleLatent")]["inputs"]["model"] = ["lora", 0]
+    image = server.find(nodes, "SaveImage")
+    changed = server.picture(server.run(nodes), image)
+    assert (changed != server.picture(server.run(plain), image)).any()
     assert "lora key not loaded" not in server.log.read_text()
-
-
-async def listen(server, nodes, act=None):
-    """Queues a graph and returns what the websocket told until it ended: (event types, previews, progress)."""
-    import aiohttp
-
-    events, previews, progress = [], [], []
-    async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=listener") as socket:
-        await asyncio.to_thread(server.queue, nodes, "listener")
-        async for message in socket:
-            if message.type == aiohttp.WSMsgType.BINARY:
-                if struct.unpack(">I", message.data[:4])[0] == 1:
-                    previews.append(message.data[8:])
-                continue
-            event = json.loads(message.data)
-            events.append(event["type"])
-            if event["type"] == "progress":
-                progress.append(event["data"]["value"])
-                if act is not None:
-                    await asyncio.to_thread(act, event["data"])
-            if event["type"] in {"execution_success", "execution_error", "execution_interrupted"}:
-                return events, previews, progress
 
 
 def test_previews_and_progress_arrive_while_it_draws(server, graph, golden):
     import io
 
     nodes = graph("text_to_image", golden("t2i_square"), seed=99, steps=6)
-    events, previews, progress = asyncio.run(asyncio.wait_for(listen(server, nodes), 120))
-    assert events[-1] == "execution_success"
+    events, previews = server.listen(nodes)
+    progress = [data["value"] for kind, data in events if kind == "progress"]
+    assert events[-1][0] == "execution_success"
     assert progress[-6:] == [1, 2, 3, 4, 5, 6]
     assert len(previews) == 6
     sizes = {Image.open(io.BytesIO(data)).size for data in previews}
@@ -198,13 +126,14 @@ def test_cancel_stops_within_a_step_and_the_next_job_runs(server, graph, golden)
     nodes = graph("text_to_image", case, seed=100, steps=1000)
     asked = []
 
-    def cancel(data):
-        if not asked:
+    def cancel(kind, data):
+        if kind == "progress" and not asked:
             asked.append(data["value"])
             server.post("/interrupt", {})
 
-    events, _, progress = asyncio.run(asyncio.wait_for(listen(server, nodes, cancel), 120))
-    assert events[-1] == "execution_interrupted"
+    events, _ = server.listen(nodes, cancel)
+    progress = [data["value"] for kind, data in events if kind == "progress"]
+    assert events[-1][0] == "execution_interrupted"
     assert progress[-1] < 500
     entry = server.run(graph("text_to_image", case))
     assert entry["status"]["status_str"] == "success"
@@ -269,7 +198,7 @@ def test_odd_prompts_draw_a_picture(server, graph, golden, prompt):
     nodes = graph("text_to_image", golden("t2i_square"), prompt=prompt, steps=1)
     entry = server.run(nodes)
     assert entry["status"]["status_str"] == "success", entry["status"]
-    assert picture(server, entry, find(nodes, "SaveImage")).shape == (64, 64, 3)
+    assert server.picture(entry, server.find(nodes, "SaveImage")).shape == (64, 64, 3)
 
 
 def test_a_changed_checkpoint_is_loaded_again(server, graph, golden, bad_model):
@@ -284,4 +213,4 @@ def test_a_changed_checkpoint_is_loaded_again(server, graph, golden, bad_model):
     os.utime(server.base / "models" / "InternVL-U" / name / "vae" / "diffusion_pytorch_model.safetensors")
     entry = server.run(graph("text_to_image", case, model_name=name, seed=2))
     cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
-    assert find(graph("text_to_image", case), "InternVLU_LoadModel") not in cached
+    assert server.find(graph("text_to_image", case), "InternVLU_LoadModel") not in cached

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pack.internvl_u.writing import Writing
 from safetensors.torch import load_file
 
 
@@ -86,8 +87,31 @@ def test_language_model_gives_the_same_with_weights_offloaded(loaded, golden, po
     vision = sum(p.nbytes for p in loaded.mllm.patcher.model.vision_model.parameters(recurse=True) if p.ndim == 3)
     assert poison(loaded.mllm.patcher, 1) > 0.99 - vision / loaded.mllm.get_ram_usage()
     monkeypatch.setattr(mm, "load_models_gpu", lambda *args, **kwargs: None)
-    for before, after in zip(whole, loaded.mllm.encode(prompt)):
+    for before, after in zip(whole[:2], loaded.mllm.encode(prompt)[:2]):
         assert torch.equal(before[0][0], after[0][0])
+
+
+@pytest.mark.parametrize("what", ["edit", "thought", "beams"])
+def test_pictures_and_writing_give_the_same_with_weights_offloaded(loaded, golden, poison, monkeypatch, what):
+    import comfy.model_management as mm
+    from PIL import Image
+
+    case = golden("edit_one")
+    pictures = [Image.open(file).convert("RGB") for file in case.images]
+
+    def run():
+        if what == "edit":
+            positive, negative, _ = loaded.mllm.encode(case.prompt, images=pictures, vae=loaded.vae)
+            return [positive[0][0], negative[0][0], positive[0][1]["internvl_u_partial"][0][0]]
+        writing = Writing(8, beams=3 if what == "beams" else 1)
+        return loaded.mllm.write(case.prompt, system="x", images=pictures, writing=writing)
+
+    whole = run()
+    mm.unload_all_models()
+    assert poison(loaded.mllm.patcher, 1) > 0.98
+    monkeypatch.setattr(mm, "load_models_gpu", lambda *args, **kwargs: None)
+    for before, after in zip(whole, run(), strict=True):
+        assert torch.equal(torch.as_tensor(before), torch.as_tensor(after))
 
 
 def test_every_weight_can_be_cast_or_is_read_with_a_move(loaded):
@@ -175,7 +199,7 @@ def test_a_lora_changes_the_picture_as_merged_weights_do(
 
 def test_a_batch_of_three_equals_three_single_pictures(loaded, parts, golden, empty, near):
     case = golden("t2i_square")
-    positive, negative = loaded.mllm.encode(case.prompt)
+    positive, negative, _ = loaded.mllm.encode(case.prompt)
     noise = torch.randn(3, 16, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 
     def sample(noise):
@@ -210,8 +234,8 @@ def test_rotary_tables_are_made_once_a_picture(loaded, draw, golden, monkeypatch
 
 def test_an_area_over_the_whole_picture_changes_nothing_and_a_part_does(loaded, parts, golden, empty, near):
     case = golden("t2i_square")
-    positive, negative = loaded.mllm.encode(case.prompt)
-    other, _ = loaded.mllm.encode("a blue square")
+    positive, negative, _ = loaded.mllm.encode(case.prompt)
+    other, *_ = loaded.mllm.encode("a blue square")
 
     def sample(conditioning):
         settings = {"seed": 1234, "steps": 4, "all_cfg": 4.5, "part_cfg": 2.0}
@@ -229,7 +253,7 @@ def test_an_area_over_the_whole_picture_changes_nothing_and_a_part_does(loaded, 
 
 
 def test_core_nodes_that_lengthen_a_conditioning_are_understood(loaded, parts, golden, empty):
-    positive, negative = loaded.mllm.encode(golden("t2i_square").prompt)
+    positive, negative, _ = loaded.mllm.encode(golden("t2i_square").prompt)
     longer = [[torch.cat([positive[0][0], positive[0][0]], dim=1), positive[0][1]]]
     settings = {"seed": 1, "steps": 2, "all_cfg": 4.5, "part_cfg": 2.0}
     samples = parts.sampler.sample_latent(loaded.model, longer, negative, empty(64, 64), **settings)["samples"]
@@ -251,7 +275,7 @@ def test_nodes_that_cut_the_picture_into_tiles_draw_it(loaded, draw, golden):
 
 
 def test_foreign_and_cut_conditionings_are_refused(loaded, parts, golden, empty):
-    positive, negative = loaded.mllm.encode("a cat")
+    positive, negative, _ = loaded.mllm.encode("a cat")
     settings = {"seed": 1, "steps": 1, "all_cfg": 4.5, "part_cfg": 2.0}
     foreign = [[torch.zeros(1, 77, 768), {}]]
     with pytest.raises(ValueError, match="width 768 found, 128 expected: connect InternVL-U Encode"):
@@ -262,7 +286,7 @@ def test_foreign_and_cut_conditionings_are_refused(loaded, parts, golden, empty)
 
 
 def test_a_video_latent_is_refused(loaded, parts):
-    positive, negative = loaded.mllm.encode("a cat")
+    positive, negative, _ = loaded.mllm.encode("a cat")
     settings = {"seed": 1, "steps": 1, "all_cfg": 4.5, "part_cfg": 2.0}
     with pytest.raises(ValueError, match="5 frames found, 1 expected"):
         parts.sampler.sample_latent(
@@ -272,7 +296,7 @@ def test_a_video_latent_is_refused(loaded, parts):
 
 def test_a_latent_of_another_model_is_taken_for_its_size(loaded, parts):
     """EmptySD3LatentImage and the like give four axes."""
-    positive, negative = loaded.mllm.encode("a cat")
+    positive, negative, _ = loaded.mllm.encode("a cat")
     settings = {"seed": 1, "steps": 1, "all_cfg": 4.5, "part_cfg": 2.0}
     samples = parts.sampler.sample_latent(
         loaded.model, positive, negative, {"samples": torch.zeros(2, 16, 8, 6)}, **settings
@@ -286,7 +310,7 @@ def test_each_precision_draws_nearly_the_same_velocity(native, checkpoint, parts
 
     case = golden("t2i_square")
     model, mllm, _ = native.load(checkpoint, precision)
-    positive, _ = mllm.encode(case.prompt)
+    positive, *_ = mllm.encode(case.prompt)
     near(positive[0][0][0], case.context(0), tolerance)
     network = model.model.diffusion_model
     compute = model.model.manual_cast_dtype or network.dtype

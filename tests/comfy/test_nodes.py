@@ -4,9 +4,14 @@ import json
 
 import pytest
 
+PICTURES = ["image1", "image2", "image3", "image4"]
+WRITING = ["max_new_tokens", "how", "temperature", "top_p", "beams", "seed"]
 FROZEN = {
     "InternVLU_LoadModel": (["model_name", "precision"], ["MODEL", "INTERNVL_U_MLLM", "VAE"]),
-    "InternVLU_EncodePrompt": (["mllm", "prompt", "system_prompt"], ["CONDITIONING", "CONDITIONING"]),
+    "InternVLU_EncodePrompt": (
+        ["mllm", "prompt", "system_prompt", "vae", *PICTURES, "thought"],
+        ["CONDITIONING", "CONDITIONING", "LATENT"],
+    ),
     "InternVLU_CreateLatent": (["preset", "width", "height", "batch_size"], ["LATENT"]),
     "InternVLU_SampleLatent": (
         ["model", "positive", "negative", "latent_image", "seed", "steps", "all_cfg", "part_cfg", "denoise"],
@@ -16,6 +21,8 @@ FROZEN = {
     "InternVLU_SelectSampler": ([], ["SAMPLER"]),
     "InternVLU_ScheduleSteps": (["steps", "denoise"], ["SIGMAS"]),
     "InternVLU_DecodeLatent": (["vae", "samples", "width", "height"], ["IMAGE"]),
+    "InternVLU_WriteThought": (["mllm", "prompt", *WRITING, "system_prompt", *PICTURES], ["STRING"]),
+    "InternVLU_AnswerQuestion": (["mllm", "question", *WRITING, "system_prompt", *PICTURES], ["STRING"]),
 }
 SOCKETS = {"MODEL", "INTERNVL_U_MLLM", "VAE", "CONDITIONING", "LATENT", "GUIDER", "SAMPLER", "SIGMAS", "IMAGE"}
 

@@ -13,7 +13,7 @@ def test_our_sampler_draws_the_official_latent_and_picture(loaded, draw, parts, 
 
 
 def test_conditioning_equals_the_official_context(loaded, case, near):
-    positive, negative = loaded.mllm.encode(case.prompt)
+    positive, negative, _ = loaded.mllm.encode(case.prompt)
     near(positive[0][0][0], case.context(0), 1e-5)
     near(negative[0][0][0], case.context(2), 1e-5)
 
@@ -21,7 +21,7 @@ def test_conditioning_equals_the_official_context(loaded, case, near):
 def test_every_step_sees_the_official_latent(loaded, parts, case, empty, near):
     import comfy.sample
 
-    positive, negative = loaded.mllm.encode(case.prompt)
+    positive, negative, _ = loaded.mllm.encode(case.prompt)
     guider = parts.guidance.DualGuider(loaded.model)
     guider.set_conds(positive, negative)
     guider.set_scales(4.5, 2.0)
@@ -43,7 +43,7 @@ def test_plain_ksampler_draws_the_official_latent(loaded, golden, empty, normali
     import comfy.sample
 
     case = golden("t2i_odd_size")
-    positive, negative = loaded.mllm.encode(case.prompt)
+    positive, negative, _ = loaded.mllm.encode(case.prompt)
     latent = empty(case.width, case.height)["samples"]
     noise = comfy.sample.prepare_noise(latent, 1234)
     samples = comfy.sample.sample(
@@ -56,7 +56,7 @@ def test_cores_own_solver_without_noise_is_the_official_one(loaded, parts, case,
     import comfy.sample
     import comfy.samplers
 
-    positive, negative = loaded.mllm.encode(case.prompt)
+    positive, negative, _ = loaded.mllm.encode(case.prompt)
     guider = parts.guidance.DualGuider(loaded.model)
     guider.set_conds(positive, negative)
     guider.set_scales(4.5, 2.0)

@@ -1,6 +1,10 @@
 import pytest
 import torch
 from pack.internvl_u import mllm, prompt
+from pack.internvl_u.picture import to_rgb
+from PIL import Image
+
+HERE = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +21,16 @@ def encoder(checkpoint):
 def test_context_equals_the_official_hidden_states(model, encoder, case, near):
     made = prompt.branches(encoder.tokenizer, case.prompt)
     for i, tokens in enumerate((made.conditional, made.partial, made.unconditional)):
-        near(encoder.context(model, tokens, torch.device("cpu"), torch.float32), case.context(i), 1e-5)
+        near(encoder.context(model, tokens, **HERE), case.context(i), 1e-5)
 
 
 @torch.inference_mode()
-def test_image_features_equal_the_official_ones(model, golden, near):
+def test_image_features_equal_the_official_ones(model, encoder, golden, near):
     case = golden("edit_one")
     near(model.image_features(case["pixel_values"]), case["image_features"], 1e-5)
+    with Image.open(case.images[0]) as image:
+        (seen,) = encoder.features(model, [to_rgb(image)], **HERE)
+    near(seen, case["image_features"][:1], 1e-5)
 
 
 @torch.inference_mode()

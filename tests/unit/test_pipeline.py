@@ -1,12 +1,18 @@
+import contextlib
+import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 from pack.internvl_u import picture, sampling
+from pack.internvl_u.__main__ import main
 from pack.internvl_u.pipeline import Drawing, Pipeline
+from pack.internvl_u.writing import Writing
 from PIL import Image
 
 
@@ -25,7 +31,7 @@ def test_noise_equals_the_official_noise(case):
 
 def test_final_latent_and_decoded_picture_equal_the_official_ones(pipeline, case, near):
     wish = drawing(case)
-    latent = pipeline.sample(pipeline.contexts(wish), case["noise"], sampling.flow_sigmas(case.steps), wish)
+    latent = pipeline.sample(pipeline.conditions(wish), case["noise"], sampling.flow_sigmas(case.steps), wish.scales)
     near(latent, case["final_latents"])
     near(pipeline.decode(latent), case["decoded"])
 
@@ -37,7 +43,62 @@ def test_the_picture_equals_the_official_one(pipeline, case, same_picture):
     assert steps == list(range(1, case.steps + 1))
 
 
-@pytest.mark.parametrize("width, height", [(15, 64), (64, 4097), (0, 0), (-16, 64)])
+def pictures(case):
+    return tuple(picture.to_rgb(Image.open(file)) for file in case.images)
+
+
+def test_edits_equal_the_official_ones(pipeline, edit, near, same_picture):
+    wish = replace(drawing(edit), images=pictures(edit))
+    conditions = pipeline.conditions(wish)
+    for i, (context, _) in enumerate((conditions.conditional, conditions.partial, conditions.unconditional)):
+        near(context, edit.context(i), 1e-5)
+    near(conditions.references[0], edit["ref_latents_0"], 1e-5)
+    latent = pipeline.sample(conditions, edit["noise"], sampling.flow_sigmas(edit.steps), wish.scales)
+    near(latent, edit["final_latents"])
+    same_picture(pipeline.draw(wish), edit["image_u8"])
+
+
+def test_pictures_after_a_thought_equal_the_official_ones(pipeline, thinking, near, same_picture):
+    wish = replace(drawing(thinking), images=pictures(thinking))
+    wish = replace(wish, thought=pipeline.think(wish, writing=Writing(thinking.new)))
+    assert wish.scales == (3.5, 1.5)
+    conditions = pipeline.conditions(wish)
+    near(conditions.conditional[0], thinking.context(0), 1e-5)
+    latent = pipeline.sample(conditions, thinking["noise"], sampling.flow_sigmas(thinking.steps), wish.scales)
+    near(latent, thinking["final_latents"])
+    same_picture(pipeline.draw(wish), thinking["image_u8"])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_references_have_frames_of_their_own_and_all_count(pipeline, golden, count):
+    case = golden("edit_one")
+    seen = (pictures(case) + pictures(golden("edit_placeholder")) + pictures(golden("edit_large_ref")))[:count]
+    wish = Drawing("put them together", 64, 64, 2, images=seen)
+    conditions = pipeline.conditions(wish)
+    assert [span.is_image for span in conditions.conditional[1]].count(True) == count
+    assert len(conditions.references) == count
+    sigmas, noise = sampling.flow_sigmas(2), picture.noise(64, 64, 0)
+    whole = pipeline.sample(conditions, noise, sigmas, wish.scales)
+    for i in range(count):
+        changed = tuple(r + (j == i) for j, r in enumerate(conditions.references))
+        other = pipeline.sample(replace(conditions, references=changed), noise, sigmas, wish.scales)
+        assert not torch.allclose(other, whole)
+
+
+def test_the_size_of_an_edit_is_the_first_pictures_by_default(pipeline, golden):
+    case = golden("edit_placeholder")
+    assert pipeline.size(Drawing("x", images=pictures(case))) == (case.width, case.height)
+    assert pipeline.size(Drawing("x", width=32, images=pictures(case))) == (32, case.height)
+
+
+def test_more_placeholders_than_pictures_are_refused(pipeline, golden):
+    with pytest.raises(ValueError, match="2 <image> placeholders for 1 pictures"):
+        pipeline.draw(Drawing("<image> and <image>", 32, 32, 1, images=pictures(golden("edit_one"))))
+    with pytest.raises(ValueError, match="1 <image> placeholders for 0 pictures"):
+        pipeline.draw(Drawing("a cat like <image>", 32, 32, 1))
+
+
+@pytest.mark.parametrize("width, height", [(15, 64), (64, 4097), (-16, 64)])
 def test_sizes_out_of_range_are_refused(pipeline, width, height):
     with pytest.raises(ValueError, match="found, 16 to 4096 pixels expected"):
         pipeline.draw(Drawing("a cat", width, height, steps=1))
@@ -49,20 +110,18 @@ def test_bfloat16_draws_nearly_the_same(checkpoint, golden):
     assert numpy.abs(drawn - case["image_u8"].numpy()).mean() < 12
 
 
-def command(*arguments, cwd):
-    line = [sys.executable, "-m", "internvl_u", *map(str, arguments)]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300)
+def command(*arguments):
+    """Runs the command line in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(argument) for argument in arguments])
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-@pytest.fixture(scope="module")
-def root(checkpoint):
-    return checkpoint.parent.parent.parent
-
-
-def test_command_line_draws_the_official_picture_and_tells_how(root, checkpoint, golden, same_picture, tmp_path):
+def test_command_line_draws_the_official_picture_and_tells_how(checkpoint, golden, same_picture, tmp_path):
     case, out = golden("t2i_odd_size"), tmp_path / "picture.png"
     wish = ["--model", checkpoint, "--prompt", case.prompt, "--width", case.width, "--height", case.height]
-    done = command("draw", *wish, "--steps", case.steps, "--seed", 1234, "--out", out, cwd=root)
+    done = command("draw", *wish, "--steps", case.steps, "--seed", 1234, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "2/2" in done.stderr
     with Image.open(out) as image:
@@ -83,12 +142,62 @@ def test_command_line_draws_the_official_picture_and_tells_how(root, checkpoint,
         (["--device", "nothing"], "nothing"),
     ],
 )
-def test_command_line_errors_are_one_line(root, checkpoint, tmp_path, wrong, message):
+def test_command_line_errors_are_one_line(checkpoint, tmp_path, wrong, message):
     options = {"--model": checkpoint, "--prompt": "x", "--width": 16, "--height": 16, "--steps": 1}
     options["--out"] = tmp_path / "p.png"
     options[wrong[0]] = wrong[1]
-    done = command("draw", *(part for pair in options.items() for part in pair), cwd=root)
+    done = command("draw", *(part for pair in options.items() for part in pair))
     lines = [line for line in done.stderr.splitlines() if line.startswith("internvl_u: ")]
     assert done.returncode == 1 and len(lines) == 1 and message in lines[0], done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "p.png").exists()
+
+
+def test_command_line_edits_after_a_thought_as_the_official_pipeline(checkpoint, golden, same_picture, tmp_path):
+    case, out = golden("cot_edit"), tmp_path / "picture.png"
+    wish = ["--model", checkpoint, "--prompt", case.prompt, "--width", case.width, "--height", case.height]
+    wish += ["--image", case.images[0], "--think", "--max-new-tokens", case.new]
+    done = command("draw", *wish, "--steps", case.steps, "--seed", 1234, "--out", out)
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as image:
+        same_picture(image, case["image_u8"])
+        told = json.loads(image.text["internvl_u"])
+    assert told["thought"] in done.stderr and told["thought"]
+    assert (told["all_cfg"], told["part_cfg"], told["images"]) == (3.5, 1.5, [case.images[0].name])
+
+
+def test_command_line_edits_at_the_pictures_size_and_takes_a_thought(checkpoint, golden, tmp_path):
+    out = tmp_path / "picture.png"
+    wish = ["--model", checkpoint, "--prompt", "x", "--image", golden("edit_one").images[0], "--steps", 1]
+    done = command("draw", *wish, "--thought", "a blue circle", "--out", out)
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as image:
+        assert image.size == (96, 64)
+        assert json.loads(image.text["internvl_u"])["thought"] == "a blue circle"
+
+
+def test_command_line_answers_as_the_official_pipeline(checkpoint, golden):
+    for case in (golden("qa_two"), golden("qa_beam")):
+        pictures = [part for file in case.images for part in ("--image", file)]
+        how = ["--max-new-tokens", case.new, "--beams", case.beams]
+        done = command("ask", "--model", checkpoint, "--prompt", case.prompt, *pictures, *how)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == case.text + "\n"
+
+
+def test_command_line_refuses_what_is_no_picture(checkpoint, tmp_path):
+    file = tmp_path / "text.png"
+    file.write_text("no picture")
+    for wrong in (file, tmp_path / "nothing.png"):
+        done = command("ask", "--model", checkpoint, "--prompt", "x", "--image", wrong)
+        assert done.returncode == 1 and "is not readable as a picture" in done.stderr, done.stderr
+
+
+def test_the_command_line_runs_from_a_clone(checkpoint, tmp_path):
+    root = checkpoint.parent.parent.parent
+    line = [sys.executable, "-m", "internvl_u", "draw", "--model", checkpoint, "--prompt", "x", "--steps", "1"]
+    line += ["--width", "32", "--height", "32", "--out"]
+    done = subprocess.run([*line, tmp_path / "p.png"], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "p.png").exists(), done.stderr
+    done = subprocess.run([*line, "p.jpg"], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -1,0 +1,41 @@
+"""Text while it is written: progress bar, live text on the node, cancelling."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import comfy.model_management
+import comfy.utils
+from server import PromptServer
+
+EVENT = "internvl_u.text"
+SECONDS_BETWEEN = 0.1
+
+
+class LiveText:
+    """Hears each token: stops when the job is cancelled, moves the node's progress bar, and shows the text so far."""
+
+    def __init__(self, node_id: str, total: int, decode: Callable[[list[int]], str]):
+        self.node_id, self.decode = node_id, decode
+        self.bar = comfy.utils.ProgressBar(total)
+        self.shown = 0.0
+
+    def __call__(self, ids: list[int]) -> None:
+        """Takes all ids written so far.
+
+        Raises:
+            InterruptProcessingException: the job was cancelled.
+        """
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.bar.update_absolute(len(ids))
+        now = time.monotonic()
+        if now - self.shown >= SECONDS_BETWEEN:
+            self.shown = now
+            show(self.node_id, self.decode(ids))
+
+
+def show(node_id: str, text: str) -> None:
+    """Shows a text on a node in the browser that queued the job."""
+    server = PromptServer.instance
+    server.send_sync(EVENT, {"node": node_id, "text": text}, server.client_id)

@@ -1,0 +1,72 @@
+"""What the nodes that read pictures and write text share: their inputs."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+PICTURES = ("image1", "image2", "image3", "image4")
+HOW = ("greedy", "sampling", "beams")
+
+
+def picture_inputs() -> list:
+    """Returns the four optional picture inputs."""
+    tip = "A picture, or a batch that counts as several. <image> in the prompt marks its place in the text."
+    return [io.Image.Input(name, optional=True, tooltip=tip) for name in PICTURES]
+
+
+def writing_inputs(max_new_tokens: int) -> list:
+    """Returns the inputs that say how text is written."""
+    return [
+        io.Int.Input(
+            "max_new_tokens",
+            default=max_new_tokens,
+            min=1,
+            max=8192,
+            tooltip="The longest text in tokens, about three quarters of a word each. Longer takes more time.",
+        ),
+        io.Combo.Input(
+            "how",
+            options=list(HOW),
+            default="greedy",
+            tooltip="greedy: the likeliest token each time, always the same text. sampling: chance by seed, "
+            "temperature and top_p. beams: looks for the likeliest text as a whole, slower.",
+        ),
+        io.Float.Input(
+            "temperature",
+            default=0.7,
+            min=0.01,
+            max=2.0,
+            step=0.05,
+            tooltip="For sampling. Higher: more varied and less sure.",
+        ),
+        io.Float.Input(
+            "top_p",
+            default=0.9,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="For sampling. Takes from the likeliest tokens that add up to this probability. 1: from all.",
+        ),
+        io.Int.Input(
+            "beams", default=3, min=2, max=16, tooltip="For beams: how many texts are followed. More: slower."
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="For sampling. The same seed gives the same text on the same machine.",
+        ),
+    ]
+
+
+def system_input(what: str):
+    """Returns the optional system prompt."""
+    return io.String.Input(
+        "system_prompt",
+        default="",
+        multiline=True,
+        optional=True,
+        tooltip=f"Replaces the model's system message for {what}. Empty: the one it was trained with.",
+    )

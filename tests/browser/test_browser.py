@@ -1,0 +1,108 @@
+"""The shipped workflows in a real browser: opened from the template browser, and one of them run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
+if not CHROMIUM:
+    pytest.skip(f"no browser: none of {', '.join(BROWSERS)} found, CHROMIUM_PATH not set", allow_module_level=True)
+
+PACK = "internvl-u"  # the pack's folder in custom_nodes
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
+TIMEOUT = 30_000  # ms
+
+SET_SMALL = """() => {
+  const small = {preset: 'custom', width: 64, height: 64, steps: 2};
+  for (const node of app.graph.nodes)
+    for (const widget of node.type.endsWith('DecodeLatent') ? [] : node.widgets ?? [])
+      if (widget.name in small) widget.value = small[widget.name];
+}"""
+# A second tab of the same workflow is called "name (2)".
+IS_OPEN = "name => app.extensionManager.workflow.activeWorkflow.filename.replace(/ \\(\\d+\\)$/, '') === name"
+# The width of the picture on the node: drawn on the canvas, or an element of the page with Nodes 2.0.
+SHOWN = """() => {
+  const node = app.graph.nodes.find(node => node.type === 'SaveImage');
+  const picture = node.imgs?.[0] ?? document.querySelector(`[data-node-id="${node.id}"] img`);
+  return picture?.naturalWidth;
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def errors():
+    """Collects uncaught errors of the page, and what is logged as an error about the pack's own files."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def page(browser, server, errors):
+    """ComfyUI's page, started and with no dialog open."""
+    page = browser.new_page(viewport={"width": 1600, "height": 900})
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda line: line.type == "error" and PACK in line.text and errors.append(line.text))
+    page.set_default_timeout(TIMEOUT)
+    # A new user is shown the templates at some moment after the start.
+    page.request.post(f"{server.url}/api/settings", data={"Comfy.TutorialCompleted": True})
+    page.goto(server.url)
+    page.wait_for_function("!!window.app?.extensionManager?.workflow?.activeWorkflow")
+    return page
+
+
+def open_template(page, name: str) -> None:
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text(PACK, exact=True).first.click()
+    card = page.get_by_test_id(f"template-workflow-{name}")
+    card.locator("img").first.wait_for()
+    card.click()
+    dialog.wait_for(state="hidden")
+    page.wait_for_function(IS_OPEN, arg=name)
+
+
+def graph(page) -> dict:
+    return json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
+
+
+def widgets(workflow: dict) -> dict:
+    return {node["id"]: (node["type"], node.get("widgets_values") or []) for node in workflow["nodes"]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_workflow_opens_from_the_template_browser_as_it_was_saved(page, errors, name):
+    saved = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    open_template(page, name)
+    page.wait_for_timeout(500)  # an error dialog would come after the graph
+
+    opened = graph(page)
+    assert widgets(opened) == widgets(saved)
+    assert opened["links"] == saved["links"]
+    known = set(page.evaluate("Object.keys(LiteGraph.registered_node_types)"))
+    assert {node["type"] for node in opened["nodes"]} <= known
+    assert page.locator("[role=dialog]:visible, .p-toast-message:visible").all_inner_texts() == []
+    assert errors == []
+
+
+def test_a_run_from_the_page_shows_the_picture_on_the_save_node(page, errors):
+    open_template(page, "text_to_image")
+    page.evaluate(SET_SMALL)
+    page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
+    page.wait_for_function(f"({SHOWN})() === 64")
+    assert page.locator("[role=dialog]:visible").all_inner_texts() == []
+    assert errors == []

@@ -1,0 +1,120 @@
+"""Thoughts and answers of the library."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from pack.internvl_u import prompt
+from pack.internvl_u.picture import to_rgb
+from pack.internvl_u.pipeline import Drawing, Pipeline
+from pack.internvl_u.writing import Writing
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoint):
+    return Pipeline(checkpoint)
+
+
+def pictures(case):
+    return tuple(to_rgb(Image.open(file)) for file in case.images)
+
+
+def test_answers_equal_the_official_ones(pipeline, question):
+    writing = Writing(question.new, beams=question.beams)
+    written = pipeline.write(question.prompt, pictures(question), prompt.SYSTEM_ANSWER, writing)
+    assert written == question["generated_ids"][0].tolist()
+    assert pipeline.answer(question.prompt, pictures(question), writing=writing) == question.text
+
+
+def test_thoughts_equal_the_official_ones(pipeline, thinking):
+    system = prompt.SYSTEM_EDIT if thinking.images else prompt.SYSTEM_DRAW
+    written = pipeline.write(thinking.prompt, pictures(thinking), system, Writing(thinking.new))
+    assert written == thinking["generated_ids"][0].tolist()
+
+
+def test_each_token_is_heard_and_what_the_listener_raises_ends_the_writing(pipeline):
+    heard = []
+    written = pipeline.write("hello", (), prompt.SYSTEM_ANSWER, Writing(6), heard.append)
+    assert heard == [written[: i + 1] for i in range(len(written))]
+
+    class Stopped(Exception):
+        pass
+
+    def stop(ids):
+        if len(ids) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        pipeline.write("hello", (), prompt.SYSTEM_ANSWER, Writing(50), stop)
+
+
+def test_sampling_follows_the_seed_and_leaves_torchs_generator_alone(pipeline):
+    def sample(seed):
+        return pipeline.write("hello", (), prompt.SYSTEM_ANSWER, Writing(12, temperature=1.5, seed=seed))
+
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first = sample(7)
+    assert torch.equal(torch.rand(3), expected)
+    assert sample(7) == first
+    assert any(sample(seed) != first for seed in range(5))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_new_tokens": 0}, {"beams": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match="found, .* expected"):
+        Writing(**settings)
+
+
+@pytest.mark.parametrize(
+    "written, expected",
+    [([], []), ([9], []), ([5], []), ([5, 9], []), ([5, 6], []), ([5, 6, 9], [5]), ([5, 6, 7], [5]), ([9, 5, 6], [])],
+)
+def test_the_official_code_drops_the_end_and_the_token_before(written, expected):
+    assert list(prompt.handed_on(written, stops=[9])) == expected
+
+
+SPECIALS = ("<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize("images", [0, 1])
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_very_short_thoughts_draw_a_picture(pipeline, golden, images, length):
+    ids = [5, 6][:length]
+    thought = prompt.Thought(pipeline.encoder.tokenizer.decode(ids), ids)
+    seen = pictures(golden("edit_one"))[:images]
+    assert pipeline.draw(Drawing("a cat", 32, 32, 1, thought=thought, images=seen)).size == (32, 32)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+@pytest.mark.parametrize("special", SPECIALS)
+def test_thoughts_with_special_tokens_draw_a_picture(pipeline, golden, special, images):
+    token = pipeline.encoder.tokenizer.special[special]
+    thought = prompt.Thought("x", [5, token, token, 6])
+    seen = pictures(golden("edit_one"))[:images]
+    drawing = Drawing("a cat", 32, 32, 1, thought=thought, images=seen)
+    context, layout = pipeline.conditions(drawing).conditional
+    assert sum(span.count for span in layout) == len(context)
+    assert sum(span.is_image for span in layout) == images
+    assert pipeline.draw(drawing).size == (32, 32)
+
+
+def test_a_thought_without_memory_is_read_as_plain_text(pipeline):
+    tokenizer = pipeline.encoder.tokenizer
+    special = set(tokenizer.special.values())
+    assert not special & set(tokenizer.thought("first <img> then <|im_end|>"))
+    assert tokenizer.thought("") == ()
+    remembered = prompt.Thought("anything", [7, 8])
+    assert tokenizer.thought(remembered) == tokenizer.thought(copy.deepcopy(remembered)) == (7, 8)
+    assert tokenizer.thought(pickle.loads(pickle.dumps(remembered))) == (7, 8)
+    assert tokenizer.thought(str(remembered) + "") == tokenizer.thought("anything")
+
+
+def test_no_thought_and_an_empty_thought_are_the_same_prompt(pipeline):
+    tokenizer = pipeline.encoder.tokenizer
+    assert prompt.branches(tokenizer, "a cat") == prompt.branches(tokenizer, "a cat", thought=tokenizer.thought(""))
