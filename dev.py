@@ -444,7 +444,7 @@ def test(arguments: list[str]) -> int:
     status = run_pytest(comfyui, *arguments)
     if not arguments:
         say(f"Once more with {OLDER[0]}")
-        older = run_pytest(comfyui, "tests/unit", "tests/comfy/test_parity.py", PYTHONPATH=str(older_packages()))
+        older = run_pytest(comfyui, "tests/unit", "tests/comfy", PYTHONPATH=str(older_packages()))
         status = status or older
     if style:
         say("ruff check failed, see above.")

@@ -18,12 +18,17 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "tests" / "data" / "checkpoint"
 GOLDEN = ROOT / "tests" / "data" / "golden"
+# The test model is so small that a second thread only waits, and waits long where the machine is busy.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the servers
+
 PICTURE_CASES = ("t2i_square", "t2i_wide", "t2i_odd_size")
 EDIT_CASES = ("edit_one", "edit_placeholder", "edit_large_ref")
 THOUGHT_CASES = ("cot_t2i", "cot_edit", "cot_t2i_eos", "cot_t2i_img")

@@ -408,3 +408,78 @@ def test_block_patches_and_attention_overrides_are_called(loaded, draw, golden):
     attention["optimized_attention_override"] = lambda func, *args, **kwargs: func(*args, **kwargs)
     assert torch.equal(draw(model, loaded.mllm, case), plain)
     assert seen == ["after", 1, "after"] * (len(seen) // 3) and seen
+
+
+def test_cancelling_stops_the_writing_within_a_token(loaded):
+    import comfy.model_management as mm
+
+    heard = []
+
+    def on_token(ids):
+        heard.append(len(ids))
+        if len(ids) == 3:
+            mm.interrupt_current_processing()
+
+    writing = Writing(500, temperature=2.0, seed=1)
+    with pytest.raises(mm.InterruptProcessingException):
+        loaded.mllm.write("tell me everything", system="x", writing=writing, on_token=on_token)
+    assert heard == [1, 2, 3]
+    assert loaded.mllm.write("hi", system="x", writing=Writing(2))
+
+
+def test_a_batch_of_edits_equals_single_edits(loaded, parts, golden, near):
+    from PIL import Image
+
+    case = golden("edit_one")
+    pictures = [Image.open(file).convert("RGB") for file in case.images]
+    positive, negative, latent = loaded.mllm.encode(case.prompt, images=pictures, vae=loaded.vae)
+    assert latent["samples"].shape[-2:] == case["noise"].shape[-2:]
+    noise = torch.randn(3, *latent["samples"].shape[1:], generator=torch.Generator().manual_seed(5))
+
+    def sample(noise):
+        guider = parts.guidance.DualGuider(loaded.model)
+        guider.set_conds(positive, negative)
+        guider.set_scales(4.5, 2.0)
+        solver, sigmas = parts.sampler.dpmpp_2m_flow(), parts.sampler.flow_sigmas(3)
+        return guider.sample(noise, torch.zeros_like(noise), solver, sigmas, seed=0)
+
+    near(sample(noise), torch.cat([sample(one) for one in noise.split(1)]), 1e-5)
+
+
+def test_one_branch_at_a_time_gives_the_same_as_all_together(loaded, parts, golden, near, monkeypatch):
+    """What ComfyUI does when memory is short."""
+    from PIL import Image
+
+    case = golden("edit_one")
+    pictures = [Image.open(file).convert("RGB") for file in case.images]
+    positive, negative, latent = loaded.mllm.encode(case.prompt, images=pictures, vae=loaded.vae)
+    counts = []
+    model = loaded.model.model.diffusion_model
+    original = model._forward
+    monkeypatch.setattr(model, "_forward", lambda x, *args: counts.append(x.shape[0]) or original(x, *args))
+    settings = {"seed": 1234, "steps": 3, "all_cfg": 4.5, "part_cfg": 2.0}
+    together = parts.sampler.sample_latent(loaded.model, positive, negative, latent, **settings)["samples"]
+    assert 2 in counts and sum(counts) == 9
+    counts.clear()
+    monkeypatch.setattr(loaded.model.model, "memory_required", lambda *args, **kwargs: 1e18)
+    alone = parts.sampler.sample_latent(loaded.model, positive, negative, latent, **settings)["samples"]
+    assert set(counts) == {1} and sum(counts) == 9
+    near(alone, together, 1e-5)
+
+
+def test_guidance_without_words_and_without_references(loaded, parts, golden, near):
+    """Scales of 1 leave the conditional prediction alone, with references too."""
+    from PIL import Image
+
+    case = golden("edit_one")
+    pictures = [Image.open(file).convert("RGB") for file in case.images]
+    positive, negative, latent = loaded.mllm.encode(case.prompt, images=pictures, vae=loaded.vae)
+    settings = {"seed": 1, "steps": 3}
+    plain = [[positive[0][0], {k: v for k, v in positive[0][1].items() if k != parts.guidance.PARTIAL}]]
+
+    def draw(condition, all_cfg, part_cfg):
+        scales = {"all_cfg": all_cfg, "part_cfg": part_cfg}
+        return parts.sampler.sample_latent(loaded.model, condition, negative, latent, **settings, **scales)["samples"]
+
+    low = draw(plain, 1.0, 1.0)
+    assert not torch.allclose(draw(positive, 1.0, 2.0), low, atol=1e-3)
