@@ -58,6 +58,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     ask.add_argument("--beams", type=int, default=1, metavar="N", help="beams of the search (default %(default)s)")
     ask.set_defaults(run=_ask)
+    shrink = commands.add_parser("convert", help="write single files for ComfyUI's model folders, smaller if wished")
+    shrink.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder, released layout")
+    shrink.add_argument("--out", type=Path, required=True, metavar="DIR", help="such as ComfyUI/models")
+    shrink.add_argument(
+        "--dtype",
+        choices=("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old"),
+        default="bfloat16",
+        help="fp8_scaled: a scale a matrix, as recent ComfyUI has it; fp8_scaled_old: its older spelling "
+        "(default %(default)s)",
+    )
+    shrink.set_defaults(run=_convert)
     return parser
 
 
@@ -100,6 +111,17 @@ def _ask(options: argparse.Namespace) -> None:
     pipeline = _open(options)
     writing = Writing(options.max_new_tokens, beams=options.beams)
     print(pipeline.answer(options.prompt, _images(options, pipeline), options.system, writing=writing))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .convert import convert
+
+    with tqdm(unit="B", unit_scale=True, desc="convert") as bar:
+        files = convert(options.model, options.out, options.dtype, bar.update)
+    for file in files:
+        print(file)
 
 
 def _open(options: argparse.Namespace):

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 REPOSITORY = "InternVL-U/InternVL-U"
+LARGEST_HEADER = 100 << 20  # what the safetensors library accepts
 OpenFile = Callable[[Path], dict[str, torch.Tensor]]
 PARTS = ("vlm", "generation_decoder", "vae")
 HOW_TO_GET = (
@@ -90,6 +91,34 @@ def open_file(file: Path) -> dict[str, torch.Tensor]:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}
 
 
+def read_header(file: Path) -> tuple[dict, int]:
+    """Returns a safetensors file's header and where its data begins, in bytes.
+
+    Raises:
+        RuntimeError: the file is damaged or no safetensors file.
+    """
+    try:
+        with file.open("rb") as source:
+            size = int.from_bytes(source.read(8), "little")
+            if not 2 <= size <= min(LARGEST_HEADER, file.stat().st_size - 8):
+                raise ValueError(f"a header of {size} bytes")
+            return json.loads(source.read(size)), 8 + size
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"{file} is damaged ({error}). Download it again.") from error
+
+
+def map_file(file: Path, open_file: OpenFile = open_file) -> dict[str, torch.Tensor]:
+    """Returns one file's tensors by name.
+
+    Raises:
+        RuntimeError: the file is damaged.
+    """
+    try:
+        return open_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RuntimeError(f"{file} is damaged ({error}). Download it again.") from error
+
+
 def map_weights(folder: Path, open_file: OpenFile = open_file) -> dict[str, torch.Tensor]:
     """Returns all tensors of a part's folder by name; `open_file` maps one file.
 
@@ -100,10 +129,7 @@ def map_weights(folder: Path, open_file: OpenFile = open_file) -> dict[str, torc
     weights: dict[str, torch.Tensor] = {}
     origin: dict[str, str] = {}
     for file in weight_files(folder):
-        try:
-            found = open_file(file)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise RuntimeError(f"{file} is damaged ({error}). Download it again.") from error
+        found = map_file(file, open_file)
         twice = [name for name in found if name in origin]
         if twice:
             raise RuntimeError(

@@ -17,6 +17,7 @@ from .checkpoint import fill, map_weights, read_json
 from .config import VisionConfig, read_vision
 from .picture import ReferenceSizes, vision_pixels
 from .prompt import ROW_TOKENS, TokenIds, Tokenizer, find_tokenizer
+from .source import read_part, told
 from .vision import Projector, VisionTower
 
 
@@ -88,9 +89,9 @@ def build_language(config: Mapping, *, dtype=None, device=None) -> nn.Module:
     return model.to(dtype=dtype) if dtype is not None else model
 
 
-def read_config(root: Path, shapes: Mapping[str, tuple[int, ...]]) -> MLLMConfig:
+def read_config(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> MLLMConfig:
     """Returns the sizes that `vlm/config.json` and the weights' shapes tell."""
-    config = read_json(root / "vlm" / "config.json")
+    config = read_part(source, "vlm")
     return MLLMConfig(read_vision(shapes, config), config.get("llm_config", {}))
 
 
@@ -120,19 +121,30 @@ class Encoder:
     default_size: tuple[int, int]
 
     @classmethod
-    def read(cls, root: Path) -> Encoder:
-        """Returns the encoder of a checkpoint folder.
+    def read(cls, source: Path) -> Encoder:
+        """Returns the encoder of a checkpoint folder or of a converted language model.
 
         Raises:
             FileNotFoundError: the tokenizer is missing.
             RuntimeError: a file is unreadable or of another model.
         """
-        drawing = read_json(root / "generation_decoder" / "config.json")
-        file = root / "processor" / "processor_config.json"
-        processor = read_json(file) if file.is_file() else {}
+        if source.is_dir():
+            file = source / "processor" / "processor_config.json"
+            processor = read_json(file) if file.is_file() else {}
+            return cls.made(
+                Tokenizer(find_tokenizer(source)), read_json(source / "generation_decoder" / "config.json"), processor
+            )
+        found = told(source)
+        if "tokenizer" not in found:
+            raise RuntimeError(f"{source} carries no tokenizer: convert the checkpoint folder again")
+        return cls.made(Tokenizer(found["tokenizer"]), found.get("drawing", {}), found.get("processor", {}))
+
+    @classmethod
+    def made(cls, tokenizer: Tokenizer, drawing: Mapping, processor: Mapping) -> Encoder:
+        """Returns the encoder that the checkpoint's configurations describe."""
         vision = processor.get("image_processor_kwargs", {})
         return cls(
-            Tokenizer(find_tokenizer(root)),
+            tokenizer,
             tuple(drawing.get("vlm_select_layer", (-1, -2))),
             ReferenceSizes.read(processor),
             tuple(vision.get("image_mean", (0.485, 0.456, 0.406))),

@@ -10,14 +10,12 @@ import torch
 from PIL import Image
 
 from . import mllm, picture, prompt, sampling
-from .checkpoint import check_folder, fill, map_weights, open_file, read_json, strip_prefix
+from .checkpoint import check_folder, fill, read_json
 from .config import read_mmdit
 from .mmdit import MMDiT, time_embedding
+from .source import map_mmdit
 from .vae import StandaloneVAE
 from .writing import Writing, write
-
-PADDING = "encoder_padding_token"
-"""A tensor of the released files that only fills padding in training."""
 
 
 @dataclass(frozen=True)
@@ -222,10 +220,3 @@ def load_mmdit(root: Path, *, dtype: torch.dtype | None = None, device="cpu", op
     model = MMDiT(config, device="meta", operations=operations)
     fill(model, weights, "generation_decoder")
     return model.to(device=device, dtype=dtype).eval()
-
-
-def map_mmdit(root: Path, open_file=open_file) -> dict[str, torch.Tensor]:
-    """Returns the transformer's tensors of a checkpoint folder by the module's names, mapped from disk."""
-    weights = strip_prefix(map_weights(root / "generation_decoder", open_file), "decoder.")
-    weights.pop(PADDING, None)
-    return weights

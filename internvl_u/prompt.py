@@ -85,20 +85,20 @@ class Branches:
 class Tokenizer:
     """Text to ids and back, with special tokens by name only."""
 
-    def __init__(self, folder: Path):
-        """Reads `tokenizer.json`, or the older vocab.json and merges.txt, in `folder`.
+    def __init__(self, source: Path | str):
+        """Reads `tokenizer.json`, or the older vocab.json and merges.txt, in a folder; or the text of the former.
 
         Raises:
-            FileNotFoundError: the folder has no tokenizer.
             RuntimeError: the tokenizer is unreadable or lacks one of the model's special tokens.
         """
-        self._tokenizer = _read_tokenizer(folder)
+        self._tokenizer = _read_tokenizer(source)
         self._tokenizer.encode_special_tokens = True
         names = dict.fromkeys((IM_START, IM_END, *ROW_TOKENS))
         self.special = {name: self._tokenizer.token_to_id(name) for name in names}
         missing = [name for name, number in self.special.items() if number is None]
         if missing:
-            raise RuntimeError(f"the tokenizer in {folder} has no {', '.join(missing)}: it belongs to another model")
+            where = f"in {source}" if isinstance(source, Path) else "of the file"
+            raise RuntimeError(f"the tokenizer {where} has no {', '.join(missing)}: it belongs to another model")
 
     def encode(self, pieces: Sequence[Piece], picture_tokens: int = 0) -> tuple[list[int], list[slice]]:
         """Returns the pieces' ids and the places of the pictures, each `picture_tokens` long."""
@@ -239,15 +239,26 @@ def _sentence(text: str) -> str:
     return text
 
 
-def _read_tokenizer(folder: Path):
-    file = folder / "tokenizer.json"
-    try:
-        if file.is_file():
-            from tokenizers import Tokenizer as Fast
+def tokenizer_text(folder: Path) -> str:
+    """Returns a folder's tokenizer as the text of a tokenizer.json.
 
-            return Fast.from_file(str(file))
+    Raises:
+        RuntimeError: the tokenizer is unreadable.
+    """
+    return _read_tokenizer(folder).to_str()
+
+
+def _read_tokenizer(source: Path | str):
+    from tokenizers import Tokenizer as Fast
+
+    try:
+        if isinstance(source, str):
+            return Fast.from_str(source)
+        if (source / "tokenizer.json").is_file():
+            return Fast.from_file(str(source / "tokenizer.json"))
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+        return AutoTokenizer.from_pretrained(str(source), local_files_only=True).backend_tokenizer
     except Exception as error:
-        raise RuntimeError(f"the tokenizer in {folder} is unreadable ({error}). Download it again.") from error
+        where = f"in {source}" if isinstance(source, Path) else "of the file"
+        raise RuntimeError(f"the tokenizer {where} is unreadable ({error}). Download it again.") from error

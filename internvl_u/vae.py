@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import fill, map_weights, open_file, read_json
+from .checkpoint import OpenFile, fill, map_file, map_weights, open_file, read_json
 
 _TO_WAN = (
     (r"^quant_conv\.", "conv1."),
@@ -55,7 +55,16 @@ def to_wan(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {wan_name(name): tensor for name, tensor in weights.items()}
 
 
-def map_vae(root: Path, open_file=open_file) -> dict[str, torch.Tensor]:
+def map_wan(source: Path, open_file: OpenFile = open_file) -> dict[str, torch.Tensor]:
+    """Returns the VAE's tensors under Wan 2.1's names, of a checkpoint folder or a single file in either naming.
+
+    Raises:
+        FileNotFoundError, RuntimeError: see `map_vae`.
+    """
+    return to_wan(map_vae(source, open_file) if source.is_dir() else map_file(source, open_file))
+
+
+def map_vae(root: Path, open_file: OpenFile = open_file) -> dict[str, torch.Tensor]:
     """Returns the VAE's tensors of a checkpoint folder under their diffusers names, mapped from disk.
 
     Raises:

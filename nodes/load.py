@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import model_folders
+from .model_folders import AUTO
 
 MLLM = io.Custom("INTERNVL_U_MLLM")
 NONE_FOUND = "no model found"
@@ -12,7 +13,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp8_e4m3fn")
 
 
 class LoadModel(io.ComfyNode):
-    """A checkpoint folder to MODEL, MLLM and VAE."""
+    """A checkpoint folder or single files to MODEL, MLLM and VAE."""
 
     @classmethod
     def define_schema(cls):
@@ -20,13 +21,14 @@ class LoadModel(io.ComfyNode):
             node_id="InternVLU_LoadModel",
             display_name="Load InternVL-U",
             category="InternVL-U",
-            description="Loads a checkpoint in the released folder layout. The weights stay mapped on disk until "
-            "they are needed; ComfyUI moves and offloads them by itself.",
+            description="Loads a checkpoint folder as released, or the smaller single files that `python -m internvl_u "
+            "convert` writes. The weights stay mapped on disk until they are needed; ComfyUI moves and offloads them.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=list(model_folders.available()) or [NONE_FOUND],
-                    tooltip="A folder in models/InternVL-U, models/diffusers or their extra model paths.",
+                    options=model_folders.available() or [NONE_FOUND],
+                    tooltip="A folder in models/InternVL-U or models/diffusers, or a converted file in "
+                    "models/diffusion_models; extra model paths count too.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -35,30 +37,48 @@ class LoadModel(io.ComfyNode):
                     tooltip="How the weights are kept: auto takes the files' own (bf16 in the release). fp8_e4m3fn "
                     "halves the memory and changes the picture a little; fp32 doubles it.",
                 ),
+                io.Combo.Input(
+                    "mllm_name",
+                    options=[AUTO, *model_folders.language_files()],
+                    default=AUTO,
+                    optional=True,
+                    tooltip="The language model. auto: of the same folder, or the converted file of the same kind in "
+                    "models/text_encoders.",
+                ),
+                io.Combo.Input(
+                    "vae_name",
+                    options=[AUTO, *model_folders.files(model_folders.VAE_KEY)],
+                    default=AUTO,
+                    optional=True,
+                    tooltip="The VAE. auto: of the same folder, or the converted file in models/vae, or "
+                    "qwen_image_vae.safetensors there, which is the same VAE.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The flow transformer, with dual guidance built in."),
-                MLLM.Output(display_name="MLLM", tooltip="The multimodal language model: for the Encode node."),
+                MLLM.Output(display_name="MLLM", tooltip="The multimodal language model: for Encode, Think, Answer."),
                 io.Vae.Output(tooltip="The Qwen-Image VAE."),
             ],
         )
 
     @classmethod
-    def validate_inputs(cls, model_name):
+    def validate_inputs(cls, model_name, mllm_name=AUTO, vae_name=AUTO):
         try:
-            model_folders.find(model_name)
+            model_folders.find(model_name, mllm_name, vae_name)
         except FileNotFoundError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, precision):
-        files = sorted(model_folders.find(model_name).rglob("*.*"))
+    def fingerprint_inputs(cls, model_name, precision, mllm_name=AUTO, vae_name=AUTO):
+        places = dict.fromkeys(model_folders.find(model_name, mllm_name, vae_name))
+        files = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*.*")))]
         stats = [(str(file), file.stat()) for file in files if file.is_file()]
         return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
 
     @classmethod
-    def execute(cls, model_name, precision) -> io.NodeOutput:
+    def execute(cls, model_name, precision, mllm_name=AUTO, vae_name=AUTO) -> io.NodeOutput:
         from .native import load
 
-        return io.NodeOutput(*load(model_folders.find(model_name), precision))
+        drawing, language, vae = model_folders.find(model_name, mllm_name, vae_name)
+        return io.NodeOutput(*load(drawing, precision, language, vae))

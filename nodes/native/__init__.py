@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from ...internvl_u.checkpoint import check_folder
 from .mllm import load_mllm
 from .model import load_model
+from .precision import PRECISIONS
 from .vae import load_vae
 
-_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}
 
+def load(drawing: Path, precision: str = "auto", language: Path | None = None, vae: Path | None = None):
+    """Returns MODEL, MLLM and VAE.
 
-def load(root: Path, precision: str = "auto"):
-    """Returns MODEL, MLLM and VAE of a checkpoint folder.
+    `drawing` is a checkpoint folder, or a single file of the transformer; then `language` and `vae` are files too.
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
         RuntimeError: the folder holds another model, or files that are damaged or do not fit each other.
+        ValueError: the precision does not fit a file.
     """
-    check_folder(root)
-    dtype = _DTYPES[precision]
-    return load_model(str(root), dtype), load_mllm(str(root), dtype), load_vae(str(root))
+    if drawing.is_dir():
+        check_folder(drawing)
+    language, vae = language or drawing, vae or drawing
+    dtype = PRECISIONS[precision]
+    model, mllm = load_model(str(drawing), dtype), load_mllm(str(language), dtype)
+    wanted, handed_on = model.model.diffusion_model.config.context_width, mllm.context_width
+    if wanted != handed_on:
+        raise RuntimeError(
+            f"{language} hands on {handed_on} values a token, {drawing} expects {wanted}: they do not belong together"
+        )
+    return model, mllm, load_vae(str(vae))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.supported_models_base
 import comfy.utils
 import torch
 
@@ -32,6 +34,18 @@ def set_dtypes(config, storage: torch.dtype, compute: torch.dtype | None, device
         config.set_inference_dtype(storage, compute, device=device)
     else:
         config.set_inference_dtype(storage, compute)
+
+
+def quantize(config, scales: dict[str, torch.Tensor], formats: dict[str, dict]) -> dict[str, torch.Tensor]:
+    """Tells a model configuration which layers are scaled fp8; returns the tensors that loading them takes."""
+    extra = {f"{layer}.weight_scale": scale for layer, scale in scales.items()}
+    if "quant_config" not in vars(comfy.supported_models_base.BASE):
+        config.layer_quant_config = formats
+        return extra
+    config.quant_config = {"mixed_ops": True}
+    for layer, form in formats.items():
+        extra[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(form).encode()), dtype=torch.uint8)
+    return extra
 
 
 def remember_dtypes(model: torch.nn.Module) -> None:

@@ -11,29 +11,42 @@ import comfy.ops
 import torch
 
 from ...internvl_u import mllm, prompt
-from ...internvl_u.checkpoint import check_weights, map_weights
+from ...internvl_u.checkpoint import check_weights
 from ...internvl_u.picture import drawn_size, reference_pixels
+from ...internvl_u.source import map_part, take_scales
 from ...internvl_u.writing import Writing, write
 from . import compat
 from .guidance import PARTIAL
 from .model import LAYOUT
+from .precision import arithmetic, operations, stored
 from .sampler import empty_latent
-
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class CastRMSNorm(torch.nn.Module, comfy.ops.CastWeightBiasOp):
     """transformers' RMSNorm with ComfyUI's casting of the weight; modules become it by a change of class."""
 
-    comfy_cast_weights = True
     bias = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        comfy.ops.run_every_op()
+        if not (self.comfy_cast_weights or self.weight_function):
+            return self._normed(hidden, self.weight)
         weight, bias, stream = comfy.ops.cast_bias_weight(self, hidden, offloadable=True)
+        result = self._normed(hidden, weight)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return result
+
+    def _normed(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         wide = hidden.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        result = weight * wide.to(hidden.dtype)
+        return weight * wide.to(hidden.dtype)
+
+
+class ScaledLinear(comfy.ops.manual_cast.Linear):
+    """A linear layer whose fp8 matrix was divided by `scale`; the few inputs are multiplied, not the matrix."""
+
+    def forward_comfy_cast_weights(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, hidden, offloadable=True)
+        result = torch.nn.functional.linear(hidden * self.scale, weight, bias)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return result
 
@@ -45,6 +58,11 @@ class NativeMLLM:
     patcher: object
     encoder: mllm.Encoder
     dtype: torch.dtype
+
+    @property
+    def context_width(self) -> int:
+        """Values a token that are handed on to the transformer."""
+        return len(self.encoder.layers) * self.patcher.model.language_model.config.hidden_size
 
     def get_ram_usage(self) -> int:
         """Returns the bytes that ComfyUI's cache counts for this object."""
@@ -114,39 +132,47 @@ class NativeMLLM:
         return (tokens * kept + cached) * self.dtype.itemsize
 
 
-def load_mllm(root: str, precision: torch.dtype | None = None) -> NativeMLLM:
-    """Returns the MLLM of a checkpoint folder; `precision` None keeps the files' dtype.
+def load_mllm(source: str, precision: torch.dtype | None = None) -> NativeMLLM:
+    """Returns the MLLM of a checkpoint folder or a converted file; `precision` None keeps the files' dtype.
 
     Raises:
         FileNotFoundError: a file is missing.
         RuntimeError: the files are damaged, of another model, or do not fit each other.
+        ValueError: the precision does not fit the file.
     """
-    patcher, dtype = _load_patcher(root, precision)
-    return NativeMLLM(patcher, mllm.Encoder.read(Path(root)), dtype)
+    patcher, dtype = _load_patcher(source, precision)
+    return NativeMLLM(patcher, mllm.Encoder.read(Path(source)), dtype)
 
 
-def _load_patcher(root: str, precision: torch.dtype | None, disable_dynamic: bool = False):
-    weights = map_weights(Path(root) / "vlm", compat.open_weights)
-    config = mllm.read_config(Path(root), {name: tuple(tensor.shape) for name, tensor in weights.items()})
+def _load_patcher(source: str, precision: torch.dtype | None, disable_dynamic: bool = False):
+    weights = map_part(Path(source), "vlm", compat.open_weights)
+    weights, scales, _ = take_scales(Path(source), weights)
+    config = mllm.read_config(Path(source), {name: tuple(tensor.shape) for name, tensor in weights.items()})
     check_weights(mllm.MLLM(config, device="meta").state_dict(), weights, "vlm")
-    model = mllm.MLLM(config, device="meta", operations=comfy.ops.manual_cast)
-    cast_language(model.language_model)
-    model.load_state_dict(_stored(weights, precision), strict=True, assign=True)
+    weights = stored(weights, precision, scales)
+    load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
+    compute = arithmetic(weights, load_device)
+    chosen = operations(weights, compute)
+    model = mllm.MLLM(config, device="meta", operations=chosen)
+    cast_language(model.language_model, chosen)
+    for layer, scale in scales.items():
+        model.get_submodule(layer).__class__ = ScaledLinear
+        model.get_submodule(layer).scale = float(scale)
+    model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(False).eval()
     compat.remember_dtypes(model)
-    load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
     patcher = compat.make_patcher(model, load_device, offload_device, dynamic=not disable_dynamic)
-    compat.reload_with(patcher, _reload, root, precision)
-    return patcher, _arithmetic(weights, precision, load_device)
+    compat.reload_with(patcher, _reload, source, precision)
+    return patcher, compute
 
 
-def _reload(root: str, precision: torch.dtype | None, disable_dynamic: bool = False):
-    return _load_patcher(root, precision, disable_dynamic)[0]
+def _reload(source: str, precision: torch.dtype | None, disable_dynamic: bool = False):
+    return _load_patcher(source, precision, disable_dynamic)[0]
 
 
-def cast_language(model: torch.nn.Module) -> None:
+def cast_language(model: torch.nn.Module, operations) -> None:
     """Gives transformers' modules ComfyUI's classes, so that their weights can be cast and offloaded."""
-    swaps = {torch.nn.Linear: comfy.ops.manual_cast.Linear, torch.nn.Embedding: comfy.ops.manual_cast.Embedding}
+    swaps = {torch.nn.Linear: operations.Linear, torch.nn.Embedding: operations.Embedding}
     for module in model.modules():
         if type(module) in swaps:
             module.__class__ = swaps[type(module)]
@@ -154,6 +180,7 @@ def cast_language(model: torch.nn.Module) -> None:
                 module.bias = None
         elif type(module).__name__.endswith("RMSNorm"):
             module.__class__ = CastRMSNorm
+            module.comfy_cast_weights = operations.Linear.comfy_cast_weights
 
 
 def run_on(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -161,22 +188,3 @@ def run_on(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> 
     kind = type(model) if not hasattr(type(model), "asked") else type(model).asked
     where = {"asked": kind, "device": property(lambda self: device), "dtype": property(lambda self: dtype)}
     model.__class__ = type(kind.__name__, (kind,), where)
-
-
-def _stored(weights: dict[str, torch.Tensor], precision: torch.dtype | None) -> dict[str, torch.Tensor]:
-    if precision is None:
-        return weights
-    if precision not in FP8:
-        return {name: tensor.to(precision) for name, tensor in weights.items()}
-    # In fp8 only the matrices shrink: norms, biases and embeddings are small and suffer most.
-    return {
-        name: tensor.to(precision) if tensor.ndim == 2 and "embed" not in name else tensor
-        for name, tensor in weights.items()
-    }
-
-
-def _arithmetic(weights: dict[str, torch.Tensor], precision: torch.dtype | None, device: torch.device) -> torch.dtype:
-    stored = precision or next(iter(weights.values())).dtype
-    if stored == torch.float32 or not mm.should_use_bf16(device):
-        return torch.float32
-    return torch.bfloat16

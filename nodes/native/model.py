@@ -14,13 +14,14 @@ import comfy.utils
 import torch
 
 from ...internvl_u import sampling
-from ...internvl_u.checkpoint import check_weights, read_json
+from ...internvl_u.checkpoint import check_weights
 from ...internvl_u.config import read_mmdit
 from ...internvl_u.mmdit import Branch, MMDiT, time_embedding
-from ...internvl_u.pipeline import map_mmdit
 from ...internvl_u.positions import Grid, Layout, Span
+from ...internvl_u.source import map_mmdit, read_part, take_scales
 from . import compat, guidance
 from .mmdit import NativeMMDiT
+from .precision import storage_dtype, stored
 
 LAYOUT = "internvl_u_layout"
 """Key in a conditioning entry: the context's spans of words and pictures."""
@@ -129,35 +130,37 @@ class CONDContexts(comfy.conds.CONDRegular):
         return [1]
 
 
-def load_model(root: str, precision: torch.dtype | None = None, disable_dynamic: bool = False):
-    """Returns the MODEL of a checkpoint folder; `precision` None lets ComfyUI choose the storage dtype.
+def load_model(source: str, precision: torch.dtype | None = None, disable_dynamic: bool = False):
+    """Returns the MODEL of a checkpoint folder or a single file; `precision` None lets ComfyUI choose the storage.
 
     Raises:
         FileNotFoundError: a file is missing.
         RuntimeError: the files are damaged, of another model, or do not fit each other.
+        ValueError: the precision does not fit the file.
     """
-    weights = map_mmdit(Path(root), compat.open_weights)
+    weights, scales, formats = take_scales(Path(source), map_mmdit(Path(source), compat.open_weights))
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    settings = read_mmdit(shapes, read_json(Path(root) / "generation_decoder" / "config.json"))
+    settings = read_mmdit(shapes, read_part(Path(source), "generation_decoder"))
     check_weights(MMDiT(settings, device="meta").state_dict(), weights, "generation_decoder")
+    weights = stored(weights, precision, scales)
 
     config = InternVLUConfig({"config": settings})
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
-    storage = precision or mm.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(weights),
-        supported_dtypes=list(config.supported_inference_dtypes),
-        weight_dtype=comfy.utils.weight_dtype(weights),
-    )
-    compat.set_dtypes(
-        config, storage, mm.unet_manual_cast(storage, load_device, config.supported_inference_dtypes), load_device
-    )
-    model = config.get_model(weights, device="meta")
-    model.diffusion_model.load_state_dict({k: v.to(storage) for k, v in weights.items()}, strict=True, assign=True)
+    kept = None if scales else precision or comfy.utils.weight_dtype(weights)
+    storage = precision or storage_dtype(weights, kept, config.supported_inference_dtypes)
+    compute = mm.unet_manual_cast(None if scales else storage, load_device, config.supported_inference_dtypes)
+    compat.set_dtypes(config, storage, compute, load_device)
+    if scales:
+        weights |= compat.quantize(config, scales, formats)
+    elif precision is None and storage != kept:
+        weights = stored(weights, storage, scales)
+    model = config.get_model(weights, device=offload_device if scales else "meta")
+    model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False)
     model.device = offload_device
     compat.remember_dtypes(model.diffusion_model)
     patcher = compat.make_patcher(model, load_device, offload_device, dynamic=not disable_dynamic)
-    compat.reload_with(patcher, load_model, root, precision)
+    compat.reload_with(patcher, load_model, source, precision)
     guidance.install(patcher)
     return patcher
 

@@ -9,23 +9,23 @@ import torch
 
 from ...internvl_u.checkpoint import check_weights
 from ...internvl_u.picture import resize
-from ...internvl_u.vae import map_vae, to_wan
+from ...internvl_u.vae import map_wan
 from . import compat
 
 
-def load_vae(root: str) -> comfy.sd.VAE:
-    """Returns the VAE of a checkpoint folder. A batch of pictures stays a batch and is no video.
+def load_vae(source: str) -> comfy.sd.VAE:
+    """Returns the VAE of a checkpoint folder or a single file. A batch of pictures stays a batch and is no video.
 
     Raises:
         FileNotFoundError: a file is missing.
         RuntimeError: the files are damaged or of another model.
     """
-    weights = to_wan(map_vae(Path(root), compat.open_weights))
+    weights = map_wan(Path(source), compat.open_weights)
     check_weights(_expected(weights), weights, "vae")
     vae = comfy.sd.VAE(sd=weights)
     vae.throw_exception_if_invalid()
     vae.not_video = True
-    compat.reload_with(vae.patcher, _load_patcher, root)
+    compat.reload_with(vae.patcher, _load_patcher, source)
     return vae
 
 
@@ -53,8 +53,8 @@ def _resized(picture: torch.Tensor, width: int, height: int) -> torch.Tensor:
     return torch.from_numpy(scaled.astype(numpy.float32) / 255)
 
 
-def _load_patcher(root: str, disable_dynamic: bool = False):
-    vae = load_vae(root)
+def _load_patcher(source: str, disable_dynamic: bool = False):
+    vae = load_vae(source)
     if disable_dynamic and hasattr(vae.patcher, "is_dynamic") and vae.patcher.is_dynamic():
         return vae.patcher.clone(disable_dynamic=True)
     return vae.patcher
