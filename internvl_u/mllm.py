@@ -5,6 +5,7 @@ Attribute names are the checkpoint's keys below `vlm/`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +58,21 @@ class MLLM(nn.Module):
         """Returns the features [B, tokens, width] of normalised pixels [B, 3, size, size]."""
         return self.mlp1(self.vision_model(pixels))
 
-    def hidden_states(self, embedded: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+    def read(self, embedded: torch.Tensor):
+        """Returns keys and values of a text's beginning [1, tokens, width], for `hidden_states` to go on from."""
+        return self.language_model.model(inputs_embeds=embedded, use_cache=True).past_key_values
+
+    def hidden_states(self, embedded: torch.Tensor, layers: Sequence[int], past=None) -> torch.Tensor:
         """Returns the chosen layers' hidden states side by side [1, tokens, len(layers) * width].
 
-        Layer -1 is the output after the final norm, -2 the input of the last layer.
+        Layer -1 is the output after the final norm, -2 the input of the last layer. `past` is what `read` gave for the
+        tokens before; it is left as it is.
         """
         states = self.language_model.model(
-            inputs_embeds=embedded, use_cache=False, output_hidden_states=True
+            inputs_embeds=embedded,
+            past_key_values=copy.deepcopy(past),
+            use_cache=past is not None,
+            output_hidden_states=True,
         ).hidden_states
         return torch.cat([states[layer] for layer in layers], dim=-1)
 
@@ -171,21 +180,29 @@ class Encoder:
         """Returns a prompt's embeddings [1, tokens, width], its pictures' features in place."""
         embedded = model.embed(prompt.ids, self.rows, device).to(dtype)
         for place, seen in zip(prompt.pictures, features, strict=True):
-            embedded[:, place] = seen
+            embedded[:, place.start : place.stop] = seen
         return embedded
 
-    def context(
+    def contexts(
         self,
         model: MLLM,
-        prompt: TokenIds,
-        features: Sequence[torch.Tensor] = (),
+        prompts: Sequence[tuple[TokenIds, Sequence[torch.Tensor]]],
         *,
         device: torch.device,
         dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """Returns the context [tokens, len(layers) * width] of a prompt: its user's turn to its end.
+    ) -> list[torch.Tensor]:
+        """Returns the context [tokens, len(layers) * width] of each prompt: its user's turn to its end.
 
-        The system turn is seen by the attention but not handed on. `device` and `dtype` are the arithmetic's.
+        A prompt comes with the features of its pictures. The prompts share their system turn, which is seen by the
+        attention but not handed on: each is read once. The same prompt gives the same bits whatever it comes with.
+        `device` and `dtype` are the arithmetic's.
         """
-        embedded = self.embedded(model, prompt, features, device=device, dtype=dtype)
-        return model.hidden_states(embedded, self.layers)[0, prompt.user :]
+        read: dict[tuple[int, ...], object] = {}
+        result = []
+        for prompt, features in prompts:
+            embedded = self.embedded(model, prompt, features, device=device, dtype=dtype)
+            turn = prompt.ids[: prompt.user]
+            if turn not in read:
+                read[turn] = model.read(embedded[:, : prompt.user])
+            result.append(model.hidden_states(embedded[:, prompt.user :], self.layers, read[turn])[0])
+        return result

@@ -146,12 +146,12 @@ class Pipeline:
             thought=tokenizer.thought(drawing.thought),
         )
         features = self.encoder.features(model, images, **where)
-
-        def encode(tokens: prompt.TokenIds, seen=()):
-            return self.encoder.context(model, tokens, seen, **where), tokens.layout
-
-        partial = encode(prompts.partial, features) if images else None
-        return Conditions(encode(prompts.conditional, features), partial, encode(prompts.unconditional), references)
+        wanted = [(prompts.conditional, features), (prompts.unconditional, ())]
+        if images:
+            wanted.append((prompts.partial, features))
+        contexts = self.encoder.contexts(model, wanted, **where)
+        conditional, nothing, *partial = zip(contexts, (tokens.layout for tokens, _ in wanted), strict=True)
+        return Conditions(conditional, partial[0] if partial else None, nothing, references)
 
     @torch.inference_mode()
     def sample(self, conditions: Conditions, noise, sigmas, scales, on_step=None) -> torch.Tensor:

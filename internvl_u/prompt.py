@@ -51,6 +51,13 @@ class Picture(NamedTuple):
     """The place of an input picture inside a prompt."""
 
 
+class Place(NamedTuple):
+    """Where a picture's features are in the ids: from `start` to before `stop`."""
+
+    start: int
+    stop: int
+
+
 Piece = str | Special | Picture
 
 
@@ -59,7 +66,7 @@ class TokenIds:
     """A tokenised prompt: its ids, where its pictures' features go, and where the user's turn begins."""
 
     ids: tuple[int, ...]
-    pictures: tuple[slice, ...]
+    pictures: tuple[Place, ...]
     user: int
     grid: int
 
@@ -100,15 +107,15 @@ class Tokenizer:
             where = f"in {source}" if isinstance(source, Path) else "of the file"
             raise RuntimeError(f"the tokenizer {where} has no {', '.join(missing)}: it belongs to another model")
 
-    def encode(self, pieces: Sequence[Piece], picture_tokens: int = 0) -> tuple[list[int], list[slice]]:
+    def encode(self, pieces: Sequence[Piece], picture_tokens: int = 0) -> tuple[list[int], list[Place]]:
         """Returns the pieces' ids and the places of the pictures, each `picture_tokens` long."""
         ids: list[int] = []
-        pictures: list[slice] = []
+        pictures: list[Place] = []
         for piece in pieces:
             if isinstance(piece, Special):
                 ids.append(self.special[piece.name])
             elif isinstance(piece, Picture):
-                pictures.append(slice(len(ids) + 1, len(ids) + 1 + picture_tokens))
+                pictures.append(Place(len(ids) + 1, len(ids) + 1 + picture_tokens))
                 ids += [self.special[IMG], *[self.special[IMG_CONTEXT]] * picture_tokens, self.special[END_IMG]]
             else:
                 ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
@@ -209,7 +216,7 @@ def _prompt(
     user = ["user\n" + first, *rest] if isinstance(first, str) else ["user\n", first, *rest]
     after = [Special(IM_END), "\n", Special(IM_START), "assistant\n"]
     ids, places = tokenizer.encode([Special(IM_START), *user, *after], grid**2)
-    places = [slice(place.start + len(before), place.stop + len(before)) for place in places]
+    places = [Place(place.start + len(before), place.stop + len(before)) for place in places]
     return TokenIds((*before, *ids, *written), tuple(places), len(before), grid)
 
 

@@ -1,4 +1,4 @@
-"""Dual guidance inside ComfyUI: wrappers on the MODEL, so that every sampler node gets it, and a GUIDER.
+"""Dual guidance inside ComfyUI: a wrapper on the MODEL, so that every sampler node gets it, and a GUIDER.
 
 The positive conditioning may carry a partial one (references without words). It becomes a third condition
 `middle` of the run; without it, two branches are computed, as text to image needs no more.
@@ -6,6 +6,7 @@ The positive conditioning may carry a partial one (references without words). It
 
 from __future__ import annotations
 
+import functools
 import math
 
 import comfy.patcher_extension
@@ -35,34 +36,45 @@ class DualGuider(comfy.samplers.CFGGuider):
 
 def install(patcher) -> None:
     """Puts dual guidance on a MODEL."""
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, add_partial)
-    patcher.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample)
 
 
-def add_partial(executor, *args, **kwargs):
-    """Runs a sampling with the partial conditioning, if there is one, as a condition of its own."""
-    conds = executor.class_obj.conds
+def sample(executor, *args, **kwargs):
+    """Runs a sampling with dual guidance; a guider with a guidance of its own is left alone.
+
+    The guidance takes the place of the guider's own method for this run and is no wrapper: it ends the chain, and what
+    other nodes wrap around it (step caches, say) has to stay around it.
+    """
+    guider = executor.class_obj
+    if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
+        return executor(*args, **kwargs)
+    middle = _partial(guider.conds)
+    if middle:
+        guider.conds["middle"] = middle
+    guider.predict_noise = functools.partial(predict, guider)
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        del guider.predict_noise
+
+
+def _partial(conds: dict) -> list:
     middle = []
-    for entry in conds.get("positive", ()):
+    for entry in conds.get("positive", ()) if "negative" in conds else ():
         for partial in comfy.sampler_helpers.convert_cond(entry.get(PARTIAL, ())):
             middle.append(partial | {key: entry[key] for key in _SHARED if key in entry})
-    if middle and "negative" in conds:
-        conds["middle"] = middle
-    return executor(*args, **kwargs)
+    return middle
 
 
-def predict(executor, x, sigma, model_options=None, seed=None):
-    """Returns the guided clean latent; a guider with a guidance of its own is left alone."""
-    guider = executor.class_obj
-    conds = getattr(guider, "conds", {})
-    plain = type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
+def predict(guider, x, sigma, model_options=None, seed=None):
+    """Returns the guided clean latent of a guider's conditions."""
+    conds, model_options = guider.conds, model_options or {}
     middle = conds.get("middle")
-    model_options = model_options or {}
     only_positive = (
         math.isclose(guider.cfg, 1.0) and middle is None and not model_options.get("disable_cfg1_optimization", False)
     )
-    if not plain or only_positive or conds.get("positive") is None or conds.get("negative") is None:
-        return executor(x, sigma, model_options, seed)
+    if only_positive or conds.get("positive") is None or conds.get("negative") is None:
+        return type(guider).predict_noise(guider, x, sigma, model_options, seed)
 
     model, branches = guider.inner_model, [conds["positive"], conds["negative"]]
     if middle is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -58,6 +58,8 @@ class NativeMLLM:
     patcher: object
     encoder: mllm.Encoder
     dtype: torch.dtype
+    nothing: dict[prompt.TokenIds, torch.Tensor] = field(default_factory=dict)
+    """The last empty prompt and its context: it is the same for every text."""
 
     @property
     def context_width(self) -> int:
@@ -84,10 +86,16 @@ class NativeMLLM:
         references = {"reference_latents": [self._reference(vae, image) for image in images]} if images else {}
         with self._ready(max(len(tokens.ids) for tokens in (prompts.conditional, prompts.partial))) as where:
             features = self.encoder.features(self.patcher.model, images, **where)
-            positive = self._conditioning(prompts.conditional, features, where, references)
-            negative = self._conditioning(prompts.unconditional, (), where, {})
-            if images:
-                positive[0][1][PARTIAL] = self._conditioning(prompts.partial, features, where, references)
+            wanted = [(prompts.conditional, features)] + ([(prompts.partial, features)] if images else [])
+            if prompts.unconditional not in self.nothing:
+                wanted.append((prompts.unconditional, ()))
+            contexts = self.encoder.contexts(self.patcher.model, wanted, **where)
+        made = {tokens: self._handed_out(context) for (tokens, _), context in zip(wanted, contexts, strict=True)}
+        self.nothing = {prompts.unconditional: (self.nothing | made)[prompts.unconditional]}
+        positive = _conditioning(prompts.conditional, made, references)
+        negative = _conditioning(prompts.unconditional, self.nothing, {})
+        if images:
+            positive[0][1][PARTIAL] = _conditioning(prompts.partial, made, references)
         size = self.encoder.sizes.fit(*images[0].size) if images else self.encoder.default_size
         return positive, negative, empty_latent(*drawn_size(*size))
 
@@ -113,10 +121,8 @@ class NativeMLLM:
         with compat.device_context(device):
             yield {"device": device, "dtype": self.dtype}
 
-    def _conditioning(self, tokens: prompt.TokenIds, features, where, extra: dict) -> list:
-        context = self.encoder.context(self.patcher.model, tokens, features, **where)
-        context = context.unsqueeze(0).to(mm.intermediate_device(), torch.float32)
-        return [[context, {LAYOUT: tokens.layout, **extra}]]
+    def _handed_out(self, context: torch.Tensor) -> torch.Tensor:
+        return context.unsqueeze(0).to(mm.intermediate_device(), torch.float32)
 
     def _reference(self, vae, image) -> torch.Tensor:
         pixels = reference_pixels(image, self.encoder.sizes)
@@ -130,6 +136,10 @@ class NativeMLLM:
             a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
             cached = a_token * (tokens + writing.max_new_tokens) * writing.beams + config.vocab_size * writing.beams * 4
         return (tokens * kept + cached) * self.dtype.itemsize
+
+
+def _conditioning(tokens: prompt.TokenIds, contexts: dict, extra: dict) -> list:
+    return [[contexts[tokens], {LAYOUT: tokens.layout, **extra}]]
 
 
 def load_mllm(source: str, precision: torch.dtype | None = None) -> NativeMLLM:

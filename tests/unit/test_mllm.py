@@ -20,8 +20,35 @@ def encoder(checkpoint):
 @torch.inference_mode()
 def test_context_equals_the_official_hidden_states(model, encoder, case, near):
     made = prompt.branches(encoder.tokenizer, case.prompt)
-    for i, tokens in enumerate((made.conditional, made.partial, made.unconditional)):
-        near(encoder.context(model, tokens, **HERE), case.context(i), 1e-5)
+    wanted = [(tokens, ()) for tokens in (made.conditional, made.partial, made.unconditional)]
+    for i, context in enumerate(encoder.contexts(model, wanted, **HERE)):
+        near(context, case.context(i), 1e-5)
+    (alone,) = encoder.contexts(model, wanted[:1], **HERE)
+    near(alone, case.context(0), 1e-5)
+
+
+@torch.inference_mode()
+def test_prompts_with_different_system_turns_are_kept_apart(model, encoder, near):
+    texts = [prompt.branches(encoder.tokenizer, "a cat", system=system).conditional for system in ("one", "another")]
+    together = encoder.contexts(model, [(tokens, ()) for tokens in texts], **HERE)
+    for tokens, context in zip(texts, together):
+        near(context, encoder.contexts(model, [(tokens, ())], **HERE)[0], 1e-6)
+
+
+@torch.inference_mode()
+def test_the_system_turn_is_read_once(model, encoder, monkeypatch):
+    lengths = []
+    original = model.language_model.model.forward
+
+    def forward(*args, inputs_embeds, **kwargs):
+        lengths.append(inputs_embeds.shape[1])
+        return original(*args, inputs_embeds=inputs_embeds, **kwargs)
+
+    monkeypatch.setattr(model.language_model.model, "forward", forward)
+    made = prompt.branches(encoder.tokenizer, "a cat")
+    encoder.contexts(model, [(made.conditional, ()), (made.unconditional, ())], **HERE)
+    user = [len(tokens.ids) - tokens.user for tokens in (made.conditional, made.unconditional)]
+    assert lengths == [made.conditional.user, *user]
 
 
 @torch.inference_mode()
