@@ -41,6 +41,23 @@ class CastRMSNorm(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         return weight * wide.to(hidden.dtype)
 
 
+class CastEmbedding(comfy.ops.manual_cast.Embedding):
+    """An embedding that gives the arithmetic's dtype, and looks rows up where its table lies.
+
+    ComfyUI would bring an offloaded table, which is the largest weight, to the GPU for each token that is written.
+    """
+
+    bias = None
+    out_dtype: torch.dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.weight.device == ids.device or self.weight_function:
+            return super().forward(ids).to(self.out_dtype)
+        comfy.ops.run_every_op()
+        rows = torch.nn.functional.embedding(ids.to(self.weight.device), self.weight)
+        return rows.to(ids.device, self.out_dtype)
+
+
 class ScaledLinear(comfy.ops.manual_cast.Linear):
     """A linear layer whose fp8 matrix was divided by `scale`; the few inputs are multiplied, not the matrix."""
 
@@ -164,7 +181,7 @@ def _load_patcher(source: str, precision: torch.dtype | None, disable_dynamic: b
     compute = arithmetic(weights, load_device)
     chosen = operations(weights, compute)
     model = mllm.MLLM(config, device="meta", operations=chosen)
-    cast_language(model.language_model, chosen)
+    cast_language(model.language_model, chosen, compute)
     for layer, scale in scales.items():
         model.get_submodule(layer).__class__ = ScaledLinear
         model.get_submodule(layer).scale = float(scale)
@@ -180,14 +197,14 @@ def _reload(source: str, precision: torch.dtype | None, disable_dynamic: bool = 
     return _load_patcher(source, precision, disable_dynamic)[0]
 
 
-def cast_language(model: torch.nn.Module, operations) -> None:
+def cast_language(model: torch.nn.Module, operations, compute: torch.dtype) -> None:
     """Gives transformers' modules ComfyUI's classes, so that their weights can be cast and offloaded."""
-    swaps = {torch.nn.Linear: operations.Linear, torch.nn.Embedding: operations.Embedding}
     for module in model.modules():
-        if type(module) in swaps:
-            module.__class__ = swaps[type(module)]
-            if not hasattr(module, "bias"):
-                module.bias = None
+        if type(module) is torch.nn.Linear:
+            module.__class__ = operations.Linear
+        elif type(module) is torch.nn.Embedding:
+            module.__class__ = CastEmbedding
+            module.out_dtype = compute
         elif type(module).__name__.endswith("RMSNorm"):
             module.__class__ = CastRMSNorm
             module.comfy_cast_weights = operations.Linear.comfy_cast_weights

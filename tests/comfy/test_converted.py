@@ -42,6 +42,15 @@ def test_scaled_files_are_small_and_never_widened(native, converted):
     assert model.model_size() + mllm.get_ram_usage() < 1.3 * size
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_text_is_written_from_any_stored_dtype(native, converted, beams):
+    from pack.internvl_u.writing import Writing
+
+    _, (drawing, language, vae) = converted
+    _, mllm, _ = native.load(drawing, "auto", language, vae)
+    assert len(mllm.write("hello", system="x", writing=Writing(6, beams=beams))) > 1
+
+
 def test_a_lora_works_on_scaled_weights(native, converted, draw, golden):
     import comfy.sd
 

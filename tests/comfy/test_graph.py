@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy
 import pytest
 from PIL import Image
 
+TWINS = Path(__file__).parent.parent / "workflows"
 WORKFLOWS = ("text_to_image", "text_to_image_custom_sampling", "text_to_image_ksampler")
 
 
@@ -214,3 +216,22 @@ def test_a_changed_checkpoint_is_loaded_again(server, graph, golden, bad_model):
     entry = server.run(graph("text_to_image", case, model_name=name, seed=2))
     cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
     assert server.find(graph("text_to_image", case), "InternVLU_LoadModel") not in cached
+
+
+SMALL = {"largest_size": 64, "max_new_tokens": 8, "steps": 2, "precision": "fp32"}
+
+
+@pytest.mark.parametrize("name", sorted(file.name.removesuffix(".api.json") for file in TWINS.glob("*.api.json")))
+def test_every_shipped_workflow_runs(server, golden, name):
+    shutil.copy(golden("edit_one").images[0], server.base / "input" / "example.png")
+    nodes = json.loads((TWINS / f"{name}.api.json").read_text(encoding="utf-8"))
+    for node in nodes.values():
+        for key, value in SMALL.items():
+            if key in node["inputs"]:
+                node["inputs"][key] = value
+        if node["class_type"] == "InternVLU_CreateLatent":
+            node["inputs"] |= {"preset": "custom", "width": 64, "height": 48}
+    entry = server.run(nodes)
+    assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])
+    shown = [output for output in entry["outputs"].values() if "images" in output or "text" in output]
+    assert shown

@@ -8,7 +8,7 @@ import torch
 from pack.internvl_u import prompt
 from pack.internvl_u.picture import to_rgb
 from pack.internvl_u.pipeline import Drawing, Pipeline
-from pack.internvl_u.writing import Writing
+from pack.internvl_u.writing import Writing, _pick
 from PIL import Image
 
 
@@ -64,7 +64,15 @@ def test_sampling_follows_the_seed_and_leaves_torchs_generator_alone(pipeline):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"max_new_tokens": 0}, {"beams": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "settings",
+    [
+        {"max_new_tokens": 0},
+        {"beams": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"beams": 2, "temperature": 1.0},
+    ],
 )
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match="found, .* expected"):
@@ -118,3 +126,34 @@ def test_a_thought_without_memory_is_read_as_plain_text(pipeline):
 def test_no_thought_and_an_empty_thought_are_the_same_prompt(pipeline):
     tokenizer = pipeline.encoder.tokenizer
     assert prompt.branches(tokenizer, "a cat") == prompt.branches(tokenizer, "a cat", thought=tokenizer.thought(""))
+
+
+def test_greedy_writing_equals_transformers_generate(pipeline, golden):
+    tokenizer, model = pipeline.encoder.tokenizer, pipeline._mllm()
+    for text in ("tell me everything", "一只猫", "x" * 200):
+        opening = prompt.opening(tokenizer, text, system=prompt.SYSTEM_ANSWER)
+        where = {"device": torch.device("cpu"), "dtype": torch.float32}
+        embedded = pipeline.encoder.embedded(model, opening, (), **where)
+        with torch.inference_mode():
+            expected = model.language_model.generate(
+                inputs_embeds=embedded,
+                attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long),
+                max_new_tokens=40,
+                do_sample=False,
+                eos_token_id=list(tokenizer.stops),
+                pad_token_id=tokenizer.stops[0],
+            )[0].tolist()
+        assert pipeline.write(text, (), prompt.SYSTEM_ANSWER, Writing(40)) == expected
+
+
+def test_top_p_keeps_the_likeliest_tokens_only():
+    logits = torch.log(torch.tensor([0.1, 0.6, 0.25, 0.05]))
+    generator = torch.Generator().manual_seed(0)
+    for top_p, expected in ((0.5, {1}), (0.6, {1}), (0.61, {1, 2}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
+        writing = Writing(temperature=1.0, top_p=top_p)
+        assert {_pick(logits, writing, generator) for _ in range(400)} == expected
+
+
+def test_low_temperature_is_nearly_greedy(pipeline):
+    greedy = pipeline.write("hello", (), prompt.SYSTEM_ANSWER, Writing(10))
+    assert pipeline.write("hello", (), prompt.SYSTEM_ANSWER, Writing(10, temperature=1e-4, seed=5)) == greedy
