@@ -34,7 +34,7 @@ class WriteThought(io.ComfyNode):
                 *picture_inputs(),
             ],
             outputs=[io.String.Output(display_name="thought")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -44,7 +44,7 @@ class WriteThought(io.ComfyNode):
 
         images = [inputs.pop(name, None) for name in PICTURES]
         system = system_prompt or (SYSTEM_DRAW if all(image is None for image in images) else SYSTEM_EDIT)
-        thought = think(mllm, prompt, system, images, cls.hidden.unique_id, **inputs)
+        thought = think(mllm, prompt, system, images, cls.hidden, **inputs)
         return io.NodeOutput(thought, ui={"text": [str(thought)]})
 
 
@@ -73,7 +73,7 @@ class AnswerQuestion(io.ComfyNode):
                 *picture_inputs(),
             ],
             outputs=[io.String.Output(display_name="answer")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -82,5 +82,5 @@ class AnswerQuestion(io.ComfyNode):
         from .native.writer import answer
 
         images = [inputs.pop(name, None) for name in PICTURES]
-        text = answer(mllm, question, system_prompt or SYSTEM_ANSWER, images, cls.hidden.unique_id, **inputs)
+        text = answer(mllm, question, system_prompt or SYSTEM_ANSWER, images, cls.hidden, **inputs)
         return io.NodeOutput(text, ui={"text": [text]})

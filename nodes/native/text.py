@@ -16,8 +16,8 @@ SECONDS_BETWEEN = 0.1
 class LiveText:
     """Hears each token: stops when the job is cancelled, moves the node's progress bar, and shows the text so far."""
 
-    def __init__(self, node_id: str, total: int, decode: Callable[[list[int]], str]):
-        self.node_id, self.decode = node_id, decode
+    def __init__(self, hidden, total: int, decode: Callable[[list[int]], str]):
+        self.hidden, self.decode = hidden, decode
         self.bar = comfy.utils.ProgressBar(total)
         self.shown = 0.0
 
@@ -32,10 +32,14 @@ class LiveText:
         now = time.monotonic()
         if now - self.shown >= SECONDS_BETWEEN:
             self.shown = now
-            show(self.node_id, self.decode(ids))
+            show(self.hidden, self.decode(ids))
 
 
-def show(node_id: str, text: str) -> None:
-    """Shows a text on a node in the browser that queued the job."""
+def show(hidden, text: str) -> None:
+    """Shows a text on a node in the browser that queued the job; `hidden` are the node's hidden inputs.
+
+    The workflow's id goes with it, because node ids repeat in the workflows of other tabs.
+    """
     server = PromptServer.instance
-    server.send_sync(EVENT, {"node": node_id, "text": text}, server.client_id)
+    workflow = ((hidden.extra_pnginfo or {}).get("workflow") or {}).get("id")
+    server.send_sync(EVENT, {"node": hidden.unique_id, "workflow": workflow, "text": text}, server.client_id)

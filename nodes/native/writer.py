@@ -9,23 +9,23 @@ from .pictures import rgb_pictures
 from .text import LiveText, show
 
 
-def think(mllm: NativeMLLM, text: str, system: str, images: list, node_id: str, **how) -> Thought:
+def think(mllm: NativeMLLM, text: str, system: str, images: list, hidden, **how) -> Thought:
     """Returns the thought as far as the official code draws from it, and shows it on the node while it is written."""
     tokenizer = mllm.encoder.tokenizer
-    ids = handed_on(_write(mllm, text, system, images, node_id, **how), tokenizer.stops)
+    ids = handed_on(_write(mllm, text, system, images, hidden, **how), tokenizer.stops)
     thought = Thought(tokenizer.decode(ids), ids)
-    show(node_id, thought)
+    show(hidden, thought)
     return thought
 
 
-def answer(mllm: NativeMLLM, text: str, system: str, images: list, node_id: str, **how) -> str:
+def answer(mllm: NativeMLLM, text: str, system: str, images: list, hidden, **how) -> str:
     """Returns the answer, and shows it on the node while it is written."""
-    result = mllm.encoder.tokenizer.decode(_write(mllm, text, system, images, node_id, **how))
-    show(node_id, result)
+    result = mllm.encoder.tokenizer.decode(_write(mllm, text, system, images, hidden, **how))
+    show(hidden, result)
     return result
 
 
-def _write(mllm, text, system, images, node_id, *, max_new_tokens, how, temperature, top_p, beams, seed) -> list[int]:
+def _write(mllm, text, system, images, hidden, *, max_new_tokens, how, temperature, top_p, beams, seed) -> list[int]:
     writing = Writing(
         max_new_tokens,
         beams=beams if how == "beams" else 1,
@@ -34,5 +34,5 @@ def _write(mllm, text, system, images, node_id, *, max_new_tokens, how, temperat
         seed=seed,
     )
     pictures = rgb_pictures(images, mllm.encoder.sizes)
-    live = LiveText(node_id, max_new_tokens, mllm.encoder.tokenizer.decode)
+    live = LiveText(hidden, max_new_tokens, mllm.encoder.tokenizer.decode)
     return mllm.write(text, system=system, images=pictures, writing=writing, on_token=live)

@@ -1,0 +1,155 @@
+// Shows the text of InternVL-U Think and InternVL-U Answer on the node: live while it is written, and afterwards.
+// The text is a property of the node, so that tabs, reloads, copies and saved workflows keep it.
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+
+const NODES = new Set(["InternVLU_WriteThought", "InternVLU_AnswerQuestion"]);
+const EVENT = "internvl_u.text"; // nodes/native/text.py
+const PROPERTY = "internvl_u_text";
+const WIDGET = "live_text";
+const MIN_HEIGHT = 120;
+
+const BORDER = "border: 1px solid var(--border-color, #4e4e4e); border-radius: 4px;";
+const BOX_STYLE = `position: relative; display: flex; box-sizing: border-box; width: 100%; height: 100%; ${BORDER}
+  min-height: ${MIN_HEIGHT - 20}px; background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd);`;
+const AREA_STYLE = `flex: 1; min-width: 0; padding: 4px 6px 24px; border: 0; outline: 0; resize: none; color: inherit;
+  background: transparent; overflow-wrap: anywhere; overscroll-behavior: contain;
+  font: max(12px, var(--comfy-textarea-font-size, 12px))/1.4 sans-serif;`;
+const BUTTON_STYLE = `position: absolute; right: 16px; bottom: 4px; padding: 1px 6px; cursor: pointer; ${BORDER}
+  background: var(--comfy-menu-bg, #353535); color: inherit; font: 10px/1.5 sans-serif;`;
+
+const heard = new Set(); // ids of the nodes that wrote in the running job
+const away = new Map(); // newest texts for workflows that are open in other tabs
+
+const element = (tag, style, fields) => Object.assign(document.createElement(tag), fields, { style });
+
+function addWidget(node) {
+  const box = element("div", BOX_STYLE, { className: "internvlu-text widget-expands" });
+  const area = element("textarea", AREA_STYLE, { readOnly: true, placeholder: "The text appears here." });
+  const button = element("button", BUTTON_STYLE, { type: "button", textContent: "Copy", hidden: true });
+  button.addEventListener("click", () => copy(node, area, button));
+  box.append(area, button);
+  leaveRestToCanvas(box);
+
+  const options = { serialize: false, getMinHeight: () => MIN_HEIGHT };
+  const widget = node.addDOMWidget?.(WIDGET, "internvlu_text", box, options);
+  if (!widget) return;
+  widget.serialize = false; // the option keeps it out of the prompt, this out of widgets_values
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+}
+
+async function copy(node, area, button) {
+  let done = true;
+  try {
+    await navigator.clipboard.writeText(node.properties[PROPERTY]);
+  } catch {
+    // Browsers give no clipboard to pages that come over plain http from another machine.
+    area.focus();
+    area.select();
+    done = document.execCommand("copy");
+  }
+  button.textContent = done ? "Copied" : "Selected";
+  setTimeout(() => (button.textContent = "Copy"), 1500);
+}
+
+// Text that can scroll takes the wheel, before Nodes 2.0 zooms with it.
+function takeWheel(event) {
+  const area = event.target.closest?.(".internvlu-text")?.firstElementChild;
+  if (area?.scrollHeight > area?.clientHeight && !event.ctrlKey && !event.metaKey) event.stopPropagation();
+}
+
+// The left button selects text, the middle one moves the canvas; Nodes 2.0 sees to the latter by itself.
+function leaveRestToCanvas(box) {
+  box.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    app.canvas?.processMouseWheel?.(event);
+  });
+  const handlers = { pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
+  for (const [type, handler] of Object.entries(handlers))
+    box.addEventListener(type, (event) => {
+      if (event.button !== 1 && !(event.buttons & 4)) event.stopPropagation();
+      else if (!globalThis.LiteGraph?.vueNodesMode) app.canvas?.[handler]?.(event);
+    });
+}
+
+function show(node) {
+  const box = node.widgets?.find((widget) => widget.name === WIDGET)?.element;
+  if (!box) return;
+  const [area, button] = box.children;
+  const [old, text] = [area.value, String(node.properties?.[PROPERTY] ?? "")];
+  const follow = old && area.scrollHeight - area.scrollTop - area.clientHeight < 4;
+  let same = 0;
+  while (same < old.length && old[same] === text[same]) same++;
+  area.setRangeText(text.slice(same), same, old.length, "preserve"); // keeps what the reader has selected
+  if (follow) area.scrollTop = area.scrollHeight;
+  button.hidden = !text;
+}
+
+const rootGraph = () => app.rootGraph ?? app.graph;
+
+function write(path, text) {
+  // In subgraphs an id is a path: 5:12 is node 12 in the subgraph of node 5.
+  const ids = String(path).split(":");
+  const graph = ids.slice(0, -1).reduce((graph, id) => graph?.getNodeById(id)?.subgraph, rootGraph());
+  const node = graph?.getNodeById(ids.at(-1));
+  if (!NODES.has(node?.type) || typeof text !== "string") return;
+  node.properties[PROPERTY] = text;
+  show(node);
+}
+
+const isOpen = (workflow) => !workflow || workflow === rootGraph()?.id;
+
+function hear({ detail }) {
+  heard.add(detail.node);
+  if (isOpen(detail.workflow)) write(detail.node, detail.text);
+  else away.set(`${detail.workflow} ${detail.node}`, detail);
+}
+
+// A result from the cache was not written live; any other one is known already.
+function takeResult({ detail }) {
+  const path = String(detail.display_node ?? detail.node);
+  if (!heard.has(path)) write(path, detail.output?.text?.[0]);
+}
+
+// The frontend keeps a changed graph for the next page load, but looks for changes only after user actions.
+function storeGraph() {
+  const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
+  if (!heard.size) return;
+  if (tracker?.captureCanvasState) tracker.captureCanvasState();
+  else tracker?.checkState?.();
+}
+
+app.registerExtension({
+  name: "internvlu.live_text",
+
+  setup() {
+    document.addEventListener("wheel", takeWheel, { capture: true, passive: true });
+    api.addEventListener("execution_start", () => heard.clear());
+    api.addEventListener(EVENT, hear);
+    api.addEventListener("executed", takeResult);
+    for (const end of ["execution_success", "execution_interrupted", "execution_error"])
+      api.addEventListener(end, storeGraph);
+  },
+
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (!NODES.has(nodeData.name)) return;
+    const { onNodeCreated, onConfigure } = nodeType.prototype;
+    nodeType.prototype.onNodeCreated = function (...args) {
+      onNodeCreated?.apply(this, args);
+      addWidget(this);
+    };
+    nodeType.prototype.onConfigure = function (...args) {
+      onConfigure?.apply(this, args);
+      show(this);
+    };
+  },
+
+  afterConfigureGraph() {
+    for (const [key, { workflow, node, text }] of away) {
+      if (!isOpen(workflow)) continue;
+      away.delete(key);
+      write(node, text);
+    }
+  },
+});
