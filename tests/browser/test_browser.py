@@ -1,4 +1,4 @@
-"""The shipped workflows in a real browser: opened from the template browser, and one of them run."""
+"""The shipped workflows in a real browser: opened from the template browser, and some of them run."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ if not CHROMIUM:
     pytest.skip(f"no browser: none of {', '.join(BROWSERS)} found, CHROMIUM_PATH not set", allow_module_level=True)
 
 PACK = "internvl-u"  # the pack's folder in custom_nodes
-WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = ROOT / "workflows"
+GOLDEN = ROOT / "tests" / "data" / "golden"
 NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
 TIMEOUT = 30_000  # ms
 
 SET_SMALL = """() => {
-  const small = {preset: 'custom', width: 64, height: 64, steps: 2};
+  const small = {preset: 'custom', steps: 2, max_new_tokens: 8, largest_size: 64};
   for (const node of app.graph.nodes)
-    for (const widget of node.type.endsWith('DecodeLatent') ? [] : node.widgets ?? [])
+    for (const widget of node.widgets ?? [])
       if (widget.name in small) widget.value = small[widget.name];
+      else if (node.type.endsWith('CreateLatent') && ['width', 'height'].includes(widget.name)) widget.value = 64;
 }"""
 # A second tab of the same workflow is called "name (2)".
 IS_OPEN = "name => app.extensionManager.workflow.activeWorkflow.filename.replace(/ \\(\\d+\\)$/, '') === name"
@@ -34,6 +37,12 @@ SHOWN = """() => {
   const node = app.graph.nodes.find(node => node.type === 'SaveImage');
   const picture = node.imgs?.[0] ?? document.querySelector(`[data-node-id="${node.id}"] img`);
   return picture?.naturalWidth;
+}"""
+# The text on InternVL-U Answer, where core's Preview as Text shows the same.
+WRITTEN = """() => {
+  const answer = document.querySelector('.internvlu-text textarea')?.value;
+  const preview = app.graph.nodes.find(node => node.type === 'PreviewAny').widgets;
+  return preview.some(widget => widget.value === answer) && answer;
 }"""
 
 
@@ -52,7 +61,13 @@ def errors():
 
 
 @pytest.fixture(scope="module")
-def page(browser, server, errors):
+def example(server):
+    """The picture that the workflows load, as in ComfyUI's own input folder, but of an odd and small size."""
+    shutil.copy(GOLDEN / "image_a.png", server.base / "input" / "example.png")
+
+
+@pytest.fixture(scope="module")
+def page(browser, server, example, errors):
     """ComfyUI's page, started and with no dialog open."""
     page = browser.new_page(viewport={"width": 1600, "height": 900})
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -70,6 +85,7 @@ def open_template(page, name: str) -> None:
     dialog = page.get_by_role("dialog")
     dialog.get_by_text(PACK, exact=True).first.click()
     card = page.get_by_test_id(f"template-workflow-{name}")
+    card.scroll_into_view_if_needed()  # its picture is fetched only then
     card.locator("img").first.wait_for()
     card.click()
     dialog.wait_for(state="hidden")
@@ -99,10 +115,21 @@ def test_a_shipped_workflow_opens_from_the_template_browser_as_it_was_saved(page
     assert errors == []
 
 
-def test_a_run_from_the_page_shows_the_picture_on_the_save_node(page, errors):
-    open_template(page, "text_to_image")
+def run_small(page, name: str, done: str) -> None:
+    """Runs a workflow from the page, with less work, until `done` is true in the page."""
+    open_template(page, name)
     page.evaluate(SET_SMALL)
     page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
-    page.wait_for_function(f"({SHOWN})() === 64")
+    page.wait_for_function(done)
     assert page.locator("[role=dialog]:visible").all_inner_texts() == []
+
+
+@pytest.mark.parametrize(("name", "width"), [("text_to_image", 64), ("edit", 96), ("masked_edit", 64)])
+def test_a_run_from_the_page_shows_the_picture_on_the_save_node(page, errors, name, width):
+    run_small(page, name, f"({SHOWN})() === {width}")
+    assert errors == []
+
+
+def test_a_run_from_the_page_shows_the_answer_on_its_node_and_in_the_preview(page, errors):
+    run_small(page, "ask_about_a_picture", f"!!({WRITTEN})()")
     assert errors == []

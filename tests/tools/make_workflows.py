@@ -2,10 +2,10 @@
 
     python tests/tools/make_workflows.py --url http://127.0.0.1:8188 [--chromium /usr/bin/chromium] [NAME ...]
 
-For each graph below: workflows/NAME.json (user interface), workflows/NAME.jpg (its card in the template browser) and
-tests/workflows/NAME.api.json (the same graph in the API's format). Needs Playwright for Python. Run it against the
-oldest supported ComfyUI, so that all later ones can open the files, with only this pack and a checkpoint (the test one
-will do) in models/InternVL-U/InternVL-U.
+For each graph of graphs.py: workflows/NAME.json (user interface), workflows/NAME.jpg (its card in the template browser)
+and tests/workflows/NAME.api.json (the same graph in the API's format). Needs Playwright for Python. Run it against the
+oldest supported ComfyUI, so that all later ones can open the files, with only this pack, a checkpoint (the test one
+will do) in models/InternVL-U/InternVL-U and ComfyUI's own example.png in input.
 """
 
 from __future__ import annotations
@@ -19,115 +19,26 @@ import urllib.request
 import uuid
 from pathlib import Path
 
+from graphs import COLUMNS, LINKS, NOTES, SIZES, TITLES
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "internvl-u"
 THUMBNAIL_WIDTH = 640
-VIEW = {"scale": 0.7, "offset": [130, 240]}  # on opening; without one, Nodes 2.0 in frontend 1.32 piles the nodes up
-MARGIN, COLUMN_GAP, ROW_GAP, TITLE = 30, 60, 50, 30  # graph units
-
-FOLDER = """Put the whole model folder into **models/InternVL-U/InternVL-U**, from Hugging Face \
-([InternVL-U/InternVL-U](https://huggingface.co/InternVL-U/InternVL-U)) or ModelScope \
-([OpenGVLab/InternVL-U](https://modelscope.cn/models/OpenGVLab/InternVL-U)), then press **R**."""
-CHANGE = "Change the **prompt** first (English or Chinese), then the **seed** and the size **preset**."
-NOTES = {
-    "text_to_image": f"""## Text to image
-
-{FOLDER}
-
-{CHANGE}
-
-Official values: **steps** 20, **all_cfg** 4.5, **part_cfg** 2.0. Higher **all_cfg** follows the words more closely; \
-**part_cfg** changes nothing without reference images.
-""",
-    "text_to_image_custom_sampling": f"""## Text to image, custom sampling
-
-{FOLDER}
-
-Guider, sampler, scheduler and noise are nodes of their own here, so that each can be exchanged. As they are, they \
-draw what **InternVL-U Sampler** draws.
-
-Official values: **steps** 20, **all_cfg** 4.5. **VAE Decode** works like **InternVL-U Decode**, half a level of 255 \
-darker.
-""",
-    "text_to_image_ksampler": f"""## Text to image, KSampler
-
-{FOLDER}
-
-{CHANGE}
-
-Typical values: **steps** 20, **cfg** 4.5 (it is all_cfg), **euler**, **simple**. For the official solver and schedule \
-take **InternVL-U Sampler** instead.
-""",
-}
-
-PROMPT = "a red fox reading a newspaper in a sunny kitchen, watercolour"
-START = [
-    [
-        ("load", "InternVLU_LoadModel", {"model_name": "InternVL-U", "precision": "auto"}),
-        ("latent", "InternVLU_CreateLatent", {"preset": "1024 x 1024", "width": 1024, "height": 1024, "batch_size": 1}),
-    ],
-    [("encode", "InternVLU_EncodePrompt", {"prompt": PROMPT}), ("note", "MarkdownNote", {})],
-]
-SAVE = [("save", "SaveImage", {"filename_prefix": "InternVL-U"})]
-FIXED = {"control_after_generate": "fixed"}
-STEPS = {"steps": 20, "denoise": 1.0}
-GUIDANCE = {"all_cfg": 4.5, "part_cfg": 2.0}
-SAMPLER = FIXED | {"seed": 1234} | STEPS | GUIDANCE
-KSAMPLER = FIXED | {"seed": 1234} | STEPS | {"cfg": 4.5, "sampler_name": "euler", "scheduler": "simple"}
-
-# Columns from left to right, each from top to bottom: (name, node type, values). Ids follow this order.
-COLUMNS = {
-    "text_to_image": [
-        *START,
-        [
-            ("sample", "InternVLU_SampleLatent", SAMPLER),
-            ("decode", "InternVLU_DecodeLatent", {"width": 0, "height": 0}),
-        ],
-        SAVE,
-    ],
-    "text_to_image_custom_sampling": [
-        *START,
-        [
-            ("noise", "RandomNoise", FIXED | {"noise_seed": 1234}),
-            ("guider", "InternVLU_CreateGuider", GUIDANCE),
-            ("solver", "InternVLU_SelectSampler", {}),
-            ("steps", "InternVLU_ScheduleSteps", STEPS),
-        ],
-        [("sample", "SamplerCustomAdvanced", {}), ("decode", "VAEDecode", {})],
-        SAVE,
-    ],
-    "text_to_image_ksampler": [
-        *START,
-        [("sample", "KSampler", KSAMPLER), ("decode", "VAEDecode", {})],
-        SAVE,
-    ],
-}
-
-# "node.output node.input, ..."
-ENCODE = "load.MLLM encode.mllm, load.MODEL {0}.model, encode.positive {0}.positive, encode.negative {0}.negative, "
-PARTS = "noise.NOISE sample.noise, guider.GUIDER sample.guider, solver.SAMPLER sample.sampler, "
-PARTS += "steps.SIGMAS sample.sigmas, "
-DECODE = "latent.LATENT sample.latent_image, sample.{} decode.samples, load.VAE decode.vae, decode.IMAGE save.images"
-LINKS = {
-    "text_to_image": ENCODE.format("sample") + DECODE.format("LATENT"),
-    "text_to_image_custom_sampling": ENCODE.format("guider") + PARTS + DECODE.format("output"),
-    "text_to_image_ksampler": ENCODE.format("sample") + DECODE.format("LATENT"),
-}
-
-# Where the contents need more room than a node takes by itself.
-SIZES = {"note": (380, 260), "encode": (380, 220), "save": (400, 490)}
+WINDOW = (1600, 900)  # CSS pixels, in which a whole workflow is shown on opening
+MARGIN, COLUMN_GAP, ROW_GAP, TITLE = 30, 60, 65, 30  # graph units; with Nodes 2.0 nodes are up to 40 higher
 
 BUILD = """
-async ({columns, links, note, sizes, columnGap, rowGap, title}) => {
+async ({columns, links, note, sizes, titles, columnGap, rowGap, title}) => {
   const nodes = {};
+  app.clean();  // the last graph's pictures would show on nodes with the same ids
   app.graph.clear();
   const frame = () => new Promise(requestAnimationFrame);
   for (const [name, type, values] of columns.flat()) {
     const node = nodes[name] = LiteGraph.createNode(type);
     if (!node) throw new Error(`no node type ${type}`);
     app.graph.add(node);
+    node.title = titles[name] ?? node.title;
     if (type === 'MarkdownNote') node.widgets[0].value = note;
     for (const [key, value] of Object.entries(values)) {
       const widget = node.widgets.find(w => w.name === key);
@@ -174,13 +85,13 @@ async ({margin, title}) => {
 """
 
 SHRINK = """
-async ([png, width]) => {
+async ([png, width, quality]) => {
   const picture = await createImageBitmap(await (await fetch('data:image/png;base64,' + png)).blob());
   const height = Math.round(picture.height * width / picture.width);
   const small = await createImageBitmap(picture, {resizeWidth: width, resizeHeight: height, resizeQuality: 'high'});
   const canvas = Object.assign(document.createElement('canvas'), {width, height});
   canvas.getContext('2d').drawImage(small, 0, 0);
-  return canvas.toDataURL('image/jpeg', 0.9).split(',')[1];
+  return canvas.toDataURL('image/jpeg', quality).split(',')[1];
 }
 """
 
@@ -199,11 +110,23 @@ def open_page(browser, url: str) -> Page:
     return page
 
 
-def build(page: Page, name: str) -> None:
-    """Puts the graph of this name into the page."""
+def build(page: Page, name: str, only: list[str] | None = None, sizes: dict = SIZES) -> None:
+    """Puts the graph of this name into the page, or only some of its nodes."""
+    kept = [[node for node in column if only is None or node[0] in only] for column in COLUMNS[name]]
+    columns = [column for column in kept if column]
+    names = {node[0] for column in columns for node in column}
     links = [re.split(r"[. ]", link) for link in LINKS[name].split(", ")]
-    layout = {"sizes": SIZES, "columnGap": COLUMN_GAP, "rowGap": ROW_GAP, "title": TITLE}
-    page.evaluate(BUILD, {"columns": COLUMNS[name], "note": NOTES[name], "links": links} | layout)
+    links = [link for link in links if {link[0], link[2]} <= names]
+    layout = {"sizes": sizes, "titles": TITLES, "columnGap": COLUMN_GAP, "rowGap": ROW_GAP, "title": TITLE}
+    page.evaluate(BUILD, {"columns": columns, "note": NOTES[name], "links": links} | layout)
+
+
+def view(nodes: list[dict]) -> dict:
+    """Returns the canvas's scale and offset on opening. Without them Nodes 2.0 in frontend 1.32 piles the nodes up."""
+    width, height = (max(node["pos"][i] + node["size"][i] for node in nodes) for i in (0, 1))
+    scale = min(0.7, (WINDOW[0] - 150) / width, (WINDOW[1] - 180) / height)
+    top = max(130, (WINDOW[1] - height * scale) / 2)
+    return {"scale": round(scale, 2), "offset": [round(90 / scale), round(top / scale)]}
 
 
 def finish(workflow: dict, name: str, versions: dict[str, str]) -> dict:
@@ -211,14 +134,15 @@ def finish(workflow: dict, name: str, versions: dict[str, str]) -> dict:
     for node in workflow["nodes"]:
         pack = PACK if node["type"].startswith("InternVLU_") else "comfy-core"
         node["properties"] |= {"Node name for S&R": node["type"], "cnr_id": pack, "ver": versions[pack]}
-    extra = {"ds": VIEW, "frontendVersion": workflow["extra"]["frontendVersion"]}
+    extra = {"ds": view(workflow["nodes"]), "frontendVersion": workflow["extra"]["frontendVersion"]}
     return workflow | {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{name}")), "revision": 0, "extra": extra}
 
 
-def thumbnail(page: Page) -> bytes:
-    """Returns a JPEG of the graph."""
-    png = page.screenshot(clip=page.evaluate(SHOW, {"margin": MARGIN, "title": TITLE}))
-    return base64.b64decode(page.evaluate(SHRINK, [base64.b64encode(png).decode(), THUMBNAIL_WIDTH]))
+def thumbnail(page: Page, width: int = THUMBNAIL_WIDTH, quality: float = 0.9) -> bytes:
+    """Returns a JPEG of the graph, at most `width` pixels wide."""
+    area = page.evaluate(SHOW, {"margin": MARGIN, "title": TITLE})
+    png = base64.b64encode(page.screenshot(clip=area)).decode()
+    return base64.b64decode(page.evaluate(SHRINK, [png, min(width, int(area["width"])), quality]))
 
 
 def write_json(file: Path, value: dict) -> None:
