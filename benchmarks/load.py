@@ -1,0 +1,110 @@
+"""Measures how long a checkpoint folder takes to load and what memory that needs, each way in a process of its own.
+
+Weights are mapped from disk: "loaded" is ready for use with hardly a byte read, "read" has touched every weight once.
+Memory is the largest resident set, and of it what is the process's own at the end (without mapped files). The file
+cache makes a second run faster: --repeats shows the spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from host import use_comfyui
+from pack.internvl_u import mllm
+from pack.internvl_u.pipeline import load_mmdit
+from pack.internvl_u.vae import StandaloneVAE
+from report import make_parser, show
+from timing import median
+
+MIB = 2**20
+Parts = Iterable[torch.nn.Module]
+
+
+def load_library(root: Path) -> Parts:
+    """Returns the three parts as the library loads them."""
+    return load_mmdit(root), mllm.load(root), StandaloneVAE(root)
+
+
+def make_native(folder: Path) -> Callable[[Path], Parts]:
+    """Returns what loads the three parts as the nodes do."""
+    use_comfyui(folder)
+    native = importlib.import_module("pack.nodes.native")
+
+    def load(root: Path) -> Parts:
+        model, language, vae = native.load(root)
+        return model.model.diffusion_model, language.patcher.model, vae.first_stage_model
+
+    return load
+
+
+def measure(load: Callable[[Path], Parts], root: Path) -> dict[str, float]:
+    """Returns seconds and MiB of loading in this process; what was imported before counts as "before"."""
+    before, own_before = _memory("VmRSS"), _memory("RssAnon")
+    start = time.perf_counter()
+    parts = load(root)
+    loaded, peak, own = time.perf_counter() - start, _memory("VmHWM"), _memory("RssAnon")
+    for part in parts:
+        for tensor in part.state_dict().values():
+            tensor.flatten()[:: _page(tensor)].sum()
+    return {
+        "loaded s": loaded,
+        "read s": time.perf_counter() - start,
+        "before MiB": before,
+        "own before MiB": own_before,
+        "peak loaded MiB": peak,
+        "own loaded MiB": own,
+        "peak read MiB": _memory("VmHWM"),
+        "own read MiB": _memory("RssAnon"),
+    }
+
+
+def measure_apart(command: list[str], repeats: int) -> dict[str, float]:
+    """Returns the medians of `measure` in fresh processes."""
+    found = []
+    for _ in range(repeats):
+        done = subprocess.run([sys.executable, __file__, *command], stdout=subprocess.PIPE, check=True, text=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    return {key: round(median([one[key] for one in found]), 3) for key in found[0]}
+
+
+def _memory(field: str) -> float:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024 / MIB
+    raise RuntimeError(f"no {field} in /proc/self/status: this benchmark needs Linux")
+
+
+def _page(tensor: torch.Tensor) -> int:
+    return max(1, 4096 // tensor.dtype.itemsize)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("model", type=Path, metavar="FOLDER", help="a checkpoint folder, for example of random_weights")
+    parser.add_argument("--comfyui", type=Path, metavar="FOLDER", help="also load through the nodes, in this ComfyUI")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each way")
+    parser.add_argument("--way", choices=("library", "comfyui"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        load = load_library if arguments.way == "library" else make_native(arguments.comfyui)
+        print(json.dumps(measure(load, arguments.model)))
+        return
+    rows = []
+    for way in ("library", "comfyui") if arguments.comfyui else ("library",):
+        command = [str(arguments.model), "--way", way]
+        command += ["--comfyui", str(arguments.comfyui)] if way == "comfyui" else []
+        rows.append({"way": way, **measure_apart(command, arguments.repeats)})
+    size = sum(file.stat().st_size for file in arguments.model.rglob("*.safetensors"))
+    show(rows, arguments.json, files_mib=round(size / MIB))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Counts the floating-point operations of one denoising step at the released size, all branches together."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from pack.internvl_u.mmdit import MMDiT
+from report import make_parser, show
+from torch.utils.flop_counter import FlopCounterMode
+from workload import LAYOUTS, RELEASED, make_inputs, make_step
+
+SIZES = (512, 1024)
+
+
+def count(mode: str, pixels: int) -> float:
+    """Returns the operations of a step, in units of 1e12; nothing is computed, the tensors have no data."""
+    with torch.device("meta"):
+        model = MMDiT(RELEASED, dtype=torch.bfloat16)
+    step = make_step(model, make_inputs(mode, pixels, dtype=torch.bfloat16, device="meta"))
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        step()
+    return counter.get_total_flops() / 1e12
+
+
+def main() -> None:
+    arguments = make_parser(__doc__).parse_args()
+    counts = {f"{mode}_{pixels}": round(count(mode, pixels), 3) for mode in LAYOUTS for pixels in SIZES}
+    show([{"step": name, "TFLOP": value} for name, value in counts.items()], arguments.json)
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""One denoising step as a piece of work: the released transformer's size, and inputs of the usual lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pack.internvl_u.config import MMDiTConfig
+from pack.internvl_u.mmdit import MMDiT, time_embedding
+from pack.internvl_u.positions import Layout, Span
+
+RELEASED = MMDiTConfig(
+    channels=16, patch_size=2, context_width=4096, layers=20, heads=12, head_dim=128, rope_axes=(16, 56, 56)
+)
+PIXELS_A_LATENT = 8
+TIMESTEP = 500
+_PICTURE = Span(256, 16, 16)
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "t2i": ((Span(90),), (Span(12),)),
+    "edit": ((Span(4), _PICTURE, Span(40)), (Span(4), _PICTURE, Span(15)), (Span(12),)),
+}
+"""The contexts of each mode's branches: the user's words, when editing also the partial branch, and no words."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one step gets: latents [1, 16, n, n], contexts [tokens, 4096] with their layouts, and the timestep.
+
+    The reference, latents [1, 16, n, n] too, belongs to all branches but the last.
+    """
+
+    latents: torch.Tensor
+    contexts: tuple[torch.Tensor, ...]
+    layouts: tuple[Layout, ...]
+    reference: torch.Tensor | None
+    timestep: torch.Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return tuple(self.latents.shape[-2:])
+
+
+def make_inputs(mode: str, pixels: int, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Inputs:
+    """Returns random inputs for a square picture of `pixels`; with mode "edit" the reference has its size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    side = pixels // PIXELS_A_LATENT
+    size = (1, RELEASED.channels, side, side)
+    layouts = LAYOUTS[mode]
+    contexts = tuple(random(sum(span.count for span in layout), RELEASED.context_width) for layout in layouts)
+    reference = random(*size) if mode == "edit" else None
+    return Inputs(random(*size), contexts, layouts, reference, torch.tensor([TIMESTEP], device=device))
+
+
+def make_step(model: MMDiT, inputs: Inputs) -> Callable[[], list[torch.Tensor]]:
+    """Returns a function that runs our step, as the pipeline does: one velocity [1, 16, n, n] a branch.
+
+    Branches of equal references share a call: two in one for a picture from text; when editing two and then one.
+    """
+    *seeing, blind = range(len(inputs.contexts))
+    groups = [[*seeing, blind]] if inputs.reference is None else [seeing, [blind]]
+    calls = []
+    for group in groups:
+        seen = [inputs.reference] if inputs.reference is not None and blind not in group else []
+        grids = [tuple(one.shape[-2:]) for one in seen]
+        branches = [model.branch(inputs.contexts[i], inputs.layouts[i], inputs.size, grids) for i in group]
+        calls.append((branches, seen))
+    time = time_embedding(inputs.timestep.to(inputs.latents.dtype))
+
+    def run() -> list[torch.Tensor]:
+        velocities = []
+        for branches, seen in calls:
+            count = len(branches)
+            latents, *references = (one.expand(count, -1, -1, -1) for one in (inputs.latents, *seen))
+            velocities += model(latents, time.expand(count, -1), branches, references).split(1)
+        return velocities
+
+    return run
