@@ -1,6 +1,5 @@
 """What users' saved workflows depend on: node ids, inputs and outputs; and what every node must tell."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -81,7 +80,6 @@ def test_the_template_browser_offers_the_workflows(server):
                 ours = node["type"].startswith("InternVLU")
                 assert node["properties"]["cnr_id"] == ("internvl-u" if ours else "comfy-core"), node
                 assert node["properties"]["ver"]
-        assert json.dumps(workflow).count("/work/") == 0
 
 
 def test_the_pack_starts_quickly_and_imports_nothing_heavy(server):
