@@ -93,14 +93,15 @@ class Pipeline:
         default = self.encoder.default_size
         if drawing.images:
             default = self.encoder.sizes.fit(*drawing.images[0].size)
-        return drawing.width or default[0], drawing.height or default[1]
+        wished = (drawing.width, drawing.height)
+        return tuple(usual if side is None else side for side, usual in zip(wished, default, strict=True))
 
     @torch.inference_mode()
     def write(
         self,
         text: str,
         images: Sequence[Image.Image] = (),
-        system: str | None = None,
+        system: str = prompt.SYSTEM_ANSWER,
         writing: Writing | None = None,
         on_token: Callable[[list[int]], None] | None = None,
     ) -> list[int]:
@@ -115,17 +116,13 @@ class Pipeline:
 
     def answer(self, question: str, images: Sequence[Image.Image] = (), system: str | None = None, **how) -> str:
         """Returns the model's answer to a question about any number of pictures."""
-        system = prompt.SYSTEM_ANSWER if system is None else system
-        return self.encoder.tokenizer.decode(self.write(question, images, system, **how))
+        chosen = {} if system is None else {"system": system}
+        return self.encoder.tokenizer.decode(self.write(question, images, **chosen, **how))
 
     def think(self, drawing: Drawing, **how) -> prompt.Thought:
         """Returns the thought that the model has before it draws, as far as the official code hands it on."""
-        system = (
-            (prompt.SYSTEM_EDIT if drawing.images else prompt.SYSTEM_DRAW) if drawing.system is None else drawing.system
-        )
-        written = self.write(drawing.prompt, drawing.images, system, **how)
-        ids = prompt.handed_on(written, self.encoder.tokenizer.stops)
-        return prompt.Thought(self.encoder.tokenizer.decode(ids), ids)
+        system = prompt.drawing_system(len(drawing.images)) if drawing.system is None else drawing.system
+        return self.encoder.tokenizer.thought_of(self.write(drawing.prompt, drawing.images, system, **how))
 
     @torch.inference_mode()
     def conditions(self, drawing: Drawing) -> Conditions:

@@ -125,6 +125,11 @@ class Tokenizer:
         """Returns the text of ids, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def thought_of(self, written: Sequence[int]) -> Thought:
+        """Returns the thought that the official code draws from, of all ids that were written."""
+        ids = handed_on(written, self.stops)
+        return Thought(self.decode(ids), ids)
+
     def thought(self, text: str) -> tuple[int, ...]:
         """Returns the ids of a thought: its own where it remembers them, else those of its text."""
         return text.ids if isinstance(text, Thought) else tuple(self.encode([text])[0])
@@ -164,7 +169,7 @@ def branches(
     Raises:
         ValueError: the text has more `<image>` placeholders than there are pictures.
     """
-    message = (SYSTEM_EDIT if pictures else SYSTEM_DRAW) if system is None else system
+    message = drawing_system(pictures) if system is None else system
     drawn = Special(IMG)
 
     def build(turn: Sequence[Piece], written: Sequence[int] = ()) -> TokenIds:
@@ -174,6 +179,11 @@ def branches(
     conditional = build(_user_turn(text, pictures), thought)
     partial = build(_with_pictures(f"{IMAGE_PLACEHOLDER}\n" * pictures + WITHOUT_WORDS)) if pictures else nothing
     return Branches(conditional, partial, nothing)
+
+
+def drawing_system(pictures: int) -> str:
+    """Returns the default system message for drawing, or with pictures for editing."""
+    return SYSTEM_EDIT if pictures else SYSTEM_DRAW
 
 
 def opening(tokenizer: Tokenizer, text: str, *, system: str, pictures: int = 0, grid: int = 0) -> TokenIds:

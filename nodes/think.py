@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..internvl_u.prompt import SYSTEM_ANSWER, SYSTEM_DRAW, SYSTEM_EDIT
+from ..internvl_u.prompt import SYSTEM_ANSWER
 from .load import MLLM
 from .text import PICTURES, picture_inputs, system_input, writing_inputs
 
@@ -43,8 +43,7 @@ class WriteThought(io.ComfyNode):
         from .native.writer import think
 
         images = [inputs.pop(name, None) for name in PICTURES]
-        system = system_prompt or (SYSTEM_DRAW if all(image is None for image in images) else SYSTEM_EDIT)
-        thought = think(mllm, prompt, system, images, cls.hidden, **inputs)
+        thought = think(mllm, prompt, system_prompt or None, images, cls.hidden, **inputs)
         return io.NodeOutput(thought, ui={"text": [str(thought)]})
 
 

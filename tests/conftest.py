@@ -38,6 +38,7 @@ TEXT_CASES = ("qa_one", "qa_two", "qa_text_only", "qa_beam")
 pack = types.ModuleType("pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["pack"] = pack
+Span = importlib.import_module("pack.internvl_u.positions").Span
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Case:
 
     def context(self, branch):
         return self["context"][branch][self["context_mask"][branch]]
+
+    def layout(self, branch):
+        """The spans of a branch's context: words, and pictures of 4 x 4 tokens."""
+        is_image = self["context_image_mask"][branch][self["context_mask"][branch]]
+        runs, counts = torch.unique_consecutive(is_image, return_counts=True)
+        return tuple(Span(int(count), *((4, 4) if run else ())) for run, count in zip(runs, counts))
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,7 @@ class NativeMLLM:
     def _ready(self, tokens: int, writing: Writing | None = None):
         mm.load_models_gpu([self.patcher], memory_required=self._activations(tokens, writing))
         device = self.patcher.load_device
-        run_on(self.patcher.model.language_model, device, self.dtype)
+        self.patcher.model.language_model.runs_on = (device, self.dtype)
         with compat.device_context(device):
             yield {"device": device, "dtype": self.dtype}
 
@@ -208,10 +208,6 @@ def cast_language(model: torch.nn.Module, operations, compute: torch.dtype) -> N
         elif type(module).__name__.endswith("RMSNorm"):
             module.__class__ = CastRMSNorm
             module.comfy_cast_weights = operations.Linear.comfy_cast_weights
-
-
-def run_on(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Tells transformers where and how the model runs: it would ask the first weight, which may be offloaded."""
-    kind = type(model) if not hasattr(type(model), "asked") else type(model).asked
-    where = {"asked": kind, "device": property(lambda self: device), "dtype": property(lambda self: dtype)}
-    model.__class__ = type(kind.__name__, (kind,), where)
+    # transformers asks the first weight where and how the model runs, and that may be offloaded or in fp8.
+    told = {"device": property(lambda self: self.runs_on[0]), "dtype": property(lambda self: self.runs_on[1])}
+    model.__class__ = type(type(model).__name__, (type(model),), told)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from ...internvl_u.prompt import Thought, handed_on
+from ...internvl_u.prompt import Thought, drawing_system
 from ...internvl_u.writing import Writing
 from .mllm import NativeMLLM
 from .pictures import rgb_pictures
 from .text import LiveText, show
 
 
-def think(mllm: NativeMLLM, text: str, system: str, images: list, hidden, **how) -> Thought:
+def think(mllm: NativeMLLM, text: str, system: str | None, images: list, hidden, **how) -> Thought:
     """Returns the thought as far as the official code draws from it, and shows it on the node while it is written."""
-    tokenizer = mllm.encoder.tokenizer
-    ids = handed_on(_write(mllm, text, system, images, hidden, **how), tokenizer.stops)
-    thought = Thought(tokenizer.decode(ids), ids)
+    system = system or drawing_system(sum(image is not None for image in images))
+    thought = mllm.encoder.tokenizer.thought_of(_write(mllm, text, system, images, hidden, **how))
     show(hidden, thought)
     return thought
 

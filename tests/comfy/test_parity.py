@@ -66,16 +66,9 @@ def test_cores_own_solver_without_noise_is_the_official_one(loaded, parts, case,
     near(normalised(samples), case["final_latents"])
 
 
-def edit_conditionings(case, layout_key, partial_key):
+def edit_conditionings(case, layout_key):
     """Conditionings of the golden edit, as an encoder of references would make them."""
-    spans = __import__("importlib").import_module("pack.internvl_u.positions").Span
-    entries = []
-    for branch in range(3):
-        mask = case["context_image_mask"][branch][case["context_mask"][branch]]
-        runs, counts = torch.unique_consecutive(mask, return_counts=True)
-        layout = tuple(spans(int(n), 4, 4) if run else spans(int(n)) for run, n in zip(runs, counts))
-        entries.append([case.context(branch)[None], {layout_key: layout}])
-    return entries
+    return [[case.context(branch)[None], {layout_key: case.layout(branch)}] for branch in range(3)]
 
 
 @pytest.mark.parametrize("how", ["guider", "ksampler"])
@@ -85,7 +78,7 @@ def test_three_branches_with_a_reference_draw_the_official_edit(loaded, parts, g
     import comfy.samplers
 
     case = golden("edit_one")
-    conditional, partial, unconditional = edit_conditionings(case, parts.model.LAYOUT, parts.guidance.PARTIAL)
+    conditional, partial, unconditional = edit_conditionings(case, parts.model.LAYOUT)
     reference = comfy.latent_formats.Wan21().process_out(case["ref_latents_0"][:, :, None])
     conditional[1]["reference_latents"] = partial[1]["reference_latents"] = [reference]
     conditional[1][parts.guidance.PARTIAL] = [partial]

@@ -13,7 +13,6 @@ def pytorch_attention(func, *args, **kwargs):
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_the_transformer_compiles_without_a_graph_break(loaded, parts, golden, near, with_reference):
     from pack.internvl_u.mmdit import time_embedding
-    from pack.internvl_u.positions import Span
 
     torch.compiler.reset()
     case = golden("edit_one" if with_reference else "t2i_square")
@@ -23,10 +22,7 @@ def test_the_transformer_compiles_without_a_graph_break(loaded, parts, golden, n
     grids = [reference.shape[-2:] for reference in references]
     contexts = []
     for branch in branches:
-        is_image = case["context_image_mask"][branch][case["context_mask"][branch]]
-        runs, counts = torch.unique_consecutive(is_image, return_counts=True)
-        layout = tuple(Span(int(n), 4, 4) if run else Span(int(n)) for run, n in zip(runs, counts))
-        contexts.append(parts.model.PromptContext(network, case.context(branch), layout, grids))
+        contexts.append(parts.model.PromptContext(network, case.context(branch), case.layout(branch), grids))
         contexts[-1].at(tuple(case["noise"].shape[-2:]))
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     options = {"optimized_attention_override": pytorch_attention}

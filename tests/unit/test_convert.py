@@ -46,11 +46,10 @@ def test_values_are_the_nearest_that_the_dtype_has(checkpoint, converted):
             assert torch.equal(tensor.float(), expected.to(tensor.dtype).float()), name
 
 
-def test_scaled_fp8_uses_the_whole_range(checkpoint, converted):
-    choice, files = converted
-    if not choice.startswith("fp8_scaled"):
-        return
-    weights, scales, formats = source.take_scales(files["drawing"], load_file(files["drawing"]))
+@pytest.mark.parametrize("choice", ["fp8_scaled", "fp8_scaled_old"])
+def test_scaled_fp8_uses_the_whole_range(checkpoint, tmp_path, choice):
+    file, *_ = module.convert(checkpoint, tmp_path, choice)
+    weights, scales, formats = source.take_scales(file, load_file(file))
     assert len(scales) == 28 and formats.keys() == scales.keys()
     for layer in scales:
         assert weights[f"{layer}.weight"].float().abs().max() == 448

@@ -15,10 +15,8 @@ def edit_branches(model, case):
     """The three branches of an edit, and the reference latents of the first two."""
     result = []
     for branch in range(3):
-        mask = case["context_image_mask"][branch][case["context_mask"][branch]]
-        runs, counts = torch.unique_consecutive(mask, return_counts=True)
-        layout = tuple(Span(int(n), 4, 4) if run else Span(int(n)) for run, n in zip(runs, counts))
-        references = [case["ref_latents_0"].shape[-2:]] if mask.any() else []
+        layout = case.layout(branch)
+        references = [case["ref_latents_0"].shape[-2:]] if any(span.is_image for span in layout) else []
         result.append(model.branch(case.context(branch), layout, case["noise"].shape[-2:], references))
     return result
 

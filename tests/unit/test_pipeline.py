@@ -98,7 +98,7 @@ def test_more_placeholders_than_pictures_are_refused(pipeline, golden):
         pipeline.draw(Drawing("a cat like <image>", 32, 32, 1))
 
 
-@pytest.mark.parametrize("width, height", [(15, 64), (64, 4097), (-16, 64)])
+@pytest.mark.parametrize("width, height", [(15, 64), (64, 4097), (0, 0), (-16, 64)])
 def test_sizes_out_of_range_are_refused(pipeline, width, height):
     with pytest.raises(ValueError, match="found, 16 to 4096 pixels expected"):
         pipeline.draw(Drawing("a cat", width, height, steps=1))

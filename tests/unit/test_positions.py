@@ -13,12 +13,9 @@ def test_positions_of_references_and_pictures_in_the_context_equal_the_official_
     case = golden("edit_one")
     found = []
     for branch in range(3):
-        is_image = case["context_image_mask"][branch][case["context_mask"][branch]].tolist()
-        before = is_image.index(True) if any(is_image) else len(is_image)
-        rest = len(is_image) - before - sum(is_image)
-        spans = (Span(before), Span(sum(is_image), 4, 4), Span(rest))
-        references = [(4, 6)] if any(is_image) else []
-        found.append(position_ids((4, 6), references, tuple(span for span in spans if span.count), 0.25))
+        layout = case.layout(branch)
+        references = [(4, 6)] if any(span.is_image for span in layout) else []
+        found.append(position_ids((4, 6), references, layout, 0.25))
     assert torch.equal(torch.cat(found), case["position_ids"])
 
 
