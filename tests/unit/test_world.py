@@ -1,0 +1,294 @@
+"""The small world that training draws, and the judge that reads its pictures back."""
+
+import io
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+
+import numpy
+import pytest
+from pack.training import world
+from pack.training.world import Scene, Thing
+from PIL import Image, ImageDraw, ImageFilter
+
+pytest.importorskip("scipy", reason="the judge needs scipy, which ComfyUI brings")
+from pack.training import judge  # noqa: E402
+
+MAKERS = (world.random_scene, world.related_scene, world.counted_scene)
+RED, BLUE = Thing("circle", "red", "medium", 0.28, 0.3), Thing("star", "blue", "small", 0.75, 0.7)
+SCENE = Scene(96, 96, "beige", (RED, BLUE))
+
+
+def scenes(count, seed):
+    rng = random.Random(seed)
+    return [MAKERS[i % 3](rng) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return [(scene, world.draw(scene)) for scene in scenes(600, 7)]
+
+
+def wrong(scene, image):
+    """Returns what a picture of the scene was read as, or None where that is right."""
+    reading = judge.read(image)
+    placed = all(any(judge.same_thing(seen, thing, 0.03) for seen in reading.things) for thing in scene.things)
+    if not (judge.matches(reading, scene) and placed):
+        seen = ", ".join(f"{thing.name} at {thing.x:.2f} {thing.y:.2f}" for thing in reading.things)
+        return f"{scene}\n    read as {reading.background}: {seen}"
+
+
+def assert_read(pairs, least):
+    """Asserts that at least the share `least` of pairs of a scene and its picture is read right."""
+    mistakes = [mistake for mistake in (wrong(*pair) for pair in pairs) if mistake]
+    assert len(mistakes) <= (1 - least) * len(pairs), f"{len(mistakes)} of {len(pairs)}:\n" + "\n".join(mistakes)
+
+
+def red_on_white(draw):
+    """Returns a picture of 96 x 96 in which `draw(pen, colour, hole)` drew at four times the size."""
+    image = Image.new("RGB", (384, 384), world.BACKGROUNDS["white"])
+    draw(ImageDraw.Draw(image), world.COLOURS["red"], world.BACKGROUNDS["white"])
+    return image.reduce(4)
+
+
+def on_levels(change):
+    """Returns a function of pictures that applies `change` to the levels [H, W, 3]."""
+
+    def apply(image):
+        changed = change(numpy.asarray(image, dtype=float))
+        return Image.fromarray(changed.clip(0, 255).round().astype(numpy.uint8))
+
+    return apply
+
+
+# The world
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_seed_gives_the_same_scene_and_picture(make):
+    one, again, other = (make(random.Random(seed)) for seed in (3, 3, 4))
+    assert one == again != other
+    assert world.draw(one).tobytes() == world.draw(again).tobytes()
+    assert world.draw(one).size == (one.width, one.height)
+
+
+def test_things_lie_in_the_picture_and_clear_of_each_other():
+    made = scenes(600, 1)
+    assert all(world.fits(scene) and 1 <= len(scene.things) <= 3 for scene in made)
+    assert {(scene.width, scene.height) for scene in made} == set(world.PICTURES)
+    assert not world.fits(replace(SCENE, things=(RED, replace(BLUE, x=0.4, y=0.4))))
+    assert not world.fits(replace(SCENE, things=(replace(RED, x=0.1),)))
+
+
+@pytest.mark.parametrize("wished", ["left", "right", "above", "below", "inside"])
+def test_two_things_lie_as_wished_and_are_seen_to(wished):
+    rng = random.Random(2)
+    for _ in range(20):
+        scene = world.related_scene(rng, wished)
+        one, other = reversed(scene.things) if wished == "inside" else scene.things
+        assert world.relation(scene, one, other) == wished
+        seen = judge.read(world.draw(scene)).things
+        (a,), (b,) = ([thing for thing in seen if judge.same_thing(thing, named)] for named in (one, other))
+        assert judge.relation(a, b) == wished, scene
+        assert judge.inside(a, b) == (wished == "inside") and not judge.inside(b, a)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_counted_things_are_alike(count):
+    (name,) = {thing.name for thing in world.counted_scene(random.Random(5), count).things}
+    seen = judge.read(world.draw(world.counted_scene(random.Random(5), count))).things
+    assert [thing.name for thing in seen] == [name] * count
+
+
+# What is read
+
+
+def test_drawn_scenes_are_read_back(drawn):
+    assert_read(drawn, 0.995)
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+@pytest.mark.parametrize("size", world.SIZES)
+def test_a_thing_of_each_size_is_read_at_each_place(shape, size):
+    for column, row in ((0.17, 0.83), (0.5, 0.5), (0.83, 0.17)):
+        half = world.SIZES[size] / 2 + world.EDGE
+        thing = Thing(shape, "green", size, *(min(max(value, half), 1 - half) for value in (column, row)))
+        (seen,) = judge.read(world.draw(Scene(64, 64, "black", (thing,)))).things
+        assert judge.same_thing(seen, thing, 0.02) and judge.size(seen) == size
+        places = [place for place in world.PLACES if judge.is_at(seen, place)]
+        assert world.place(thing) is None or places == [world.place(thing)]
+
+
+@pytest.mark.parametrize("background", world.BACKGROUNDS)
+def test_each_colour_is_read_on_each_background(background):
+    for colour in world.COLOURS:
+        scene = Scene(64, 96, background, (Thing("ring", colour, "small", 0.6, 0.4),))
+        assert wrong(scene, world.draw(scene)) is None
+
+
+def jpeg(image):
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return Image.open(file)
+
+
+def scaled(factor):
+    return lambda image: image.resize([round(side * factor) for side in image.size], Image.Resampling.BICUBIC)
+
+
+def add_specks(image):
+    image, rng = image.copy(), random.Random(image.tobytes())
+    for _ in range(6):
+        x, y = rng.randrange(image.width - 2), rng.randrange(image.height - 2)
+        image.paste(tuple(rng.randrange(256) for _ in range(3)), (x, y, x + 2, y + rng.choice((1, 2))))
+    return image
+
+
+NOISE = numpy.random.default_rng(0)
+HARM = {
+    "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(0.8)),
+    "brighter": on_levels(lambda values: values * 1.15),
+    "more contrast": on_levels(lambda values: (values - 128) * 1.15 + 128),
+    "other tint": on_levels(lambda values: values + NOISE.uniform(-30, 30, 3)),
+    "JPEG": jpeg,
+    "noisy": on_levels(lambda values: values + NOISE.normal(0, 8, values.shape)),
+    "specks": add_specks,
+    "twice the size": scaled(2),
+    "three quarters": scaled(0.75),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_harm_to_the_picture_is_forgiven(drawn, harm):
+    # A blur of 0.8 pixels takes the tips off the smallest stars of the smallest pictures.
+    suited = [(scene, image) for scene, image in drawn if harm != "blurred" or min(image.size) >= 96]
+    assert_read([(scene, HARM[harm](image)) for scene, image in suited[:50]], 0.97)
+
+
+# What is refused
+
+
+CHANGES = {
+    "recoloured": (replace(RED, colour="orange"), BLUE),
+    "moved": (replace(RED, x=0.5), BLUE),
+    "resized": (replace(RED, size="small"), BLUE),
+    "replaced": (replace(RED, shape="square"), BLUE),
+    "a ring of it": (replace(RED, shape="ring"), BLUE),
+    "removed": (BLUE,),
+    "one more": (RED, BLUE, replace(BLUE, x=0.25, y=0.8)),
+    "swapped": (replace(RED, x=BLUE.x, y=BLUE.y), replace(BLUE, x=RED.x, y=RED.y)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(change):
+    before = judge.read(world.draw(SCENE))
+    after = judge.read(world.draw(replace(SCENE, things=CHANGES[change])))
+    same_names = change in ("moved", "resized", "swapped")
+    assert judge.matches(before, SCENE) and judge.matches(after, SCENE) == same_names
+    assert judge.kept(before, before) and judge.kept(before, after) == (change == "one more")
+    red, blue = before.things
+    assert judge.kept(blue, after) == (change != "swapped") and judge.kept(red, after) == (change == "one more")
+
+
+def test_another_background_is_seen_and_the_things_are_kept():
+    before = judge.read(world.draw(SCENE))
+    for background in set(world.BACKGROUNDS) - {SCENE.background}:
+        after = judge.read(world.draw(replace(SCENE, background=background)))
+        assert not judge.matches(after, SCENE) and judge.kept(before, after)
+
+
+def test_of_two_alike_one_is_not_enough():
+    one = judge.read(world.draw(replace(SCENE, things=(RED,))))
+    twice = judge.Reading(one.background, one.things * 2)
+    assert judge.kept(one, twice) and not judge.kept(twice, one)
+
+
+def polygon(*points):
+    return lambda pen, colour, hole: pen.polygon([(4 * x, 4 * y) for x, y in points], fill=colour)
+
+
+def star(tips, waist, turn=0.0):
+    angles = [math.pi * i / tips + turn for i in range(2 * tips)]
+    reach = [34 * (waist if i % 2 else 1) for i in range(2 * tips)]
+    return polygon(*((48 + r * math.sin(a), 48 - r * math.cos(a)) for a, r in zip(angles, reach)))
+
+
+def ellipse(*box):
+    return lambda pen, colour, hole: pen.ellipse([4 * value for value in box], fill=colour)
+
+
+def slice_of(start, end):
+    return lambda pen, colour, hole: pen.pieslice((80, 80, 304, 304), start, end, fill=colour)
+
+
+def disc_with_hole(*box):
+    def draw(pen, colour, hole):
+        pen.ellipse((80, 80, 304, 304), fill=colour)
+        pen.ellipse([4 * value for value in box], fill=hole)
+
+    return draw
+
+
+BLOBS = {
+    "ellipse 2:1": ellipse(20, 34, 76, 62),
+    "ellipse 1:1.4": ellipse(28, 20, 68, 76),
+    "upper half of a disc": slice_of(180, 360),
+    "left half of a disc": slice_of(90, 270),
+    "three quarters of a disc": slice_of(0, 270),
+    "disc with a bite": slice_of(30, 330),
+    "small hole": disc_with_hole(40, 40, 56, 56),
+    "hole at the side": disc_with_hole(50, 34, 74, 60),
+    "oblong": polygon((20, 32), (76, 32), (76, 64), (20, 64)),
+    "diamond": star(2, 1),
+    "pentagon": star(5, math.cos(math.pi / 5)),
+    "house": polygon((48, 19), (72, 43), (72, 77), (24, 77), (24, 43)),
+    "slanted square": polygon((29, 24), (82, 24), (67, 72), (14, 72)),
+    "triangle on its head": polygon((20, 24), (76, 24), (48, 72)),
+    "right triangle": polygon((20, 20), (20, 76), (76, 76)),
+    "narrow triangle": polygon((48, 10), (66, 86), (30, 86)),
+    "star of four": star(4, 0.42),
+    "star of six": star(6, 0.42),
+    "star on its head": star(5, 0.42, math.pi),
+    "L": polygon((20, 20), (38, 20), (38, 58), (76, 58), (76, 76), (20, 76)),
+    "any corners": polygon((14, 40), (36, 22), (52, 44), (84, 30), (66, 58), (78, 80), (46, 62), (26, 74)),
+    "two overlapping": lambda pen, c, _: (pen.ellipse((60, 60, 210, 210), c), pen.rectangle((180, 180, 330, 330), c)),
+}
+
+
+@pytest.mark.parametrize("blob", BLOBS)
+def test_a_shape_of_no_kind_is_unknown(blob):
+    (seen,) = judge.read(red_on_white(BLOBS[blob])).things
+    assert (seen.shape, seen.colour) == ("unknown", "red")
+
+
+def test_hardly_any_random_polygon_has_a_shape():
+    rng, shapes = random.Random(3), Counter()
+    for _ in range(60):
+        angles = sorted(rng.uniform(0, 2 * math.pi) for _ in range(7))
+        corners = [(48 + rng.uniform(12, 38) * math.cos(a), 48 + rng.uniform(12, 38) * math.sin(a)) for a in angles]
+        shapes.update(thing.shape for thing in judge.read(red_on_white(polygon(*corners))).things)
+    assert shapes["unknown"] >= 0.95 * shapes.total()
+
+
+@pytest.mark.parametrize(
+    ("levels", "name"),
+    [((128, 128, 128), "grey square"), ((128, 255, 128), "unknown square"), ((150, 150, 255), "unknown square")],
+)
+def test_a_thing_in_a_colour_of_no_thing_is_one_too_many(levels, name):
+    image = world.draw(SCENE)
+    ImageDraw.Draw(image).rectangle((60, 10, 80, 30), fill=levels)
+    reading = judge.read(image)
+    assert not judge.matches(reading, SCENE)
+    assert Counter(thing.name for thing in reading.things) == Counter(["red circle", "blue star", name])
+
+
+@pytest.mark.parametrize("size", [(48, 48), (100, 80), (512, 64)])
+def test_a_picture_of_something_else_has_no_known_thing(size):
+    rng = numpy.random.default_rng(1)
+    noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=numpy.uint8))
+    clouds = noise.resize([side // 16 for side in size]).resize(size, Image.Resampling.BICUBIC)
+    for image in (noise, clouds, Image.new("RGB", size, "red"), Image.linear_gradient("L").resize(size)):
+        assert not [thing for thing in judge.read(image).things if "unknown" not in thing.name]
+    assert judge.read(Image.new("RGB", size, "white")) == judge.Reading("white", ())

@@ -1,0 +1,338 @@
+"""Stage 3: the transformer learns to draw and to edit, by flow matching on the frozen VAE's latents.
+
+Times are logit-normal and shifted by 3, as the model is sampled. Beside the velocity, a linear head that is not kept
+tells from the middle of the transformer what will lie under each token: composing begins much sooner with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLQwenImage
+from pack.internvl_u.config import MMDiTConfig
+from pack.internvl_u.mmdit import MMDiT, time_embedding
+from pack.internvl_u.prompt import Tokenizer
+from pack.internvl_u.sampling import SHIFT, dual_guidance, flow_sigmas, sample, whole_timestep
+from pack.training import tokenizer, understand, world
+from pack.training.layouts import THINGS, grounds, shares
+from pack.training.log import Log, load_state, optimiser_tensors, restore_optimiser, save_state
+from pack.training.optimiser import Averaged, optimisers, set_rates
+from pack.training.studies import SIZES_ALL, SIZES_SMALL, Studio, Study
+from torch import nn
+from torch.nn import functional
+
+CONFIG = MMDiTConfig(
+    channels=16, patch_size=2, context_width=384, layers=6, heads=4, head_dim=32, rope_axes=(8, 12, 12)
+)
+ROOMS = (32, 48, 96, 192)
+"""Lengths that contexts are filled up to."""
+COMPILED = ((8, 8), (16, 16))
+"""Latent sizes whose blocks are compiled; each costs minutes at first, and is twice as fast then."""
+TOLD_AFTER = 3
+"""Blocks after which the layout is told."""
+COLUMNS = ("step", "seconds", "loss", "layout", "drawn", "edited")
+
+
+def new_model(seed: int = 0) -> MMDiT:
+    """Returns the nano transformer with random weights; its blocks and its output begin as nothing."""
+    model = MMDiT(CONFIG, device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        with torch.no_grad():
+            if "norm_" in name and "linear" not in name or name.startswith("txt_norm"):
+                weight.fill_(1.0)
+            elif name.endswith("bias") or "_mod." in name or name.startswith(("norm_out", "proj_out")):
+                weight.zero_()
+            else:
+                weight.normal_(0, weight.shape[1] ** -0.5 * 0.7, generator=generator)
+    return model
+
+
+@dataclass(frozen=True)
+class Load:
+    """Samples of one size side by side, their contexts filled up to one length."""
+
+    latents: torch.Tensor  # [B, 16, h, w]
+    references: tuple[torch.Tensor, ...]
+    context: torch.Tensor  # [B, L, width]
+    rotary_image: torch.Tensor  # [2, 1, N, 1, E / 2]
+    rotary_text: torch.Tensor  # [2, B * L, 1, E / 2]
+    bias: torch.Tensor  # [B, 1, 1, N + L], nothing or minus infinity
+
+
+class Tables:
+    """Rotary tables, each made once."""
+
+    def __init__(self, model: MMDiT):
+        self.model, self.made = model, {}
+
+    def __call__(self, study: Study) -> torch.Tensor:
+        grid = tuple(study.latent.shape[-2:])
+        key = (grid, study.reference is not None, study.layout)
+        if key not in self.made:
+            references = [grid] if study.reference is not None else []
+            self.made[key] = self.model.branch(study.context, study.layout, grid, references).rotary
+        return self.made[key]
+
+
+def load(studies: Sequence[Study], tables: Tables) -> Load:
+    """Returns samples of one shelf as one load."""
+    longest = shelf_of(studies[0])[-1]
+    tokens = sum(x.shape[-1] * x.shape[-2] // 4 for x in (studies[0].latent, studies[0].reference) if x is not None)
+    context = torch.zeros(len(studies), longest, CONFIG.context_width, dtype=torch.bfloat16)
+    rotary = torch.zeros(2, len(studies), longest, CONFIG.head_dim // 2)
+    bias = torch.zeros(len(studies), 1, 1, tokens + longest)
+    for i, study in enumerate(studies):
+        table, length = tables(study), len(study.context)
+        context[i, :length] = study.context
+        rotary[:, i, :length] = table[:, tokens:]
+        bias[i, ..., tokens + length :] = -1e4
+    references = (torch.stack([s.reference for s in studies]),) if studies[0].reference is not None else ()
+    image = tables(studies[0])[:, None, :tokens, None]
+    latents = torch.stack([study.latent for study in studies])
+    return Load(latents, references, context, image, rotary.flatten(1, 2)[:, :, None], bias)
+
+
+def run_block(
+    block: nn.Module,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    modulation: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor,
+    picture: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns both streams after a block, for contexts of one length; what is compiled."""
+    count, length = image.shape[0], text.shape[0] // image.shape[0]
+    which = torch.arange(count)[:, None].expand(count, length).flatten()
+    packing = _Even(length, which, *rotary)
+
+    def attention(query, key, value):
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias
+        return (scores.float().softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)
+
+    return block(image, text, modulation, packing, attention, picture)
+
+
+class _Even:
+    """A `Packing` of contexts of one length."""
+
+    def __init__(self, length: int, sample: torch.Tensor, rotary_image: torch.Tensor, rotary_text: torch.Tensor):
+        self.length, self.sample, self.rotary_image, self.rotary_text = length, sample, rotary_image, rotary_text
+
+    def groups(self) -> list[tuple[slice, slice, int]]:
+        return [(slice(None), slice(None), self.length)]
+
+
+def velocity(
+    model: MMDiT, noisy: torch.Tensor, timestep: torch.Tensor, data: Load, run=run_block
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the velocity [B, 16, h, w], and the picture's tokens [B, N, D] in the middle of the transformer.
+
+    The same arithmetic as `MMDiT.forward`, for contexts that are filled up.
+    """
+    image, grid = model.tokens(noisy, data.references)
+    picture = grid[0] * grid[1]
+    text = model.txt_in(model.txt_norm(data.context.flatten(0, 1).to(noisy)))
+    modulation = functional.silu(model.time_text_embed(time_embedding(timestep)))
+    rotary, last = (data.rotary_image, data.rotary_text), len(model.transformer_blocks) - 1
+    for i, block in enumerate(model.transformer_blocks):
+        image, text = run(block, image, text, modulation, rotary, data.bias, picture if i == last else None)
+        if i + 1 == TOLD_AFTER:
+            middle = image[:, :picture]
+    return model.velocity(image, modulation, grid, noisy.shape[-2:]), middle
+
+
+class Layout(nn.Module):
+    """What will lie under each token of the picture: shares of each shape and colour; only for training."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.told = nn.Linear(width, THINGS + len(world.BACKGROUNDS))
+
+    def loss(self, tokens: torch.Tensor, scenes: Sequence[world.Scene]) -> torch.Tensor:
+        """Returns the loss of the picture's tokens [B, N, D] for the scenes that are drawn."""
+        told = self.told(self.norm(tokens.float()))
+        things, ground = told.split((THINGS, len(world.BACKGROUNDS)), dim=-1)
+        wanted = shares(scenes, scenes[0].height // 16, scenes[0].width // 16)
+        told_apart = functional.binary_cross_entropy_with_logits(things, wanted)
+        return 4 * told_apart + functional.cross_entropy(ground.mean(1), grounds(scenes))
+
+
+class Stock:
+    """Samples in store, on shelves of equal size and about equal length; the oldest go when new ones come."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.studies = capacity, []
+
+    def add(self, studies: Sequence[Study]) -> None:
+        """Takes in new samples."""
+        self.studies = (self.studies + list(studies))[-self.capacity :]
+        self.shelves: dict[tuple, list[Study]] = {}
+        for study in self.studies:
+            self.shelves.setdefault(shelf_of(study), []).append(study)
+
+    def take(self, rng: random.Random, tokens: int) -> list[Study]:
+        """Returns samples of one shelf, about `tokens` tokens in all: always as many of a full shelf."""
+        keys = list(self.shelves)
+        key = rng.choices(keys, [len(self.shelves[key]) * tokens_of(key) for key in keys])[0]
+        count = max(8, tokens // tokens_of(key) // 8 * 8)
+        return rng.sample(self.shelves[key], min(count, len(self.shelves[key])))
+
+
+def shelf_of(study: Study) -> tuple[int, int, bool, int]:
+    """Returns what samples of one load share: rows and columns of the latent, a reference, the context's room."""
+    room = next(room for room in ROOMS if len(study.context) <= room)
+    return *study.latent.shape[-2:], study.reference is not None, room
+
+
+def tokens_of(shelf: tuple[int, int, bool, int]) -> int:
+    """Returns the tokens of one sample of a shelf."""
+    rows, columns, referring, room = shelf
+    return rows * columns // 4 * (1 + referring) + room
+
+
+def noised(latents: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns latents at logit-normal, shifted noise levels, their whole timesteps [B], and the velocity to predict."""
+    level = torch.randn(len(latents), generator=generator).sigmoid()
+    level = SHIFT * level / (1 + (SHIFT - 1) * level)
+    # The first step of sampling is from noise alone; logit-normal times hardly ever come there.
+    alone = torch.rand(len(latents), generator=generator) < 0.03
+    level = torch.where(alone, 0.9995, level)
+    noise = torch.randn(latents.shape, generator=generator)
+    part = level.view(-1, 1, 1, 1)
+    return (1 - part) * latents + part * noise, whole_timestep(level), noise - latents
+
+
+@torch.no_grad()
+def draw_load(
+    model: MMDiT, data: Load, others: Sequence[Load], scales: tuple[float, float], seed: int, steps: int = 20
+) -> torch.Tensor:
+    """Returns latents drawn as the pipeline draws them, for many samples at once.
+
+    `others` are the loads of the partial and of the unconditional prompt, or of the latter alone.
+    """
+    noise = torch.randn(data.latents.shape, generator=torch.Generator().manual_seed(seed))
+
+    def denoise(latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        time = whole_timestep(sigma).expand(len(latent))
+        found = [velocity(model, latent, time, one)[0].float() for one in (data, *others)]
+        guided = dual_guidance(found[0], found[1], found[-1], *scales, time)
+        return latent - sigma * guided
+
+    return sample(denoise, noise, flow_sigmas(steps))
+
+
+def train(options: argparse.Namespace, studio: Studio) -> MMDiT:
+    """Trains, going on from the work folder where it was left, and returns the averaged model."""
+    torch.set_num_threads(options.threads)
+    model = new_model(options.seed)
+    layout = Layout(CONFIG.width)
+    both = nn.ModuleDict({"model": model, "layout": layout})
+    steppers, average, tables = optimisers(both, options.rate), Averaged(both, 0.999), Tables(model)
+    file, first, seconds, losses = options.work / "draw.safetensors", 0, 0.0, []
+    log = Log(options.work / "draw.csv", COLUMNS)
+    if (state := load_state(file)) is not None:
+        tensors, facts = state
+        both.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
+        average.load({k[8:]: v for k, v in tensors.items() if k.startswith("average/")})
+        for i, stepper in enumerate(steppers):
+            restore_optimiser(stepper, {k[2:]: v for k, v in tensors.items() if k.startswith(f"{i}/")})
+        first, seconds = facts["step"], facts["seconds"]
+        log.cut(first)
+    torch._dynamo.config.cache_size_limit = 64
+    compiled = torch.compile(run_block, dynamic=False) if options.compile else run_block
+    stock, begun = Stock(options.stock), time.monotonic() - seconds
+    for step in range(first, options.steps):
+        rng = random.Random(f"draw {options.seed} {step}")
+        sizes = SIZES_SMALL if step < options.small * options.steps else SIZES_ALL
+        if step == first:
+            stock.add(studio.studies(rng, options.stock // 4, sizes))
+        if step % options.every == 0:
+            if options.follow:
+                renew(studio.model, options.work / "understand.safetensors")
+            stock.add(studio.studies(rng, options.fresh, sizes))
+        taken = stock.take(rng, options.tokens)
+        data = load(taken, tables)
+        generator = torch.Generator().manual_seed(rng.getrandbits(40))
+        noisy, timestep, target = noised(data.latents, generator)
+        set_rates(steppers, options.rate, step, options.steps)
+        # A shelf that is not full yet would be compiled for its size of the day.
+        whole = len(taken) * tokens_of(shelf_of(taken[0])) > options.tokens - 8 * tokens_of(shelf_of(taken[0]))
+        run = compiled if whole and data.latents.shape[-2:] in COMPILED else run_block
+        with torch.autocast("cpu", torch.bfloat16):
+            found, middle = velocity(model, noisy, timestep, data, run)
+        loss = functional.mse_loss(found.float(), target)
+        told = layout.loss(middle, [study.scene for study in taken])
+        for stepper in steppers:
+            stepper.zero_grad(set_to_none=True)
+        (loss + 0.1 * told).backward()
+        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        for stepper in steppers:
+            stepper.step()
+        average.update(step)
+        losses.append((loss.item(), told.item()))
+        if (step + 1) % options.log_every == 0 or step + 1 == options.steps:
+            took = time.monotonic() - begun
+            means = [sum(pair[i] for pair in losses) / len(losses) for i in (0, 1)]
+            print(f"{step + 1} steps, {took:.0f} s, loss {means[0]:.4f}, layout {means[1]:.4f}", flush=True)
+            log.append(step=step + 1, seconds=took, loss=means[0], layout=means[1])
+            losses = []
+            tensors = {f"model/{k}": v for k, v in both.state_dict().items()}
+            tensors |= {f"average/{k}": v for k, v in average.weights.items()}
+            for i, stepper in enumerate(steppers):
+                tensors |= {f"{i}/{k}": v for k, v in optimiser_tensors(stepper).items()}
+            save_state(file, tensors, {"step": step + 1, "seconds": took})
+    both.load_state_dict(average.weights)
+    return model.eval()
+
+
+def renew(model: nn.Module, file: Path) -> None:
+    """Gives the language model the averaged weights of its stage's state, if these are not what it has."""
+    changed = file.stat().st_mtime
+    if getattr(model, "renewed", None) != changed:
+        tensors, _ = load_state(file)
+        prefix = "average/model."
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        model.renewed = changed
+
+
+def make_studio(work: Path, folder: Path, coder: Path) -> Studio:
+    """Returns the studio of what the stages before have made."""
+    words = Tokenizer(folder)
+    model = understand.new_model(words, tokenizer.size(folder))
+    renew(model, work / "understand.safetensors")
+    return Studio(model.eval(), words, AutoencoderKLQwenImage.from_pretrained(coder, torch_dtype=torch.float32).eval())
+
+
+def parse() -> argparse.Namespace:
+    """Returns the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the log and the state to go on from")
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--tokens", type=int, default=6144, help="tokens a step, about")
+    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--small", type=float, default=0.6, help="share of the steps with mostly small pictures")
+    parser.add_argument("--stock", type=int, default=16384, help="samples in store")
+    parser.add_argument("--every", type=int, default=10, help="steps between new samples")
+    parser.add_argument("--fresh", type=int, default=160, help="new samples each time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--follow", action="store_true", help="the language model is still learning: keep up with it")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--log-every", type=int, default=200)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    chosen = parse()
+    train(chosen, make_studio(chosen.work, chosen.tokenizer, chosen.vae))

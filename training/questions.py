@@ -1,0 +1,215 @@
+"""Questions about one picture, about two, and about no picture, each with its one right answer."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from pack.training import words, world
+from pack.training.edits import random_edit
+from pack.training.riddles import COLOUR_CLUES, SHAPE_CLUES
+from pack.training.words import NO, YES, Question, _colour, _shape, ask, plain
+from pack.training.world import Scene, Thing
+
+COUNTS = {number: (str(number), str(number)) for number in range(4)}
+
+
+def questions(rng: random.Random, scene: Scene) -> list[Question]:
+    """Returns one question of each kind that fits the scene, in random order."""
+    found = [question for make in _ONE for question in make(rng, scene)]
+    rng.shuffle(found)
+    return found
+
+
+def _only(scene: Scene, key: str) -> list[Thing]:
+    counts = Counter(getattr(thing, key) for thing in scene.things)
+    return [thing for thing in scene.things if counts[getattr(thing, key)] == 1]
+
+
+def _about_colour(rng: random.Random, scene: Scene) -> list[Question]:
+    found = []
+    if alone := _only(scene, "shape"):
+        thing = rng.choice(alone)
+        found.append(
+            ask(
+                rng,
+                "colour",
+                (thing.colour.capitalize(), words.ZH_COLOUR[thing.colour]),
+                ("what colour is the {s}?", "what color is the {s}?", "which colour does the {s} have?"),
+                ("{s}是什么颜色？",),
+                s=_shape(rng, thing.shape),
+            )
+        )
+    found.append(
+        ask(
+            rng,
+            "background",
+            (scene.background.capitalize(), words.ZH_BACKGROUND[scene.background]),
+            ("what colour is the background?", "which colour is the background?", "what is the background colour?"),
+            ("背景是什么颜色？",),
+        )
+    )
+    return found
+
+
+def _about_shape(rng: random.Random, scene: Scene) -> list[Question]:
+    alone = _only(scene, "colour")
+    if not alone:
+        return []
+    thing = rng.choice(alone)
+    answer = (thing.shape.capitalize(), words.ZH_SHAPE[thing.shape])
+    if len(scene.things) == 1 and rng.random() < 0.5:
+        wordings = ("what shape is it?", "which shape is in the picture?", "what shape do you see?")
+        return [ask(rng, "shape", answer, wordings, ("图中是什么形状？",))]
+    wordings = ("which shape is {c}?", "what shape is {c}?", "what is the {c} shape?")
+    return [ask(rng, "shape", answer, wordings, ("{c}的是什么形状？",), c=_colour(rng, thing.colour))]
+
+
+def _about_count(rng: random.Random, scene: Scene) -> list[Question]:
+    total = ask(
+        rng,
+        "count",
+        COUNTS[len(scene.things)],
+        ("how many shapes are there?", "how many shapes do you see?", "how many things are in the picture?"),
+        ("图中有几个形状？",),
+    )
+    shape = rng.choice((rng.choice(scene.things).shape, rng.choice(world.SHAPES)))
+    number = sum(thing.shape == shape for thing in scene.things)
+    plural = (words._plural(rng.choice(words.SHAPE_WORDS[shape])), words.ZH_SHAPE[shape])
+    some = ask(
+        rng,
+        "count",
+        COUNTS[number],
+        ("how many {s} are there?", "how many {s} do you see?"),
+        ("有几个{s}？",),
+        s=plural,
+    )
+    return [total, some]
+
+
+def _about_place(rng: random.Random, scene: Scene) -> list[Question]:
+    alone = [thing for thing in _only(scene, "shape") if world.place(thing)]
+    if not alone:
+        return []
+    thing = rng.choice(alone)
+    where = world.place(thing)
+    return [
+        ask(
+            rng,
+            "where",
+            (where.capitalize(), words.ZH_PLACE[where]),
+            ("where is the {s}?", "where in the picture is the {s}?"),
+            ("{s}在哪里？",),
+            s=_shape(rng, thing.shape),
+        )
+    ]
+
+
+def _about_size(rng: random.Random, scene: Scene) -> list[Question]:
+    if len({thing.name for thing in scene.things}) < 2:
+        return []
+    one, other = rng.sample(scene.things, 2)
+    sizes = tuple(world.SIZES)
+    difference = sizes.index(one.size) - sizes.index(other.size)
+    if difference == 0 or one.name == other.name:
+        return []
+    greater = rng.random() < 0.7
+    answer = one if (difference > 0) == greater else other
+    kind = "larger" if greater else "smaller"
+    text = f"which is {kind}, the {one.name} or the {other.name}?"
+    return [Question("larger", text, f"The {answer.name}")]
+
+
+def _about_relation(rng: random.Random, scene: Scene) -> list[Question]:
+    if len(scene.things) < 2 or len(_only(scene, "shape")) < len(scene.things):
+        return []
+    one, other = rng.sample(scene.things, 2)
+    how = world.relation(scene, one, other)
+    if how is None:
+        return []
+    asked = how if rng.random() < 0.5 else words.OPPOSITE.get(how, "left")
+    said = rng.choice(words.RELATION_WORDS[asked])
+    text = f"is the {one.shape} {said} the {other.shape}?"
+    found = [Question("yes or no", text, (YES if asked == how else NO)[0])]
+    if len(scene.things) == 2:
+        text = f"what is {rng.choice(words.RELATION_WORDS[how])} the {other.shape}?"
+        found.append(Question("relation", text, f"The {one.name}"))
+    return found
+
+
+def _about_presence(rng: random.Random, scene: Scene) -> list[Question]:
+    there = rng.choice(scene.things)
+    asked = (there.shape, there.colour)
+    if rng.random() < 0.5:
+        asked = rng.choice(
+            (
+                (there.shape, rng.choice(tuple(world.COLOURS))),
+                (rng.choice(world.SHAPES), there.colour),
+                (rng.choice(world.SHAPES), rng.choice(tuple(world.COLOURS))),
+                (rng.choice(scene.things).shape, rng.choice(scene.things).colour),
+            )
+        )
+    present = any((thing.shape, thing.colour) == asked for thing in scene.things)
+    name = words.a(f"{rng.choice(words.COLOUR_WORDS[asked[1]])} {rng.choice(words.SHAPE_WORDS[asked[0]])}")
+    chinese = f"{words.ZH_COLOUR[asked[1]]}的{words.ZH_SHAPE[asked[0]]}"
+    answer = ("Yes", "有") if present else ("No", "没有")
+    wordings = ("is there {n}?", "is there {n} in the picture?", "do you see {n}?", "does the picture show {n}?")
+    return [ask(rng, "yes or no", answer, wordings, ("图中有{n}吗？",), n=(name, chinese))]
+
+
+def _to_describe(rng: random.Random, scene: Scene) -> list[Question]:
+    text = rng.choice(("describe the picture.", "what do you see?", "what is in the picture?", "describe this image."))
+    if rng.random() < words.CHINESE:
+        text = rng.choice(("描述这张图片。", "图中有什么？"))
+    return [Question("describe", text, words.plain_scene(scene).capitalize() + ".")]
+
+
+_ONE = (
+    _about_colour,
+    _about_shape,
+    _about_count,
+    _about_place,
+    _about_size,
+    _about_relation,
+    _about_presence,
+    _to_describe,
+)
+
+
+def pair(rng: random.Random, picture: tuple[int, int] | None = None) -> tuple[Scene, Scene, list[Question]]:
+    """Returns two scenes and questions about both: an edit's before and after, or two that are unrelated."""
+    if rng.random() < 0.6:
+        edit = random_edit(rng, picture=picture)
+        text = rng.choice(
+            ("what changed?", "what has changed?", "what is different in the second picture?", "what was changed?")
+        )
+        found = [Question("what changed", text, edit.change)]
+        return edit.before, edit.after, found + _compare(rng, edit.before, edit.after)
+    one, other = (world.random_scene(rng, None, picture) for _ in range(2))
+    return one, other, _compare(rng, one, other)
+
+
+def _compare(rng: random.Random, one: Scene, other: Scene) -> list[Question]:
+    more = len(one.things) - len(other.things)
+    answer = "The first" if more > 0 else "The second" if more < 0 else "Both the same"
+    found = [
+        Question("which has more", rng.choice(("which picture has more shapes?", "which has more shapes?")), answer)
+    ]
+    text = rng.choice(("do both pictures have the same background?", "is the background the same?"))
+    found.append(Question("yes or no", text, (YES if one.background == other.background else NO)[0]))
+    thing = rng.choice((*one.things, *other.things))
+    places = [any(thing.name == t.name for t in scene.things) for scene in (one, other)]
+    answer = "In both" if all(places) else "In the first" if places[0] else "In the second"
+    found.append(Question("in which", f"in which picture is {plain(thing)}?", answer))
+    return found
+
+
+def knowledge(rng: random.Random) -> Question:
+    """Returns a question without a picture, about what the riddles need."""
+    if rng.random() < 0.5:
+        shape = rng.choice(world.SHAPES)
+        clue = rng.choice(SHAPE_CLUES[shape])
+        return Question("knowledge", f"which shape is {clue}?", shape.capitalize())
+    colour = rng.choice(tuple(COLOUR_CLUES))
+    clue = rng.choice(COLOUR_CLUES[colour])
+    return Question("knowledge", f"which colour is {clue}?", colour.capitalize())

@@ -1,0 +1,246 @@
+"""Scores the nano model on scenes that training never saw, through the shipped inference at its defaults.
+
+    python training/score.py [--model FOLDER] [--count 200] [--only TASK]... [--workers N] [--out FILE.csv]
+
+Pictures are judged by `judge` from their pixels alone, answers must be exact. Each task has seeds of its own, so that
+a score is the same however many workers there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import math
+import random
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from pack.internvl_u.pipeline import Drawing, Pipeline
+from pack.training import edits, judge, questions, riddles, words, world
+from pack.training.world import Scene
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "demo" / "internvl-u-nano"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case: whether it was right, and what was asked, wanted and found."""
+
+    right: bool
+    asked: str
+    wanted: str
+    found: str
+
+
+Task = Callable[[Pipeline, random.Random], Outcome]
+
+
+def draw_one(pipeline: Pipeline, rng: random.Random) -> Outcome:
+    """A picture of one thing: shape, colour and background must be right."""
+    scene = world.random_scene(rng, 1)
+    return _drawn(pipeline, rng, scene, words.caption(rng, scene))
+
+
+def draw_two(pipeline: Pipeline, rng: random.Random) -> Outcome:
+    """A picture of two things: both, their relation and the background must be right."""
+    scene = world.related_scene(rng)
+    return _drawn(pipeline, rng, scene, words.caption(rng, scene, whole=True))
+
+
+def draw_three(pipeline: Pipeline, rng: random.Random) -> Outcome:
+    """A picture of three different things: all and the background must be right."""
+    scene = world.random_scene(rng, 3)
+    return _drawn(pipeline, rng, scene, words.caption(rng, scene), related=False)
+
+
+def draw_count(pipeline: Pipeline, rng: random.Random) -> Outcome:
+    """A picture of two or three equal things: their number, what they are and the background must be right."""
+    scene = world.counted_scene(rng)
+    return _drawn(pipeline, rng, scene, words.caption(rng, scene), related=False)
+
+
+def edit(pipeline: Pipeline, rng: random.Random) -> Outcome:
+    """An edit: what was asked must have happened, and all the rest must still be as it was."""
+    wanted = edits.random_edit(rng)
+    before = world.draw(wanted.before)
+    picture = pipeline.draw(Drawing(wanted.instruction, images=(before,), seed=rng.randrange(1 << 30)))
+    found = judge.read(picture)
+    return Outcome(_edited(found, wanted), wanted.instruction, _said(wanted.after), _told(found))
+
+
+def ask_one(pipeline: Pipeline, rng: random.Random) -> Outcome:
+    """A question about one picture; the answer must be exact. Descriptions are no short answers and do not count."""
+    scene = rng.choice((world.random_scene, world.related_scene, world.counted_scene))(rng)
+    question = next(q for q in questions.questions(rng, scene) if q.kind != "describe")
+    return _answered(pipeline, question, [world.draw(scene)])
+
+
+def ask_two(pipeline: Pipeline, rng: random.Random) -> Outcome:
+    """A question about two pictures; the answer must be exact."""
+    one, other, found = questions.pair(rng)
+    return _answered(pipeline, rng.choice(found), [world.draw(one), world.draw(other)])
+
+
+def riddle(pipeline: Pipeline, rng: random.Random, think: bool = True) -> Outcome:
+    """A riddle, thought over first: the picture must show what was meant."""
+    asked = riddles.random_riddle(rng)
+    drawing = Drawing(asked.text, seed=rng.randrange(1 << 30))
+    thought = pipeline.think(drawing) if think else ""
+    picture = pipeline.draw(Drawing(asked.text, seed=drawing.seed, thought=thought))
+    found = judge.read(picture)
+    return Outcome(_shown(found, asked.scene), asked.text, _said(asked.scene), f"{_told(found)} <- {thought}")
+
+
+def riddle_alone(pipeline: Pipeline, rng: random.Random) -> Outcome:
+    """The same riddle, drawn without a thought."""
+    return riddle(pipeline, rng, think=False)
+
+
+TASKS: dict[str, tuple[Task, float | None]] = {
+    "one thing": (draw_one, 0.95),
+    "two things, related": (draw_two, 0.85),
+    "three things": (draw_three, None),
+    "equal things, counted": (draw_count, None),
+    "edit": (edit, 0.90),
+    "question, one picture": (ask_one, 0.97),
+    "question, two pictures": (ask_two, 0.90),
+    "riddle, thinking": (riddle, 0.85),
+    "riddle, not thinking": (riddle_alone, None),
+}
+"""What is scored, and the share that is the goal."""
+
+
+def _drawn(pipeline: Pipeline, rng: random.Random, scene: Scene, caption: str, related: bool = True) -> Outcome:
+    found = judge.read(pipeline.draw(Drawing(caption, seed=rng.randrange(1 << 30))))
+    return Outcome(_shown(found, scene, related), caption, _said(scene), _told(found))
+
+
+def _shown(found: judge.Reading, scene: Scene, related: bool = True) -> bool:
+    """Tells whether a picture shows the scene: background, things, and how two different things lie."""
+    if not judge.matches(found, scene):
+        return False
+    if not related or len(scene.things) != 2 or scene.things[0].name == scene.things[1].name:
+        return True
+    wanted = world.relation(scene, *scene.things) or world.relation(scene, *scene.things[::-1])
+    if wanted is None:
+        return True
+    seen = {thing.name: thing for thing in found.things}
+    one, other = (seen[thing.name] for thing in scene.things)
+    if world.relation(scene, *scene.things) is None:
+        one, other = other, one
+    return judge.relation(one, other) == wanted
+
+
+def _edited(found: judge.Reading, wanted: edits.Edit) -> bool:
+    """Tells whether a picture is the edit's outcome, every thing where and as large as it should be."""
+    if not judge.matches(found, wanted.after):
+        return False
+    left = list(found.things)
+    for thing in wanted.after.things:
+        at = [seen for seen in left if seen.name == thing.name and _near(seen, thing, wanted)]
+        if not at:
+            return False
+        left.remove(at[0])
+    return True
+
+
+def _near(seen: judge.Seen, thing: world.Thing, wanted: edits.Edit) -> bool:
+    """Tells whether a thing is where it should be; one that was added or moved may lie freely on an open axis."""
+    old = thing in wanted.before.things
+    if wanted.kind == "add" and not old:
+        return True
+    slack = 0.08 if old or wanted.kind != "move" else 0.15
+    return math.dist((seen.x, seen.y), (thing.x, thing.y)) < slack
+
+
+def _answered(pipeline: Pipeline, question: words.Question, pictures: list[Image.Image]) -> Outcome:
+    answer = pipeline.answer(question.text, pictures)
+    return Outcome(answer == question.answer, f"{question.kind}: {question.text}", question.answer, answer)
+
+
+def _said(scene: Scene) -> str:
+    return words.plain_scene(scene)
+
+
+def _told(found: judge.Reading) -> str:
+    return f"{', '.join(thing.name for thing in found.things) or 'nothing'} on {found.background}"
+
+
+# Running
+
+
+@functools.lru_cache(maxsize=1)
+def opened(model: Path) -> Pipeline:
+    """Returns the model, once a process."""
+    torch.set_num_threads(1)
+    return Pipeline(model)
+
+
+def case(model: Path, task: str, number: int) -> Outcome:
+    """Returns the outcome of one case of a task. With and without thinking the riddles are the same."""
+    return TASKS[task][0](opened(model), random.Random(f"score {task.split(',')[0]} {number}"))
+
+
+def score(model: Path, tasks: list[str], count: int, workers: int) -> dict[str, list[Outcome]]:
+    """Returns `count` outcomes of each task."""
+    cases = [(task, number) for task in tasks for number in range(count)]
+    if workers == 1:
+        outcomes = [case(model, *one) for one in cases]
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            outcomes = list(pool.map(functools.partial(_case, model), cases, chunksize=4))
+    return {task: outcomes[i * count : (i + 1) * count] for i, task in enumerate(tasks)}
+
+
+def _case(model: Path, one: tuple[str, int]) -> Outcome:
+    return case(model, *one)
+
+
+def share(outcomes: list[Outcome]) -> float:
+    """Returns the share that was right."""
+    return sum(outcome.right for outcome in outcomes) / len(outcomes)
+
+
+def table(scores: dict[str, list[Outcome]]) -> str:
+    """Returns the scores as a Markdown table."""
+    lines = ["| task | right | of | goal |", "|---|---|---|---|"]
+    for task, outcomes in scores.items():
+        goal = TASKS[task][1]
+        lines.append(f"| {task} | {share(outcomes):.1%} | {len(outcomes)} | {f'{goal:.0%}' if goal else ''} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Prints the table; returns 1 where a goal is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder")
+    parser.add_argument("--count", type=int, default=200, help="cases of each task (default %(default)s)")
+    parser.add_argument("--only", action="append", choices=TASKS, help="this task alone; may be given several times")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="CSV file of every case")
+    options = parser.parse_args()
+    begun = time.monotonic()
+    scores = score(options.model, options.only or list(TASKS), options.count, options.workers)
+    print(table(scores))
+    print(f"{time.monotonic() - begun:.0f} s")
+    if options.out:
+        with options.out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("task", "right", "asked", "wanted", "found"))
+            for task, outcomes in scores.items():
+                writer.writerows((task, int(o.right), o.asked, o.wanted, o.found) for o in outcomes)
+    missed = [task for task, outcomes in scores.items() if TASKS[task][1] and share(outcomes) < TASKS[task][1]]
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

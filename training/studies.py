@@ -1,0 +1,191 @@
+"""What the transformer learns from: pictures as latents, each with the context that the frozen language model gives.
+
+Captions, thoughts and edits, and the two prompts that guidance compares with: the same three branches as in drawing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+from diffusers import AutoencoderKLQwenImage
+from pack.internvl_u import prompt
+from pack.internvl_u.mllm import MLLM
+from pack.internvl_u.positions import Layout
+from pack.internvl_u.prompt import TokenIds, Tokenizer
+from pack.training import edits, riddles, vae, words, world
+from pack.training.lessons import Ending, Lesson, batch, random_scene
+from pack.training.understand import IMAGE, embedded, special_rows
+from pack.training.world import Scene
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+DROP = 0.1
+"""Share of samples that learn the unconditional prompt; of those with a picture, as many learn the partial prompt."""
+EDITS = 0.4
+ROW = 288
+SIZES_SMALL = dict.fromkeys(world.PICTURES, 0.5) | {(64, 64): 12, (128, 128): 1}
+SIZES_ALL = dict.fromkeys(world.PICTURES, 1) | {(64, 64): 6, (96, 96): 2, (128, 128): 6}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One sample: what is to be drawn, from what, and what it shows."""
+
+    latent: torch.Tensor  # [16, h, w]
+    reference: torch.Tensor | None  # [16, h, w]
+    context: torch.Tensor  # [tokens, width]
+    layout: Layout
+    scene: Scene
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sample before anything is computed: its prompt, and its scenes."""
+
+    ids: TokenIds
+    scene: Scene
+    before: Scene | None = None
+
+
+class Studio:
+    """Makes samples from seeds, with a frozen language model and VAE."""
+
+    def __init__(self, model: MLLM, tokenizer: Tokenizer, coder: AutoencoderKLQwenImage):
+        self.model, self.tokenizer, self.coder = model, tokenizer, coder
+        self.rows = special_rows(tokenizer, model.language_model.config.vocab_size)
+        self.grid = model.vision.grid
+        model.language_model.config._attn_implementation = "eager"
+
+    @torch.no_grad()
+    def studies(self, rng: random.Random, count: int, sizes: dict[tuple[int, int], float]) -> list[Study]:
+        """Returns at least `count` samples; `sizes` are the odds of each picture size."""
+        plans: list[list[Plan]] = []  # those of one list share their pictures
+        made = 0
+        while made < count:
+            size = rng.choices(tuple(sizes), sizes.values())[0]
+            # Edits come in groups of up to three.
+            group = self._edits(rng, size) if rng.random() < EDITS / 2 else [self._caption(rng, size)]
+            plans.append(group)
+            made += len(group)
+        flat = [plan for group in plans for plan in group]
+        contexts = self.contexts(plans, rng)
+        latents = self.latents([plan.scene for plan in flat])
+        places = [i for i, plan in enumerate(flat) if plan.before]
+        references = dict(zip(places, self.latents([flat[i].before for i in places]), strict=True))
+        return [
+            Study(latents[i], references.get(i), contexts[i], plan.ids.layout, plan.scene)
+            for i, plan in enumerate(flat)
+        ]
+
+    def _caption(self, rng: random.Random, size: tuple[int, int]) -> Plan:
+        """Returns a sample of drawing."""
+        if rng.random() < 0.2:
+            riddle = riddles.random_riddle(rng, size)
+            return Plan(self._prompt(rng, riddle.text, riddle.thought), riddle.scene)
+        scene = rng.choice(
+            (world.random_scene, world.random_scene, world.related_scene, world.related_scene, world.counted_scene)
+        )(rng, None, size)
+        thought = words.plain_scene(scene).capitalize() + "." if rng.random() < 0.15 else ""
+        return Plan(self._prompt(rng, words.caption(rng, scene), thought), scene)
+
+    def _edits(self, rng: random.Random, size: tuple[int, int]) -> list[Plan]:
+        """Some samples of editing the same picture."""
+        scene = random_scene(rng, size)
+        plans = []
+        for edit in edits.edits_of(rng, scene)[:3]:
+            thought = edits.thought(edit) if rng.random() < 0.2 else ""
+            ids = self._prompt(rng, edit.instruction, thought, pictures=1)
+            plans.append(Plan(ids, edit.after, edit.before if ids.pictures else None))
+        return plans
+
+    def _prompt(self, rng: random.Random, text: str, thought: str = "", pictures: int = 0) -> TokenIds:
+        """Returns the conditional prompt, or at the chance of `DROP` one of the others."""
+        # What is handed on of a thought lacks its last token.
+        ids = self.tokenizer.encode([thought])[0][:-1]
+        branches = prompt.branches(self.tokenizer, text, pictures=pictures, grid=self.grid, thought=ids)
+        chance = rng.random()
+        if chance < DROP:
+            return branches.unconditional
+        return branches.partial if pictures and chance < 2 * DROP else branches.conditional
+
+    def contexts(self, groups: Sequence[Sequence[Plan]], rng: random.Random) -> list[torch.Tensor]:
+        """Returns the context [tokens, width] of every plan, group after group."""
+        lessons = [self._lesson(row) for row in self._rows(groups)]
+        found: dict[int, torch.Tensor] = {}
+        for first in range(0, len(lessons), 16):
+            some = lessons[first : first + 16]
+            data = batch([lesson for lesson, _ in some], IMAGE, rng, ROW, clean=True)
+            hidden = self._hidden(data)
+            for row, (lesson, plans) in enumerate(some):
+                start = len(lesson.shared)
+                for plan, ending in zip(plans, lesson.endings, strict=True):
+                    shared = hidden[row, plan.ids.user : len(lesson.shared)]
+                    found[id(plan)] = torch.cat([shared, hidden[row, start : start + len(ending.rest)]])
+                    start += len(ending.rest)
+        return [found[id(plan)] for group in groups for plan in group]
+
+    def _rows(self, groups: Sequence[Sequence[Plan]]) -> list[list[Plan]]:
+        """Cuts the plans into rows that share their beginning and fit into one row."""
+        rows: list[list[Plan]] = []
+        open_rows: dict[tuple, list[Plan]] = {}
+        for group in groups:
+            for plan in group:
+                # Equal beginnings: the same system turn, and the very same picture.
+                key = (plan.ids.ids[: plan.ids.user], plan.before if plan.ids.pictures else None)
+                row = open_rows.get(key)
+                cut = _cut(plan.ids)
+                if row is None or cut + sum(len(p.ids.ids) - cut for p in (*row, plan)) > ROW:
+                    row = open_rows[key] = []
+                    rows.append(row)
+                row.append(plan)
+        return rows
+
+    def _lesson(self, plans: Sequence[Plan]) -> tuple[Lesson, Sequence[Plan]]:
+        first = plans[0]
+        cut = _cut(first.ids)
+        scenes = (first.before,) if first.ids.pictures else ()
+        endings = tuple(Ending(plan.ids.ids[cut:], (), "") for plan in plans)
+        return Lesson(first.ids.ids[:cut], first.ids.pictures, scenes, endings), plans
+
+    def _hidden(self, data) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            given = embedded(self.model, self.rows, data)
+            low = torch.finfo(torch.bfloat16).min
+            mask = torch.zeros(data.mask.shape, dtype=torch.bfloat16).masked_fill(~data.mask, low)
+            states = self.model.language_model.model(
+                inputs_embeds=given,
+                attention_mask=mask,
+                position_ids=data.positions,
+                use_cache=False,
+                output_hidden_states=True,
+            ).hidden_states
+        return torch.cat([states[-1], states[-2]], dim=-1).bfloat16()
+
+    def latents(self, scenes: Sequence[Scene]) -> list[torch.Tensor]:
+        """Returns the normalised latents [16, h, w] of the scenes' pictures."""
+        result: list[torch.Tensor | None] = [None] * len(scenes)
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for i, scene in enumerate(scenes):
+            by_size.setdefault((scene.width, scene.height), []).append(i)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (vae.LATENTS_MEAN, vae.LATENTS_STD))
+        for places in by_size.values():
+            for first in range(0, len(places), 32):
+                some = places[first : first + 32]
+                pictures = torch.stack([_pixels(world.draw(scenes[i])) for i in some])
+                with torch.autocast("cpu", torch.bfloat16):
+                    coded = vae.encode_flat(self.coder, pictures)
+                for i, latent in zip(some, (coded - mean) / std, strict=True):
+                    result[i] = latent
+        return result
+
+
+def _cut(ids: TokenIds) -> int:
+    return ids.pictures[-1].stop + 1 if ids.pictures else ids.user
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 127.5 - 1

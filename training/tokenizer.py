@@ -1,0 +1,106 @@
+"""The nano model's tokenizer: a small byte-level BPE over the world's language, with all special tokens."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from pack.internvl_u import prompt
+from pack.training import edits, questions, riddles, words, world
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+VOCABULARY = 1200
+"""Tokens without the special ones."""
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen's tokenizer cuts text into words."""
+END, PAD = prompt.IM_END, "<|endoftext|>"
+SPECIAL = (
+    (END, PAD, prompt.IM_START, prompt.IMG, prompt.END_IMG, prompt.IMG_CONTEXT)
+    + ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+    + (prompt.IMG_UNCOND,)
+)
+CORPUS = 8000
+SENTENCES = (
+    "Here is a random image :",
+    prompt.WITHOUT_WORDS,
+    "user\nWhat",
+    "assistant\n",
+    "The quick brown fox jumps over the lazy dog, isn't it? 0123456789",
+)
+
+
+def corpus(seed: int = 0):
+    """Yields the texts that the tokenizer learns from."""
+    rng = random.Random(seed)
+    for i in range(CORPUS):
+        scene = (world.random_scene, world.related_scene, world.counted_scene)[i % 3](rng)
+        edit, riddle = edits.random_edit(rng), riddles.random_riddle(rng)
+        asked = [*questions.questions(rng, scene)[:2], questions.knowledge(rng), *questions.pair(rng)[2][:2]]
+        said = [words.caption(rng, scene), edit.instruction, edits.thought(edit), riddle.text, riddle.thought]
+        for text in (*said, *(part for question in asked for part in (question.text, question.answer))):
+            yield text
+            yield text[:1].upper() + text[1:] + "."
+        for system in (prompt.SYSTEM_ANSWER, prompt.SYSTEM_DRAW, prompt.SYSTEM_EDIT):
+            yield f"system\n{system}"
+        yield from SENTENCES
+
+
+def train() -> Tokenizer:
+    """Returns the tokenizer, special tokens after all others."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL])
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the tokenizer as the released checkpoint has it: the fast file, the older files and their settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.model.save(str(folder))
+    special = {name: tokenizer.token_to_id(name) for name in SPECIAL}
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    _write(folder / "added_tokens.json", special)
+    named = {"eos_token": END, "pad_token": PAD, "unk_token": PAD}
+    listed = [name for name in SPECIAL if name not in (END, PAD)]
+    _write(
+        folder / "special_tokens_map.json",
+        {"additional_special_tokens": listed, **{key: {"content": name, **plain} for key, name in named.items()}},
+    )
+    settings = {
+        "added_tokens_decoder": {
+            str(number): {"content": name, **plain, "special": True} for name, number in special.items()
+        },
+        "additional_special_tokens": listed,
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        **named,
+        "errors": "replace",
+        "extra_special_tokens": {},
+        "model_max_length": 4096,
+        "padding_side": "left",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
+    _write(folder / "tokenizer_config.json", settings)
+
+
+def size(folder: Path) -> int:
+    """Returns how many tokens a saved tokenizer has, special ones included."""
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+
+
+def _write(file: Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,265 @@
+"""A small world of flat shapes: scenes, how they are drawn, and how they are made up from a seed.
+
+A scene is one to three things on a plain background. Lengths are fractions: positions of the picture's width and
+height, sizes of its shorter side, so that one scene can be drawn at any size.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = {
+    "red": (225, 35, 45),
+    "green": (30, 150, 60),
+    "blue": (35, 75, 225),
+    "yellow": (250, 220, 40),
+    "orange": (245, 130, 25),
+    "purple": (140, 50, 185),
+    "pink": (250, 135, 200),
+    "cyan": (35, 195, 205),
+}
+BACKGROUNDS = {
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+    "grey": (128, 128, 128),
+    "brown": (110, 70, 40),
+    "navy": (25, 35, 90),
+    "beige": (232, 214, 170),
+}
+SIZES = {"small": 0.28, "medium": 0.40, "large": 0.58}
+"""Outer diameter as a fraction of the picture's shorter side."""
+
+PICTURES = ((64, 64), (96, 96), (128, 128), (96, 64), (64, 96), (128, 96), (96, 128), (128, 64), (64, 128))
+"""(width, height) in pixels of the pictures of this world."""
+
+SQUARE_SIDE = 0.88  # of the diameter, so that a square looks as large as a circle
+CROSS_ARM = 0.36
+RING_HOLE = 0.52
+STAR_WAIST = 0.42
+GAP = 0.06  # between things, of the shorter side
+EDGE = 0.03  # between things and the picture's edge
+SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape. `x`, `y` is the centre of its bounding box, in 0..1 of the picture's width and height."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float = 0.5
+    y: float = 0.5
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    def extent(self) -> tuple[float, float]:
+        """Width and height of the bounding box as fractions of the picture's shorter side."""
+        diameter = SIZES[self.size]
+        if self.shape == "square":
+            return diameter * SQUARE_SIDE, diameter * SQUARE_SIDE
+        if self.shape == "triangle":
+            return diameter, diameter * math.sqrt(3) / 2
+        if self.shape == "star":
+            return diameter * math.cos(math.pi / 10), diameter * (1 + math.cos(math.pi / 5)) / 2
+        return diameter, diameter
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things on a background, in a picture of `width` x `height` pixels; a later thing lies on an earlier one."""
+
+    width: int
+    height: int
+    background: str
+    things: tuple[Thing, ...]
+
+    def box(self, thing: Thing) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom of a thing in fractions of the picture's shorter side."""
+        short = min(self.width, self.height)
+        half_width, half_height = (side / 2 for side in thing.extent())
+        x, y = thing.x * self.width / short, thing.y * self.height / short
+        return x - half_width, y - half_height, x + half_width, y + half_height
+
+
+def draw(scene: Scene, width: int | None = None, height: int | None = None) -> Image.Image:
+    """Returns the scene as an RGB picture with smooth edges, at its own size or another."""
+    width, height = width or scene.width, height or scene.height
+    scale = SUPERSAMPLING
+    canvas = Image.new("RGB", (width * scale, height * scale), BACKGROUNDS[scene.background])
+    pen = ImageDraw.Draw(canvas)
+    unit = min(width, height) * scale
+    for thing in scene.things:
+        x, y = thing.x * width * scale, thing.y * height * scale
+        _draw_thing(pen, thing, x, y, unit, BACKGROUNDS[scene.background])
+    return canvas.reduce(scale)
+
+
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, unit: float, below: tuple) -> None:
+    colour = COLOURS[thing.colour]
+    half_width, half_height = (side * unit / 2 for side in thing.extent())
+    box = (x - half_width, y - half_height, x + half_width - 1, y + half_height - 1)
+    if thing.shape in ("circle", "ring"):
+        pen.ellipse(box, fill=colour)
+        if thing.shape == "ring":
+            hole = half_width * RING_HOLE
+            pen.ellipse((x - hole, y - hole, x + hole - 1, y + hole - 1), fill=below)
+    elif thing.shape == "square":
+        pen.rectangle(box, fill=colour)
+    elif thing.shape == "cross":
+        arm = half_width * CROSS_ARM
+        pen.rectangle((x - arm, box[1], x + arm - 1, box[3]), fill=colour)
+        pen.rectangle((box[0], y - arm, box[2], y + arm - 1), fill=colour)
+    elif thing.shape == "triangle":
+        pen.polygon([(x, box[1]), (box[2], box[3]), (box[0], box[3])], fill=colour)
+    else:
+        radius = SIZES[thing.size] * unit / 2
+        middle = box[1] + radius  # the five tips lie on a circle around here
+        points = []
+        for i in range(10):
+            reach = radius * (STAR_WAIST if i % 2 else 1)
+            angle = math.pi * i / 5
+            points.append((x + reach * math.sin(angle), middle - reach * math.cos(angle)))
+        pen.polygon(points, fill=colour)
+
+
+def apart(scene: Scene, one: Thing, other: Thing, gap: float = GAP) -> bool:
+    """Tells whether the bounding boxes of two things are at least `gap` apart."""
+    a, b = scene.box(one), scene.box(other)
+    return a[0] - b[2] >= gap or b[0] - a[2] >= gap or a[1] - b[3] >= gap or b[1] - a[3] >= gap
+
+
+def fits(scene: Scene) -> bool:
+    """Tells whether all things lie in the picture and clear of each other (a thing inside another is allowed)."""
+    short = min(scene.width, scene.height)
+    right, bottom = scene.width / short - EDGE, scene.height / short - EDGE
+    for i, thing in enumerate(scene.things):
+        box = scene.box(thing)
+        if box[0] < EDGE or box[1] < EDGE or box[2] > right or box[3] > bottom:
+            return False
+        for other in scene.things[:i]:
+            if not apart(scene, thing, other) and not inside(scene, thing, other):
+                return False
+    return True
+
+
+def inside(scene: Scene, inner: Thing, outer: Thing) -> bool:
+    """Tells whether `inner` lies within `outer`, a large circle or square."""
+    if outer.size != "large" or inner.size != "small" or outer.shape not in ("circle", "square"):
+        return False
+    a, b = scene.box(inner), scene.box(outer)
+    off_centre = max(abs(a[0] + a[2] - b[0] - b[2]), abs(a[1] + a[3] - b[1] - b[3])) / 2
+    return off_centre < 0.02
+
+
+def relation(scene: Scene, one: Thing, other: Thing) -> str | None:
+    """Returns how `one` lies to `other`: left, right, above, below, inside; None where that is not clear."""
+    if inside(scene, one, other):
+        return "inside"
+    a, b = scene.box(one), scene.box(other)
+    across, down = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
+    if a[2] <= b[0] or b[2] <= a[0]:
+        if abs(across) >= 1.5 * abs(down):
+            return "left" if across < 0 else "right"
+    if a[3] <= b[1] or b[3] <= a[1]:
+        if abs(down) >= 1.5 * abs(across):
+            return "above" if down < 0 else "below"
+    return None
+
+
+PLACES = {
+    "top left": (0, 0),
+    "top": (1, 0),
+    "top right": (2, 0),
+    "left": (0, 1),
+    "centre": (1, 1),
+    "right": (2, 1),
+    "bottom left": (0, 2),
+    "bottom": (1, 2),
+    "bottom right": (2, 2),
+}
+"""Column and row of each named place; the picture is cut into three columns and three rows."""
+
+
+def place(thing: Thing) -> str | None:
+    """Returns the named place of a thing; None within a twelfth of the picture of a border between two."""
+    cells = []
+    for value in (thing.x, thing.y):
+        if min(abs(value - 1 / 3), abs(value - 2 / 3)) < 0.04:
+            return None
+        cells.append(int(value * 3))
+    return next(name for name, cell in PLACES.items() if cell == tuple(cells))
+
+
+def random_thing(rng: random.Random, sizes: tuple[str, ...] = ("small", "medium", "large")) -> Thing:
+    """Returns a thing of random shape, colour and size, not placed yet."""
+    return Thing(rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(sizes))
+
+
+def put(rng: random.Random, scene: Scene, thing: Thing, tries: int = 60) -> Scene | None:
+    """Returns the scene with `thing` added at a random free place, or None where none was found."""
+    short = min(scene.width, scene.height)
+    half_width, half_height = (side / 2 for side in thing.extent())
+    margin_x = (half_width + EDGE + 0.001) * short / scene.width
+    margin_y = (half_height + EDGE + 0.001) * short / scene.height
+    for _ in range(tries):
+        x, y = rng.uniform(margin_x, 1 - margin_x), rng.uniform(margin_y, 1 - margin_y)
+        placed = replace(scene, things=(*scene.things, replace(thing, x=x, y=y)))
+        if all(apart(placed, placed.things[-1], other) for other in scene.things):
+            return placed
+    return None
+
+
+def random_scene(rng: random.Random, count: int | None = None, picture: tuple[int, int] | None = None) -> Scene:
+    """Returns a scene of `count` things (by default one to three, no two of the same colour and shape)."""
+    count = count or rng.choice((1, 1, 2, 2, 3))
+    width, height = picture or rng.choice(PICTURES)
+    while True:
+        scene: Scene | None = Scene(width, height, rng.choice(tuple(BACKGROUNDS)), ())
+        for _ in range(count):
+            thing = random_thing(rng, ("small", "medium", "large") if count < 3 else ("small", "small", "medium"))
+            if scene is None or any(thing.name == other.name for other in scene.things):
+                scene = None
+                break
+            scene = put(rng, scene, thing)
+        if scene is not None:
+            return scene
+
+
+def related_scene(rng: random.Random, wished: str | None = None, picture: tuple[int, int] | None = None) -> Scene:
+    """Returns two things of which the first lies to the second as `wished` (by default any relation)."""
+    wished = wished or rng.choice(("left", "right", "above", "below", "inside"))
+    while True:
+        if wished == "inside":
+            outer = Thing(rng.choice(("circle", "square")), rng.choice(tuple(COLOURS)), "large")
+            inner = random_thing(rng, ("small",))
+            width, height = picture or rng.choice(PICTURES)
+            scene = put(rng, Scene(width, height, rng.choice(tuple(BACKGROUNDS)), ()), outer)
+            if scene is None or inner.colour == outer.colour:
+                continue
+            outer = scene.things[0]
+            # The outer thing comes first in drawing; captions name the inner one first.
+            return replace(scene, things=(outer, replace(inner, x=outer.x, y=outer.y)))
+        scene = random_scene(rng, 2, picture)
+        if relation(scene, *scene.things) == wished:
+            return scene
+
+
+def counted_scene(rng: random.Random, count: int | None = None, picture: tuple[int, int] | None = None) -> Scene:
+    """Returns two or three things that are all alike."""
+    count = count or rng.choice((2, 3))
+    thing = random_thing(rng, ("small", "medium") if count == 2 else ("small",))
+    while True:
+        width, height = picture or rng.choice(PICTURES)
+        scene: Scene | None = Scene(width, height, rng.choice(tuple(BACKGROUNDS)), ())
+        for _ in range(count):
+            scene = scene and put(rng, scene, thing)
+        if scene is not None:
+            return scene
