@@ -7,6 +7,7 @@ tells from the middle of the transformer what will lie under each token: composi
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import time
 from collections.abc import Sequence
@@ -108,7 +109,7 @@ def run_block(
     bias: torch.Tensor,
     picture: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns both streams after a block, for contexts of one length; what is compiled."""
+    """Returns both streams after a block, for contexts of one length."""
     count, length = image.shape[0], text.shape[0] // image.shape[0]
     which = torch.arange(count)[:, None].expand(count, length).flatten()
     packing = _Even(length, which, *rotary)
@@ -118,6 +119,21 @@ def run_block(
         return (scores.float().softmax(-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)
 
     return block(image, text, modulation, packing, attention, picture)
+
+
+def compiled(model: MMDiT):
+    """Returns `run_block`, compiled once for all blocks (and once for the last) of each shape."""
+    template = copy.deepcopy(model.transformer_blocks[0])
+
+    def run(weights: dict[str, torch.Tensor], *given):
+        def block(*inner):
+            return torch.func.functional_call(template, weights, inner)
+
+        return run_block(block, *given)
+
+    torch._dynamo.config.cache_size_limit = 64
+    fast = torch.compile(run, dynamic=False)
+    return lambda block, *given: fast(dict(block.named_parameters()), *given)
 
 
 class _Even:
@@ -247,8 +263,7 @@ def train(options: argparse.Namespace, studio: Studio) -> MMDiT:
             restore_optimiser(stepper, {k[2:]: v for k, v in tensors.items() if k.startswith(f"{i}/")})
         first, seconds = facts["step"], facts["seconds"]
         log.cut(first)
-    torch._dynamo.config.cache_size_limit = 64
-    compiled = torch.compile(run_block, dynamic=False) if options.compile else run_block
+    fast = compiled(model) if options.compile else run_block
     stock, begun = Stock(options.stock), time.monotonic() - seconds
     for step in range(first, options.steps):
         rng = random.Random(f"draw {options.seed} {step}")
@@ -266,7 +281,7 @@ def train(options: argparse.Namespace, studio: Studio) -> MMDiT:
         set_rates(steppers, options.rate, step, options.steps)
         # A shelf that is not full yet would be compiled for its size of the day.
         whole = len(taken) * tokens_of(shelf_of(taken[0])) > options.tokens - 8 * tokens_of(shelf_of(taken[0]))
-        run = compiled if whole and data.latents.shape[-2:] in COMPILED else run_block
+        run = fast if whole and data.latents.shape[-2:] in COMPILED else run_block
         with torch.autocast("cpu", torch.bfloat16):
             found, middle = velocity(model, noisy, timestep, data, run)
         loss = functional.mse_loss(found.float(), target)

@@ -252,8 +252,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the stages' states")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint folder")
     options = parser.parse_args()
-    if not (options.out / "processor" / "tokenizer.json").is_file():
-        tokenizer.save(tokenizer.train(), options.out / "processor")
     export(options.work, options.out)
     size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
     print(f"{options.out}: {size / 1e6:.2f} MB")

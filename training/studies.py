@@ -18,7 +18,7 @@ from pack.internvl_u.positions import Layout
 from pack.internvl_u.prompt import TokenIds, Tokenizer
 from pack.training import edits, riddles, vae, words, world
 from pack.training.lessons import Ending, Lesson, batch, random_scene
-from pack.training.understand import IMAGE, embedded, special_rows
+from pack.training.understand import IMAGE, attention_bias, embedded, special_rows
 from pack.training.world import Scene
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -154,11 +154,9 @@ class Studio:
     def _hidden(self, data) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             given = embedded(self.model, self.rows, data)
-            low = torch.finfo(torch.bfloat16).min
-            mask = torch.zeros(data.mask.shape, dtype=torch.bfloat16).masked_fill(~data.mask, low)
             states = self.model.language_model.model(
                 inputs_embeds=given,
-                attention_mask=mask,
+                attention_mask=attention_bias(data.mask),
                 position_ids=data.positions,
                 use_cache=False,
                 output_hidden_states=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from pathlib import Path
@@ -104,3 +105,11 @@ def size(folder: Path) -> int:
 
 def _write(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint's processor")
+    chosen = parser.parse_args()
+    if not (chosen.out / "tokenizer.json").is_file():
+        save(train(), chosen.out)

@@ -18,7 +18,7 @@ from pack.internvl_u.config import VisionConfig
 from pack.internvl_u.mllm import MLLM, MLLMConfig
 from pack.internvl_u.prompt import ROW_TOKENS, Tokenizer
 from pack.training import world
-from pack.training.layouts import THINGS, grounds, shares
+from pack.training.layouts import COLOURS, SHAPES, THINGS, grounds, shares
 from pack.training.lessons import Batch, Teacher, batch, pixels_of, random_scene
 from pack.training.log import Log, load_state, optimiser_tensors, restore_optimiser, save_state
 from pack.training.optimiser import Averaged, optimisers, set_rates
@@ -97,36 +97,46 @@ def new_model(tokenizer: Tokenizer, vocabulary: int, seed: int = 0) -> MLLM:
 
 
 class Cells(nn.Module):
-    """What lies under each patch and in each cell of the vision tower, and the background; only for training."""
+    """What lies under each patch and in each cell of the vision tower, and the background; only for training.
 
-    def __init__(self, patches: int, width: int):
+    What lies in a cell is told by likeness to the embeddings of the words for it. So a cell becomes something like the
+    words "red circle", which the language model can already look up.
+    """
+
+    def __init__(self, patches: int, tokenizer: Tokenizer):
         super().__init__()
         self.under = nn.Linear(patches, THINGS)
-        self.things = nn.Linear(width, THINGS + 1)
-        self.ground = nn.Linear(width, len(world.BACKGROUNDS))
+        self.scale = nn.Parameter(torch.full((THINGS + len(world.BACKGROUNDS),), 8.0))
+        self.bias = nn.Parameter(torch.full((THINGS + len(world.BACKGROUNDS),), -2.0))
+        names = (*world.SHAPES, *world.COLOURS, *world.BACKGROUNDS)
+        self.words = [tokenizer.encode([f" {name}"])[0][-1] for name in names]
 
-    def loss(self, patches: torch.Tensor, features: torch.Tensor, scenes: Sequence[Scene]) -> torch.Tensor:
-        """Returns the loss of the patches [N, patches, P] and features [N, cells, W] of the scenes' pictures."""
-        under = functional.binary_cross_entropy_with_logits(
-            self.under(patches).float(), shares(scenes, 2 * GRID, 2 * GRID)
-        )
-        wanted, ground = _cells(scenes)
+    def loss(
+        self, patches: torch.Tensor, features: torch.Tensor, scenes: Sequence[Scene], table: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the loss of the patches [N, patches, P] and features [N, cells, W] of the scenes' pictures.
+
+        `table` are the embeddings [vocabulary, W].
+        """
+        covered = shares(scenes, 2 * GRID, 2 * GRID)
+        under = functional.binary_cross_entropy_with_logits(self.under(patches).float(), covered)
+        meanings = functional.normalize(table.detach()[self.words].float(), dim=-1)
+        likeness = functional.normalize(features.float(), dim=-1) @ meanings.T * self.scale + self.bias
+        things, ground = likeness.split((THINGS, len(world.BACKGROUNDS)), dim=-1)
         # What is there counts more than what is not: most cells are empty.
-        weight = torch.full((wanted.shape[-1],), 4.0)
-        things = functional.binary_cross_entropy_with_logits(self.things(features).float(), wanted, pos_weight=weight)
-        return 8 * under + 4 * things + functional.cross_entropy(self.ground(features.mean(1)).float(), ground)
+        weight = torch.full((THINGS,), 4.0)
+        told = functional.binary_cross_entropy_with_logits(things, _cells(scenes), pos_weight=weight)
+        return 8 * under + 4 * told + functional.cross_entropy(ground.mean(1), grounds(scenes))
 
 
-def _cells(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-    shapes, colours = list(world.SHAPES), list(world.COLOURS)
-    wanted = torch.zeros(len(scenes), GRID * GRID, THINGS + 1)
+def _cells(scenes: Sequence[Scene]) -> torch.Tensor:
+    wanted = torch.zeros(len(scenes), GRID * GRID, THINGS)
     for i, scene in enumerate(scenes):
         for thing in scene.things:
             cell = int(thing.y * GRID) * GRID + int(thing.x * GRID)
-            wanted[i, cell, shapes.index(thing.shape)] = 1
-            wanted[i, cell, len(shapes) + colours.index(thing.colour)] = 1
-            wanted[i, cell, -1] = 1
-    return wanted, grounds(scenes)
+            wanted[i, cell, SHAPES.index(thing.shape)] = 1
+            wanted[i, cell, len(SHAPES) + COLOURS.index(thing.colour)] = 1
+    return wanted
 
 
 def embedded(model: MLLM, rows: torch.Tensor, data: Batch) -> torch.Tensor:
@@ -153,12 +163,17 @@ def special_rows(tokenizer: Tokenizer, vocabulary: int) -> torch.Tensor:
     return rows
 
 
+def attention_bias(mask: torch.Tensor) -> torch.Tensor:
+    """Returns what is added to the attention's scores for a mask of where to look."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
 def logits(model: MLLM, rows: torch.Tensor, data: Batch) -> torch.Tensor:
     """Returns the logits [M, vocabulary] of the tokens to be written."""
     given = embedded(model, rows, data)
-    mask = torch.zeros(data.mask.shape, dtype=torch.bfloat16).masked_fill(~data.mask, torch.finfo(torch.bfloat16).min)
     hidden = model.language_model.model(
-        inputs_embeds=given, attention_mask=mask, position_ids=data.positions, use_cache=False
+        inputs_embeds=given, attention_mask=attention_bias(data.mask), position_ids=data.positions, use_cache=False
     ).last_hidden_state
     return model.language_model.lm_head(hidden.flatten(0, 1)[data.sources])
 
@@ -177,7 +192,8 @@ def look(model: MLLM, cells: Cells, rng: random.Random, pictures: int = 48) -> t
     scenes = tuple(random_scene(rng) for _ in range(pictures))
     pixels = torch.cat([pixels_of(world.draw(scene), IMAGE, rng) for scene in scenes])
     patches = model.vision_model(pixels)
-    return cells.loss(patches, model.mlp1(patches), scenes)
+    table = model.language_model.get_input_embeddings().weight
+    return cells.loss(patches, model.mlp1(patches), scenes, table)
 
 
 def compile_layers(model: MLLM) -> None:
@@ -195,7 +211,7 @@ def train(options: argparse.Namespace) -> MLLM:
     torch.manual_seed(options.seed)
     tokenizer = Tokenizer(options.tokenizer)
     vocabulary = size(options.tokenizer)
-    model, cells = new_model(tokenizer, vocabulary, options.seed), Cells(VISION.width, VISION.output_width)
+    model, cells = new_model(tokenizer, vocabulary, options.seed), Cells(VISION.width, tokenizer)
     rows, teacher = special_rows(tokenizer, vocabulary), Teacher(tokenizer, VISION.grid)
     both = nn.ModuleDict({"model": model, "cells": cells})
     steppers, average = optimisers(both, options.rate), Averaged(both, 0.9985)
@@ -215,7 +231,7 @@ def train(options: argparse.Namespace) -> MLLM:
     if options.compile:
         compile_layers(model)
     begun, seen, losses = time.monotonic() - seconds, defaultdict(list), []
-    for step in range(first, options.steps):
+    for step in range(first, options.until or options.steps):
         rng = random.Random(f"understand {options.seed} {step}")
         set_rates(steppers, options.rate, step, options.steps)
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
@@ -277,6 +293,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for the log and the state to go on from")
     parser.add_argument("--begin", type=Path, help="weights (model.*, cells.*) to begin with where there is no state")
     parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--until", type=int, help="stop after this step; the next run goes on")
     parser.add_argument("--look", type=int, default=1500, help="first steps, of seeing alone")
     parser.add_argument("--glance", type=int, default=12, help="pictures looked at beside the lessons of a step")
     parser.add_argument("--batch", type=int, default=12, help="lessons a step")
