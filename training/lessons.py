@@ -21,7 +21,7 @@ from PIL import Image
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOTHING = -1
-ENDINGS = 7
+ENDINGS = 9
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ class Batch:
     sources: torch.Tensor  # [M]: the flat positions that predict
     targets: torch.Tensor  # [M]
     owners: torch.Tensor  # [M]: the number of the ending that each belongs to
+    weights: torch.Tensor  # [M]: what each counts
     kinds: tuple[str, ...]  # one an ending
     scenes: tuple[Scene, ...]  # one a picture
 
@@ -129,7 +130,7 @@ def batch(lessons: Sequence[Lesson], size: int, rng: random.Random, longest: int
     """
     ids = torch.zeros(len(lessons), longest, dtype=torch.long)
     positions, segments = torch.zeros_like(ids), torch.full_like(ids, NOTHING)
-    sources, targets, owners, kinds, pictures, scenes = [], [], [], [], [], []
+    sources, targets, owners, weights, kinds, pictures, scenes = [], [], [], [], [], [], []
     for row, one in enumerate(lessons):
         at = len(one.shared)
         ids[row, :at] = torch.tensor(one.shared)
@@ -148,6 +149,8 @@ def batch(lessons: Sequence[Lesson], size: int, rng: random.Random, longest: int
             sources += range(start, start + len(ending.target))
             targets += ending.target
             owners += [len(kinds)] * len(ending.target)
+            # A short answer must not drown among long thoughts.
+            weights += [max(len(ending.target), 1) ** -0.5] * len(ending.target)
             kinds.append(ending.kind)
             at += len(whole)
     images = [pixels_of(world.draw(scene), size, None if clean else rng) for scene in scenes]
@@ -160,6 +163,7 @@ def batch(lessons: Sequence[Lesson], size: int, rng: random.Random, longest: int
         torch.tensor(sources),
         torch.tensor(targets),
         torch.tensor(owners),
+        torch.tensor(weights),
         tuple(kinds),
         tuple(scenes),
     )

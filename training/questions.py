@@ -15,7 +15,7 @@ COUNTS = {number: (str(number), str(number)) for number in range(4)}
 
 
 def questions(rng: random.Random, scene: Scene) -> list[Question]:
-    """Returns one question of each kind that fits the scene, in random order."""
+    """Returns questions of each kind that fits the scene, in random order."""
     found = [question for make in _ONE for question in make(rng, scene)]
     rng.shuffle(found)
     return found
@@ -28,8 +28,7 @@ def _only(scene: Scene, key: str) -> list[Thing]:
 
 def _about_colour(rng: random.Random, scene: Scene) -> list[Question]:
     found = []
-    if alone := _only(scene, "shape"):
-        thing = rng.choice(alone)
+    for thing in _only(scene, "shape"):
         found.append(
             ask(
                 rng,
@@ -88,21 +87,13 @@ def _about_count(rng: random.Random, scene: Scene) -> list[Question]:
 
 
 def _about_place(rng: random.Random, scene: Scene) -> list[Question]:
-    alone = [thing for thing in _only(scene, "shape") if world.place(thing)]
-    if not alone:
-        return []
-    thing = rng.choice(alone)
-    where = world.place(thing)
-    return [
-        ask(
-            rng,
-            "where",
-            (where.capitalize(), words.ZH_PLACE[where]),
-            ("where is the {s}?", "where in the picture is the {s}?"),
-            ("{s}在哪里？",),
-            s=_shape(rng, thing.shape),
-        )
-    ]
+    found = []
+    for thing in _only(scene, "shape"):
+        if where := world.place(thing):
+            answer = (where.capitalize(), words.ZH_PLACE[where])
+            wordings = ("where is the {s}?", "where in the picture is the {s}?")
+            found.append(ask(rng, "where", answer, wordings, ("{s}在哪里？",), s=_shape(rng, thing.shape)))
+    return found
 
 
 def _about_size(rng: random.Random, scene: Scene) -> list[Question]:

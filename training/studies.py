@@ -17,7 +17,7 @@ from pack.internvl_u.mllm import MLLM
 from pack.internvl_u.positions import Layout
 from pack.internvl_u.prompt import TokenIds, Tokenizer
 from pack.training import edits, riddles, vae, words, world
-from pack.training.lessons import Ending, Lesson, batch, random_scene
+from pack.training.lessons import Ending, Lesson, batch
 from pack.training.understand import IMAGE, attention_bias, embedded, special_rows
 from pack.training.world import Scene
 from PIL import Image
@@ -94,7 +94,8 @@ class Studio:
 
     def _edits(self, rng: random.Random, size: tuple[int, int]) -> list[Plan]:
         """Some samples of editing the same picture."""
-        scene = random_scene(rng, size)
+        makers = (world.random_scene, world.random_scene, world.related_scene, world.counted_scene)
+        scene = rng.choice(makers)(rng, None, size)
         plans = []
         for edit in edits.edits_of(rng, scene)[:3]:
             thought = edits.thought(edit) if rng.random() < 0.2 else ""

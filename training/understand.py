@@ -103,9 +103,11 @@ class Cells(nn.Module):
     words "red circle", which the language model can already look up.
     """
 
-    def __init__(self, patches: int, tokenizer: Tokenizer):
+    def __init__(self, patches: int, width: int, tokenizer: Tokenizer):
         super().__init__()
         self.under = nn.Linear(patches, THINGS)
+        self.place = nn.Linear(width, 2)
+        self.size = nn.Linear(width, len(world.SIZES))
         self.scale = nn.Parameter(torch.full((THINGS + len(world.BACKGROUNDS),), 8.0))
         self.bias = nn.Parameter(torch.full((THINGS + len(world.BACKGROUNDS),), -2.0))
         names = (*world.SHAPES, *world.COLOURS, *world.BACKGROUNDS)
@@ -126,7 +128,22 @@ class Cells(nn.Module):
         # What is there counts more than what is not: most cells are empty.
         weight = torch.full((THINGS,), 4.0)
         told = functional.binary_cross_entropy_with_logits(things, _cells(scenes), pos_weight=weight)
-        return 8 * under + 4 * told + functional.cross_entropy(ground.mean(1), grounds(scenes))
+        here, places, sizes = _centres(scenes)
+        found = features[here[:, 0], here[:, 1]]
+        off = (self.place(found).float() - places).abs().mean()
+        grown = functional.cross_entropy(self.size(found).float(), sizes)
+        return 8 * under + 4 * told + functional.cross_entropy(ground.mean(1), grounds(scenes)) + 4 * off + 0.5 * grown
+
+
+def _centres(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The picture and cell of each thing [T, 2], its place [T, 2] in 0..1 of the picture, its size's number [T]."""
+    here, places, sizes = [], [], []
+    for i, scene in enumerate(scenes):
+        for thing in scene.things:
+            here.append((i, int(thing.y * GRID) * GRID + int(thing.x * GRID)))
+            places.append((thing.x, thing.y))
+            sizes.append(tuple(world.SIZES).index(thing.size))
+    return torch.tensor(here), torch.tensor(places), torch.tensor(sizes)
 
 
 def _cells(scenes: Sequence[Scene]) -> torch.Tensor:
@@ -211,7 +228,7 @@ def train(options: argparse.Namespace) -> MLLM:
     torch.manual_seed(options.seed)
     tokenizer = Tokenizer(options.tokenizer)
     vocabulary = size(options.tokenizer)
-    model, cells = new_model(tokenizer, vocabulary, options.seed), Cells(VISION.width, tokenizer)
+    model, cells = new_model(tokenizer, vocabulary, options.seed), Cells(VISION.width, VISION.output_width, tokenizer)
     rows, teacher = special_rows(tokenizer, vocabulary), Teacher(tokenizer, VISION.grid)
     both = nn.ModuleDict({"model": model, "cells": cells})
     steppers, average = optimisers(both, options.rate), Averaged(both, 0.9985)
@@ -241,7 +258,8 @@ def train(options: argparse.Namespace) -> MLLM:
             else:
                 data = batch([teacher.lesson(rng) for _ in range(options.batch)], IMAGE, rng)
                 predicted = logits(model, rows, data)
-                loss = functional.cross_entropy(predicted.float(), data.targets)
+                each = functional.cross_entropy(predicted.float(), data.targets, reduction="none")
+                loss = (each * data.weights).sum() / data.weights.sum()
                 told = look(model, cells, rng, options.glance) if options.glance else torch.zeros(())
                 # The heads only help seeing to begin; at the end the words alone decide.
                 total = loss + 0.3 * max(0.0, 1 - 1.5 * step / options.steps) * told

@@ -189,10 +189,10 @@ PLACES = {
 
 
 def place(thing: Thing) -> str | None:
-    """Returns the named place of a thing; None within a twelfth of the picture of a border between two."""
+    """Returns the named place of a thing; None where it is near the border between two."""
     cells = []
     for value in (thing.x, thing.y):
-        if min(abs(value - 1 / 3), abs(value - 2 / 3)) < 0.04:
+        if min(abs(value - 1 / 3), abs(value - 2 / 3)) < 0.07:
             return None
         cells.append(int(value * 3))
     return next(name for name, cell in PLACES.items() if cell == tuple(cells))
