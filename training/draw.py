@@ -25,6 +25,7 @@ from pack.training.layouts import THINGS, grounds, shares
 from pack.training.log import Log, load_state, optimiser_tensors, restore_optimiser, save_state
 from pack.training.optimiser import Averaged, optimisers, set_rates
 from pack.training.studies import SIZES_ALL, SIZES_SMALL, Studio, Study
+from pack.training.together import average_gradients, start
 from torch import nn
 from torch.nn import functional
 
@@ -195,10 +196,13 @@ class Stock:
         for study in self.studies:
             self.shelves.setdefault(shelf_of(study), []).append(study)
 
-    def take(self, rng: random.Random, tokens: int) -> list[Study]:
-        """Returns samples of one shelf, about `tokens` tokens in all: always as many of a full shelf."""
-        keys = list(self.shelves)
-        key = rng.choices(keys, [len(self.shelves[key]) * tokens_of(key) for key in keys])[0]
+    def take(self, rng: random.Random, tokens: int, common: random.Random) -> list[Study]:
+        """Returns samples of one shelf, about `tokens` tokens in all: always as many of a full shelf.
+
+        Workers that share `common` take from the same shelf, nearly always, and so need the same time.
+        """
+        keys = sorted(self.shelves)
+        key = common.choices(keys, [len(self.shelves[key]) * tokens_of(key) for key in keys])[0]
         return rng.sample(self.shelves[key], min(samples_of(key, tokens), len(self.shelves[key])))
 
 
@@ -250,9 +254,9 @@ def draw_load(
     return sample(denoise, noise, flow_sigmas(steps))
 
 
-def train(options: argparse.Namespace, studio: Studio) -> MMDiT:
+def train(options: argparse.Namespace, rank: int = 0) -> MMDiT:
     """Trains, going on from the work folder where it was left, and returns the averaged model."""
-    torch.set_num_threads(options.threads)
+    studio = make_studio(options.work, options.tokenizer, options.vae)
     model = new_model(options.seed)
     layout = Layout(CONFIG.width)
     both = nn.ModuleDict({"model": model, "layout": layout})
@@ -266,11 +270,12 @@ def train(options: argparse.Namespace, studio: Studio) -> MMDiT:
         for i, stepper in enumerate(steppers):
             restore_optimiser(stepper, {k[2:]: v for k, v in tensors.items() if k.startswith(f"{i}/")})
         first, seconds = facts["step"], facts["seconds"]
-        log.cut(first)
+        if rank == 0:
+            log.cut(first)
     fast = compiled(model) if options.compile else run_block
     stock, begun = Stock(options.stock), time.monotonic() - seconds
     for step in range(first, options.steps):
-        rng = random.Random(f"draw {options.seed} {step}")
+        rng = random.Random(f"draw {options.seed} {step} {rank}")
         sizes = SIZES_SMALL if step < options.small * options.steps else SIZES_ALL
         if step == first:
             stock.add(studio.studies(rng, options.stock // 4, sizes))
@@ -278,7 +283,7 @@ def train(options: argparse.Namespace, studio: Studio) -> MMDiT:
             if options.follow:
                 renew(studio.model, options.work / "understand.safetensors")
             stock.add(studio.studies(rng, options.fresh, sizes))
-        taken = stock.take(rng, options.tokens)
+        taken = stock.take(rng, options.tokens, random.Random(f"shelf {options.seed} {step}"))
         data = load(taken, tables)
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
         noisy, timestep, target = noised(data.latents, generator)
@@ -293,12 +298,13 @@ def train(options: argparse.Namespace, studio: Studio) -> MMDiT:
         for stepper in steppers:
             stepper.zero_grad(set_to_none=True)
         (loss + 0.1 * told).backward()
+        average_gradients(both)
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         for stepper in steppers:
             stepper.step()
         average.update(step)
         losses.append((loss.item(), told.item()))
-        if (step + 1) % options.log_every == 0 or step + 1 == options.steps:
+        if rank == 0 and ((step + 1) % options.log_every == 0 or step + 1 == options.steps):
             took = time.monotonic() - begun
             means = [sum(pair[i] for pair in losses) / len(losses) for i in (0, 1)]
             print(f"{step + 1} steps, {took:.0f} s, loss {means[0]:.4f}, layout {means[1]:.4f}", flush=True)
@@ -345,7 +351,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=10, help="steps between new samples")
     parser.add_argument("--fresh", type=int, default=160, help="new samples each time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of all workers together")
+    parser.add_argument("--workers", type=int, default=2, help="processes that train together")
     parser.add_argument("--follow", action="store_true", help="the language model is still learning: keep up with it")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--log-every", type=int, default=200)
@@ -353,5 +360,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    chosen = parse()
-    train(chosen, make_studio(chosen.work, chosen.tokenizer, chosen.vae))
+    start(train, parse())

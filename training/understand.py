@@ -22,6 +22,7 @@ from pack.training.layouts import COLOURS, SHAPES, THINGS, grounds, shares
 from pack.training.lessons import Batch, Teacher, batch, pixels_of, random_scene
 from pack.training.log import Log, load_state, optimiser_tensors, restore_optimiser, save_state
 from pack.training.optimiser import Averaged, optimisers, set_rates
+from pack.training.together import average_gradients, start
 from pack.training.tokenizer import size
 from pack.training.world import Scene
 from safetensors.torch import load_file
@@ -222,9 +223,8 @@ def compile_layers(model: MLLM) -> None:
         layer.compile(dynamic=True)
 
 
-def train(options: argparse.Namespace) -> MLLM:
+def train(options: argparse.Namespace, rank: int = 0) -> MLLM:
     """Trains, going on from the work folder where it was left, and returns the averaged model."""
-    torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     tokenizer = Tokenizer(options.tokenizer)
     vocabulary = size(options.tokenizer)
@@ -241,7 +241,8 @@ def train(options: argparse.Namespace) -> MLLM:
         for i, stepper in enumerate(steppers):
             restore_optimiser(stepper, {k[2:]: v for k, v in tensors.items() if k.startswith(f"{i}/")})
         first, seconds = facts["step"], facts["seconds"]
-        log.cut(first)
+        if rank == 0:
+            log.cut(first)
     elif options.begin is not None:
         both.load_state_dict(load_file(options.begin), strict=False)
         average = Averaged(both, 0.9985)
@@ -249,7 +250,7 @@ def train(options: argparse.Namespace) -> MLLM:
         compile_layers(model)
     begun, seen, losses = time.monotonic() - seconds, defaultdict(list), []
     for step in range(first, options.until or options.steps):
-        rng = random.Random(f"understand {options.seed} {step}")
+        rng = random.Random(f"understand {options.seed} {step} {rank}")
         set_rates(steppers, options.rate, step, options.steps)
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             if step < options.look:
@@ -268,12 +269,13 @@ def train(options: argparse.Namespace) -> MLLM:
         for stepper in steppers:
             stepper.zero_grad(set_to_none=True)
         total.backward()
+        average_gradients(both)
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         for stepper in steppers:
             stepper.step()
         average.update(step)
         losses.append((loss.item(), told.item()))
-        if (step + 1) % options.log_every == 0 or step + 1 == options.steps:
+        if rank == 0 and ((step + 1) % options.log_every == 0 or step + 1 == options.steps):
             _report(log, step + 1, time.monotonic() - begun, losses, seen)
             seen, losses = defaultdict(list), []
             tensors = {f"model/{k}": v for k, v in both.state_dict().items()}
@@ -317,11 +319,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=12, help="lessons a step")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of all workers together")
+    parser.add_argument("--workers", type=int, default=2, help="processes that train together")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--log-every", type=int, default=100)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    train(parse())
+    start(train, parse())
