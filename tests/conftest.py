@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "tests" / "data" / "checkpoint"
 GOLDEN = ROOT / "tests" / "data" / "golden"
+NANO = ROOT / "demo" / "internvl-u-nano"
 # The test model is so small that a second thread only waits, and waits long where the machine is busy.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the servers
@@ -282,12 +283,13 @@ class Server:
 
 
 def make_base(base):
-    """Fills a ComfyUI base directory: this pack, and the tiny checkpoint under two names."""
+    """Fills a ComfyUI base directory: this pack, the tiny checkpoint under two names, and the nano model."""
     for folder in ("custom_nodes", "models/InternVL-U", "models/loras", "input", "output", "user", "temp"):
         (base / folder).mkdir(parents=True)
     (base / "custom_nodes" / "internvl-u").symlink_to(ROOT)
     for name in ("tiny", "InternVL-U"):
         (base / "models" / "InternVL-U" / name).symlink_to(CHECKPOINT)
+    (base / "models" / "InternVL-U" / NANO.name).symlink_to(NANO)
     return base
 
 

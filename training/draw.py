@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import random
 import time
 from collections.abc import Sequence
@@ -65,7 +66,12 @@ class Load:
     context: torch.Tensor  # [B, L, width]
     rotary_image: torch.Tensor  # [2, 1, N, 1, E / 2]
     rotary_text: torch.Tensor  # [2, B * L, 1, E / 2]
-    bias: torch.Tensor  # [B, 1, 1, N + L], nothing or minus infinity
+    bias: torch.Tensor  # [B, 1, 1, N + L], nothing or nearly minus infinity
+
+    def to(self, device: torch.device) -> Load:
+        """Returns the load on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if name != "references"}
+        return dataclasses.replace(self, **moved, references=tuple(x.to(device) for x in self.references))
 
 
 class Tables:
@@ -112,7 +118,7 @@ def run_block(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns both streams after a block, for contexts of one length."""
     count, length = image.shape[0], text.shape[0] // image.shape[0]
-    which = torch.arange(count)[:, None].expand(count, length).flatten()
+    which = torch.arange(count, device=image.device)[:, None].expand(count, length).flatten()
     packing = _Even(length, which, *rotary)
 
     def attention(query, key, value):
@@ -178,9 +184,9 @@ class Layout(nn.Module):
         """Returns the loss of the picture's tokens [B, N, D] for the scenes that are drawn."""
         told = self.told(self.norm(tokens.float()))
         things, ground = told.split((THINGS, len(world.BACKGROUNDS)), dim=-1)
-        wanted = shares(scenes, scenes[0].height // 16, scenes[0].width // 16)
+        wanted = shares(scenes, scenes[0].height // 16, scenes[0].width // 16).to(things)
         told_apart = functional.binary_cross_entropy_with_logits(things, wanted)
-        return 4 * told_apart + functional.cross_entropy(ground.mean(1), grounds(scenes))
+        return 4 * told_apart + functional.cross_entropy(ground.mean(1), grounds(scenes).to(ground.device))
 
 
 class Stock:
@@ -256,10 +262,11 @@ def draw_load(
 
 def train(options: argparse.Namespace, rank: int = 0) -> MMDiT:
     """Trains, going on from the work folder where it was left, and returns the averaged model."""
-    studio = make_studio(options.work, options.tokenizer, options.vae)
+    studio = make_studio(options.work, options.tokenizer, options.vae, torch.device(options.device))
     model = new_model(options.seed)
     layout = Layout(CONFIG.width)
-    both = nn.ModuleDict({"model": model, "layout": layout})
+    device = torch.device(options.device)
+    both = nn.ModuleDict({"model": model, "layout": layout}).to(device)
     steppers, average, tables = optimisers(both, options.rate), Averaged(both, 0.999), Tables(model)
     file, first, seconds, losses = options.work / "draw.safetensors", 0, 0.0, []
     log = Log(options.work / "draw.csv", COLUMNS)
@@ -286,12 +293,13 @@ def train(options: argparse.Namespace, rank: int = 0) -> MMDiT:
         taken = stock.take(rng, options.tokens, random.Random(f"shelf {options.seed} {step}"))
         data = load(taken, tables)
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
-        noisy, timestep, target = noised(data.latents, generator)
+        noisy, timestep, target = (tensor.to(device) for tensor in noised(data.latents, generator))
+        data = data.to(device)
         set_rates(steppers, options.rate, step, options.steps)
         shelf = shelf_of(taken[0])
         # A shelf that is not full yet would be compiled for its size of the day.
         run = fast if shelf in COMPILED and len(taken) == samples_of(shelf, options.tokens) else run_block
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             found, middle = velocity(model, noisy, timestep, data, run)
         loss = functional.mse_loss(found.float(), target)
         told = layout.loss(middle, [study.scene for study in taken])
@@ -316,7 +324,7 @@ def train(options: argparse.Namespace, rank: int = 0) -> MMDiT:
                 tensors |= {f"{i}/{k}": v for k, v in optimiser_tensors(stepper).items()}
             save_state(file, tensors, {"step": step + 1, "seconds": took})
     both.load_state_dict(average.weights)
-    return model.eval()
+    return model.cpu().eval()
 
 
 def renew(model: nn.Module, file: Path) -> None:
@@ -329,12 +337,13 @@ def renew(model: nn.Module, file: Path) -> None:
         model.renewed = changed
 
 
-def make_studio(work: Path, folder: Path, coder: Path) -> Studio:
+def make_studio(work: Path, folder: Path, coder: Path, device: torch.device) -> Studio:
     """Returns the studio of what the stages before have made."""
     words = Tokenizer(folder)
     model = understand.new_model(words, tokenizer.size(folder))
     renew(model, work / "understand.safetensors")
-    return Studio(model.eval(), words, AutoencoderKLQwenImage.from_pretrained(coder, torch_dtype=torch.float32).eval())
+    pictures = AutoencoderKLQwenImage.from_pretrained(coder, torch_dtype=torch.float32)
+    return Studio(model.eval().to(device), words, pictures.eval().to(device))
 
 
 def parse() -> argparse.Namespace:
@@ -354,6 +363,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of all workers together")
     parser.add_argument("--workers", type=int, default=2, help="processes that train together")
     parser.add_argument("--follow", action="store_true", help="the language model is still learning: keep up with it")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--log-every", type=int, default=200)
     return parser.parse_args()

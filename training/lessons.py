@@ -7,6 +7,7 @@ the shared beginning, so that every ending is read exactly as if it stood alone.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Teacher:
 
     def lesson(self, rng: random.Random) -> Lesson:
         """Returns a lesson of a random kind."""
-        return rng.choices((self.look, self.compare, self.edit, self.think, self.know), (46, 22, 8, 20, 4))[0](rng)
+        return rng.choices((self.look, self.compare, self.edit, self.think, self.know), (42, 32, 10, 12, 4))[0](rng)
 
     def look(self, rng: random.Random) -> Lesson:
         """Returns questions about one picture."""
@@ -121,6 +122,11 @@ class Batch:
     weights: torch.Tensor  # [M]: what each counts
     kinds: tuple[str, ...]  # one an ending
     scenes: tuple[Scene, ...]  # one a picture
+
+    def to(self, device: torch.device) -> Batch:
+        """Returns the batch with its tensors on a device."""
+        fields = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **{name: value.to(device) for name, value in fields.items()})
 
 
 def batch(lessons: Sequence[Lesson], size: int, rng: random.Random, longest: int = 288, clean: bool = False) -> Batch:

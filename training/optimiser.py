@@ -48,4 +48,4 @@ class Averaged:
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Takes over an average that was saved."""
-        self.weights = {name: weights[name].clone() for name in self.weights}
+        self.weights = {name: weights[name].to(old, copy=True) for name, old in self.weights.items()}

@@ -56,7 +56,8 @@ class Studio:
 
     def __init__(self, model: MLLM, tokenizer: Tokenizer, coder: AutoencoderKLQwenImage):
         self.model, self.tokenizer, self.coder = model, tokenizer, coder
-        self.rows = special_rows(tokenizer, model.language_model.config.vocab_size)
+        self.device = model.special_token_embedding.weight.device
+        self.rows = special_rows(tokenizer, model.language_model.config.vocab_size).to(self.device)
         self.grid = model.vision.grid
         model.language_model.config._attn_implementation = "eager"
 
@@ -120,7 +121,7 @@ class Studio:
         for first in range(0, len(lessons), 16):
             some = lessons[first : first + 16]
             data = batch([lesson for lesson, _ in some], IMAGE, rng, ROW, clean=True)
-            hidden = self._hidden(data)
+            hidden = self._hidden(data.to(self.device)).cpu()
             for row, (lesson, plans) in enumerate(some):
                 start = len(lesson.shared)
                 for plan, ending in zip(plans, lesson.endings, strict=True):
@@ -153,7 +154,7 @@ class Studio:
         return Lesson(first.ids.ids[:cut], first.ids.pictures, scenes, endings), plans
 
     def _hidden(self, data) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(self.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             given = embedded(self.model, self.rows, data)
             states = self.model.language_model.model(
                 inputs_embeds=given,
@@ -175,8 +176,8 @@ class Studio:
             for first in range(0, len(places), 32):
                 some = places[first : first + 32]
                 pictures = torch.stack([_pixels(world.draw(scenes[i])) for i in some])
-                with torch.autocast("cpu", torch.bfloat16):
-                    coded = vae.encode_flat(self.coder, pictures)
+                with torch.autocast(self.device.type, torch.bfloat16):
+                    coded = vae.encode_flat(self.coder, pictures.to(self.device)).cpu()
                 for i, latent in zip(some, (coded - mean) / std, strict=True):
                     result[i] = latent
         return result

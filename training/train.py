@@ -19,15 +19,17 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "demo" / "internvl-u-nano"
 
 
-def commands(work: Path, out: Path, threads: int) -> dict[str, list[object]]:
+def commands(work: Path, out: Path, threads: int, device: str) -> dict[str, list[object]]:
     """Returns each stage's script and arguments, in order."""
     words = ("--tokenizer", out / "processor")
-    common = ("--work", work, "--threads", threads)
+    common = ("--work", work, "--threads", threads, "--device", device)
+    # A GPU is kept busy by one process.
+    workers = ("--workers", threads if device == "cpu" else 1)
     return {
         "tokenizer": ["tokenizer.py", "--out", out / "processor"],
         "vae": ["vae.py", "--out", out / "vae", *common],
-        "understand": ["understand.py", *words, *common],
-        "draw": ["draw.py", *words, "--vae", out / "vae", *common],
+        "understand": ["understand.py", *words, *common, *workers],
+        "draw": ["draw.py", *words, "--vae", out / "vae", *common, *workers],
         "export": ["export.py", "--work", work, "--out", out],
     }
 
@@ -38,9 +40,10 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=HERE.parent / ".dev" / "training", help="states and logs")
     parser.add_argument("--out", type=Path, default=MODEL, help="the checkpoint folder")
     parser.add_argument("--only", action="append", help="this stage alone; may be given several times")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="cores to use")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
-    stages = commands(options.work, options.out, options.threads)
+    stages = commands(options.work, options.out, options.threads, options.device)
     if unknown := [name for name in options.only or () if name not in stages]:
         parser.error(f"no stage {', '.join(unknown)}: there are {', '.join(stages)}")
     for name in options.only or stages:

@@ -121,19 +121,20 @@ class Cells(nn.Module):
 
         `table` are the embeddings [vocabulary, W].
         """
-        covered = shares(scenes, 2 * GRID, 2 * GRID)
+        covered = shares(scenes, 2 * GRID, 2 * GRID).to(patches.device)
         under = functional.binary_cross_entropy_with_logits(self.under(patches).float(), covered)
         meanings = functional.normalize(table.detach()[self.words].float(), dim=-1)
         likeness = functional.normalize(features.float(), dim=-1) @ meanings.T * self.scale + self.bias
         things, ground = likeness.split((THINGS, len(world.BACKGROUNDS)), dim=-1)
         # What is there counts more than what is not: most cells are empty.
-        weight = torch.full((THINGS,), 4.0)
-        told = functional.binary_cross_entropy_with_logits(things, _cells(scenes), pos_weight=weight)
-        here, places, sizes = _centres(scenes)
+        weight = torch.full((THINGS,), 4.0, device=things.device)
+        told = functional.binary_cross_entropy_with_logits(things, _cells(scenes).to(things), pos_weight=weight)
+        here, places, sizes = (tensor.to(features.device) for tensor in _centres(scenes))
         found = features[here[:, 0], here[:, 1]]
         off = (self.place(found).float() - places).abs().mean()
         grown = functional.cross_entropy(self.size(found).float(), sizes)
-        return 8 * under + 4 * told + functional.cross_entropy(ground.mean(1), grounds(scenes)) + 4 * off + 0.5 * grown
+        below = functional.cross_entropy(ground.mean(1), grounds(scenes).to(ground.device))
+        return 8 * under + 4 * told + below + 4 * off + 0.5 * grown
 
 
 def _centres(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -168,7 +169,8 @@ def embedded(model: MLLM, rows: torch.Tensor, data: Batch) -> torch.Tensor:
     if not len(data.pictures):
         return result
     features = model.image_features(data.pixels)
-    where = data.pictures[:, 0, None] * data.ids.shape[1] + data.pictures[:, 1, None] + torch.arange(features.shape[1])
+    cells = torch.arange(features.shape[1], device=features.device)
+    where = data.pictures[:, 0, None] * data.ids.shape[1] + data.pictures[:, 1, None] + cells
     flat = result.flatten(0, 1).index_copy(0, where.flatten(), features.flatten(0, 1).to(result.dtype))
     return flat.view_as(result)
 
@@ -183,8 +185,9 @@ def special_rows(tokenizer: Tokenizer, vocabulary: int) -> torch.Tensor:
 
 def attention_bias(mask: torch.Tensor) -> torch.Tensor:
     """Returns what is added to the attention's scores for a mask of where to look."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    kind = mask.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def logits(model: MLLM, rows: torch.Tensor, data: Batch) -> torch.Tensor:
@@ -198,7 +201,9 @@ def logits(model: MLLM, rows: torch.Tensor, data: Batch) -> torch.Tensor:
 
 def right(predicted: torch.Tensor, data: Batch) -> dict[str, list[bool]]:
     """Returns by kind whether each ending would be written exactly right."""
-    wrong = torch.zeros(len(data.kinds)).index_add(0, data.owners, (predicted.argmax(-1) != data.targets).float())
+    wrong = torch.zeros(len(data.kinds), device=predicted.device).index_add(
+        0, data.owners, (predicted.argmax(-1) != data.targets).float()
+    )
     result = defaultdict(list)
     for kind, errors in zip(data.kinds, wrong.tolist(), strict=True):
         result[kind].append(errors == 0)
@@ -209,7 +214,7 @@ def look(model: MLLM, cells: Cells, rng: random.Random, pictures: int = 48) -> t
     """Returns the loss of seeing alone, on so many pictures."""
     scenes = tuple(random_scene(rng) for _ in range(pictures))
     pixels = torch.cat([pixels_of(world.draw(scene), IMAGE, rng) for scene in scenes])
-    patches = model.vision_model(pixels)
+    patches = model.vision_model(pixels.to(model.special_token_embedding.weight.device))
     table = model.language_model.get_input_embeddings().weight
     return cells.loss(patches, model.mlp1(patches), scenes, table)
 
@@ -230,7 +235,8 @@ def train(options: argparse.Namespace, rank: int = 0) -> MLLM:
     vocabulary = size(options.tokenizer)
     model, cells = new_model(tokenizer, vocabulary, options.seed), Cells(VISION.width, VISION.output_width, tokenizer)
     rows, teacher = special_rows(tokenizer, vocabulary), Teacher(tokenizer, VISION.grid)
-    both = nn.ModuleDict({"model": model, "cells": cells})
+    device = torch.device(options.device)
+    both, rows = nn.ModuleDict({"model": model, "cells": cells}).to(device), rows.to(device)
     steppers, average = optimisers(both, options.rate), Averaged(both, 0.9985)
     file, first, seconds = options.work / "understand.safetensors", 0, 0.0
     log = Log(options.work / "understand.csv", COLUMNS)
@@ -252,16 +258,16 @@ def train(options: argparse.Namespace, rank: int = 0) -> MLLM:
     for step in range(first, options.until or options.steps):
         rng = random.Random(f"understand {options.seed} {step} {rank}")
         set_rates(steppers, options.rate, step, options.steps)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             if step < options.look:
                 told = look(model, cells, rng)
                 total = loss = told
             else:
-                data = batch([teacher.lesson(rng) for _ in range(options.batch)], IMAGE, rng)
+                data = batch([teacher.lesson(rng) for _ in range(options.batch)], IMAGE, rng).to(device)
                 predicted = logits(model, rows, data)
                 each = functional.cross_entropy(predicted.float(), data.targets, reduction="none")
                 loss = (each * data.weights).sum() / data.weights.sum()
-                told = look(model, cells, rng, options.glance) if options.glance else torch.zeros(())
+                told = look(model, cells, rng, options.glance) if options.glance else torch.zeros_like(loss)
                 # The heads only help seeing to begin; at the end the words alone decide.
                 total = loss + 0.3 * max(0.0, 1 - 1.5 * step / options.steps) * told
                 for kind, results in right(predicted, data).items():
@@ -284,7 +290,7 @@ def train(options: argparse.Namespace, rank: int = 0) -> MLLM:
                 tensors |= {f"{i}/{k}": v for k, v in optimiser_tensors(stepper).items()}
             save_state(file, tensors, {"step": step + 1, "seconds": time.monotonic() - begun})
     both.load_state_dict(average.weights)
-    return model.eval()
+    return model.cpu().eval()
 
 
 def _report(log: Log, step: int, seconds: float, losses: list, seen: dict[str, list[bool]]) -> None:
@@ -321,6 +327,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="of all workers together")
     parser.add_argument("--workers", type=int, default=2, help="processes that train together")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--log-every", type=int, default=100)
     return parser.parse_args()

@@ -197,9 +197,10 @@ def normalise(latents: torch.Tensor) -> torch.Tensor:
 def disturb(latents: torch.Tensor) -> torch.Tensor:
     """Returns normalised latents as a transformer under guidance might get them: noisy, shifted, too strong or weak."""
     batch, channels = latents.shape[:2]
-    sigma = torch.rand(batch, 1, 1, 1) * NOISE
-    gain = 1 + (torch.rand(batch, 1, 1, 1) - 0.3) * sigma
-    shift = torch.randn(batch, channels, 1, 1) * 0.3
+    device = latents.device
+    sigma = torch.rand(batch, 1, 1, 1, device=device) * NOISE
+    gain = 1 + (torch.rand(batch, 1, 1, 1, device=device) - 0.3) * sigma
+    shift = torch.randn(batch, channels, 1, 1, device=device) * 0.3
     return latents * gain + sigma * (torch.randn_like(latents) + shift)
 
 
@@ -207,7 +208,7 @@ def correlation_loss(latents: torch.Tensor) -> torch.Tensor:
     """Returns the mean square of the correlations between different channels of normalised latents."""
     flat = latents.transpose(0, 1).flatten(1)
     correlation = flat @ flat.T / flat.shape[1]
-    return (correlation - torch.eye(len(correlation))).square().mean()
+    return (correlation - torch.eye(len(correlation), device=latents.device)).square().mean()
 
 
 def edges(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -314,7 +315,7 @@ class Run:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.step, self.seconds = options, 0, 0.0
-        self.model = new_model(options.seed).requires_grad_()
+        self.model = new_model(options.seed).requires_grad_().to(options.device)
         self.average = Average(self.model)
         kernels, rest = [], []
         for name, weight in self.model.named_parameters():
@@ -380,9 +381,9 @@ class Run:
             for group in optimiser.param_groups:
                 group["lr"] = float(rate)
         torch.manual_seed(self.options.seed * 1_000_003 + self.step)
-        pictures = batch_of(self.options.seed, self.step).contiguous(memory_format=torch.channels_last)
+        pictures = batch_of(self.options.seed, self.step).to(self.options.device, memory_format=torch.channels_last)
         compute = self.compiled_loss if pictures.shape[2:] == COMPILED else loss_of
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.options.bf16):
+        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.options.bf16):
             loss = compute(self.model, pictures)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -453,6 +454,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate at its highest")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(arguments)
 

@@ -65,7 +65,7 @@ def test_help_pages_exist_for_every_node(info, server):
 
 def test_models_of_all_folders_are_offered_and_no_other_models(info):
     options = info["InternVLU_LoadModel"]["input"]["required"]["model_name"][1]["options"]
-    assert sorted(options) == ["InternVL-U", "elsewhere", "in-diffusers", "tiny"]
+    assert sorted(options) == ["InternVL-U", "elsewhere", "in-diffusers", "internvl-u-nano", "tiny"]
 
 
 def test_the_template_browser_offers_the_workflows(server):
