@@ -344,6 +344,8 @@ def widget_names(schema: dict) -> list[str]:
             names.append(name)
             if options.get("control_after_generate", kind == "INT" and name in ("seed", "noise_seed")):
                 names.append(f"control after {name}")
+            if options.get("image_upload"):
+                names.append(f"upload for {name}")
     return names
 
 

@@ -33,10 +33,9 @@ from torch.nn import functional
 CONFIG = MMDiTConfig(
     channels=16, patch_size=2, context_width=384, layers=6, heads=4, head_dim=32, rope_axes=(8, 12, 12)
 )
-ROOMS = (32, 48, 96, 192)
-"""Lengths that contexts are filled up to."""
-COMPILED = [(side, side, *rest) for side in (8, 16) for rest in ((False, 32), (False, 96), (True, 48), (True, 96))]
-"""Shelves whose blocks are compiled: the fullest. Each costs half a minute at first, and is four times as fast then."""
+ROOMS = {False: (32, 96, 192), True: (48, 96, 192)}
+"""Lengths that contexts are filled up to, without and with a picture. Loads of all but the longest are compiled: each
+costs half a minute at first, and is four times as fast then."""
 TOLD_AFTER = 3
 """Blocks after which the layout is told."""
 COLUMNS = ("step", "seconds", "loss", "layout", "drawn", "edited")
@@ -214,8 +213,9 @@ class Stock:
 
 def shelf_of(study: Study) -> tuple[int, int, bool, int]:
     """Returns what samples of one load share: rows and columns of the latent, a reference, the context's room."""
-    room = next(room for room in ROOMS if len(study.context) <= room)
-    return *study.latent.shape[-2:], study.reference is not None, room
+    referring = study.reference is not None
+    room = next(room for room in ROOMS[referring] if len(study.context) <= room)
+    return *study.latent.shape[-2:], referring, room
 
 
 def samples_of(shelf: tuple[int, int, bool, int], tokens: int) -> int:
@@ -298,7 +298,8 @@ def train(options: argparse.Namespace, rank: int = 0) -> MMDiT:
         set_rates(steppers, options.rate, step, options.steps)
         shelf = shelf_of(taken[0])
         # A shelf that is not full yet would be compiled for its size of the day.
-        run = fast if shelf in COMPILED and len(taken) == samples_of(shelf, options.tokens) else run_block
+        whole = len(taken) == samples_of(shelf, options.tokens)
+        run = fast if whole and shelf[-1] != ROOMS[shelf[-2]][-1] else run_block
         with torch.autocast(device.type, torch.bfloat16):
             found, middle = velocity(model, noisy, timestep, data, run)
         loss = functional.mse_loss(found.float(), target)

@@ -42,6 +42,8 @@ VISION = VisionConfig(
     downsample=0.5,
     output_width=192,
 )
+MEANINGS = (*SHAPES, *COLOURS, *world.SIZES, "left", "right", "top", "bottom", "centre")
+"""What a cell can be told to hold; each is a word."""
 COLUMNS = ("step", "seconds", "loss", "cells", "right", "one", "two", "riddle", "draw thought", "edit thought")
 
 
@@ -101,7 +103,7 @@ class Cells(nn.Module):
     """What lies under each patch and in each cell of the vision tower, and the background; only for training.
 
     What lies in a cell is told by likeness to the embeddings of the words for it. So a cell becomes something like the
-    words "red circle", which the language model can already look up.
+    words "small red circle top left", which the language model can already look up.
     """
 
     def __init__(self, patches: int, width: int, tokenizer: Tokenizer):
@@ -109,9 +111,9 @@ class Cells(nn.Module):
         self.under = nn.Linear(patches, THINGS)
         self.place = nn.Linear(width, 2)
         self.size = nn.Linear(width, len(world.SIZES))
-        self.scale = nn.Parameter(torch.full((THINGS + len(world.BACKGROUNDS),), 8.0))
-        self.bias = nn.Parameter(torch.full((THINGS + len(world.BACKGROUNDS),), -2.0))
-        names = (*world.SHAPES, *world.COLOURS, *world.BACKGROUNDS)
+        names = (*MEANINGS, *world.BACKGROUNDS)
+        self.scale = nn.Parameter(torch.full((len(names),), 8.0))
+        self.bias = nn.Parameter(torch.full((len(names),), -2.0))
         self.words = [tokenizer.encode([f" {name}"])[0][-1] for name in names]
 
     def loss(
@@ -125,9 +127,9 @@ class Cells(nn.Module):
         under = functional.binary_cross_entropy_with_logits(self.under(patches).float(), covered)
         meanings = functional.normalize(table.detach()[self.words].float(), dim=-1)
         likeness = functional.normalize(features.float(), dim=-1) @ meanings.T * self.scale + self.bias
-        things, ground = likeness.split((THINGS, len(world.BACKGROUNDS)), dim=-1)
+        things, ground = likeness.split((len(MEANINGS), len(world.BACKGROUNDS)), dim=-1)
         # What is there counts more than what is not: most cells are empty.
-        weight = torch.full((THINGS,), 4.0, device=things.device)
+        weight = torch.full((len(MEANINGS),), 4.0, device=things.device)
         told = functional.binary_cross_entropy_with_logits(things, _cells(scenes).to(things), pos_weight=weight)
         here, places, sizes = (tensor.to(features.device) for tensor in _centres(scenes))
         found = features[here[:, 0], here[:, 1]]
@@ -149,12 +151,17 @@ def _centres(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def _cells(scenes: Sequence[Scene]) -> torch.Tensor:
-    wanted = torch.zeros(len(scenes), GRID * GRID, THINGS)
+    wanted = torch.zeros(len(scenes), GRID * GRID, len(MEANINGS))
     for i, scene in enumerate(scenes):
         for thing in scene.things:
             cell = int(thing.y * GRID) * GRID + int(thing.x * GRID)
-            wanted[i, cell, SHAPES.index(thing.shape)] = 1
-            wanted[i, cell, len(SHAPES) + COLOURS.index(thing.colour)] = 1
+            column, row = ((value > 1 / 3) + (value > 2 / 3) for value in (thing.x, thing.y))
+            where = (
+                (("left", "", "right")[column], ("top", "", "bottom")[row]) if (column, row) != (1, 1) else ("centre",)
+            )
+            for meaning in (thing.shape, thing.colour, thing.size, *where):
+                if meaning:
+                    wanted[i, cell, MEANINGS.index(meaning)] = 1
     return wanted
 
 

@@ -2,9 +2,10 @@
 
     python training/vae.py --out FOLDER [--work FOLDER] [--minutes M] [--threads N]
 
-Run again with the same work folder it goes on. There is no KL term: latents are normalised over each batch, so that
-every channel has unit variance by construction, and the decoder sees them with noise on top. That bounds what a latent
-can carry as a KL term would, and it teaches the decoder to forgive the errors of a transformer's latents.
+Run again with the same work folder it goes on. What a latent says is laid down beforehand (`Meaning`): the mean colour
+of its 8 x 8 pixels, placed so that ComfyUI's previews show it, and the thirteen strongest patterns around it. The
+encoder learns to tell just that, and the decoder to draw sharp pictures from it, however noisy. Such latents are
+smooth: a small transformer learns to draw with them sooner than with those that an encoder finds by itself.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pack.training.log import Log, load_state, optimiser_tensors, restore_optimi
 from safetensors.torch import save_file
 from torch import nn
 
-LATENTS = 16
+LATENTS, PATCH = 16, 8
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
 LATENTS_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
@@ -49,6 +50,33 @@ CONFIG = {
     "temperal_downsample": [False, True, True],
     "z_dim": LATENTS,
 }
+PREVIEW = (
+    (-0.1299, -0.1692, 0.2932),
+    (0.0671, 0.0406, 0.0442),
+    (0.3568, 0.2548, 0.1747),
+    (0.0372, 0.2344, 0.1420),
+    (0.0313, 0.0189, -0.0328),
+    (0.0296, -0.0956, -0.0665),
+    (-0.3477, -0.4059, -0.2925),
+    (0.0166, 0.1902, 0.1975),
+    (-0.0412, 0.0267, -0.1364),
+    (-0.1293, 0.0740, 0.1636),
+    (0.0680, 0.3019, 0.1128),
+    (0.0032, 0.0581, 0.0639),
+    (-0.1251, 0.0927, 0.1699),
+    (0.0060, -0.0633, 0.0005),
+    (0.3477, 0.2275, 0.2950),
+    (0.1984, 0.0913, 0.1861),
+)
+PREVIEW_BIAS = (-0.1835, -0.0868, -0.3360)
+"""What ComfyUI's previewer multiplies normalised latents of this kind with, and adds, for red, green and blue."""
+
+CONTRAST = 1.5
+"""Of previews. More makes the mean colours count more among the latents."""
+
+STRONGEST = 1.0
+"""Spread of the strongest pattern; weaker ones are spread less, by the square root of their ratio."""
+
 POSTERIOR_STD = 0.05
 """What the encoder calls its own uncertainty, in normalised units: a constant, for those who sample from it."""
 
@@ -61,11 +89,8 @@ COMPILED = (64, 64)
 SIZE_WEIGHTS = {COMPILED: 24, (96, 96): 2}
 """How often batches of a size come; 1 for the sizes not named."""
 
-NOISE = 0.35
+NOISE = 0.3
 """Most noise on latents in training, in normalised units."""
-
-DECORRELATION = 0.5
-"""Weight of the correlations between channels in the loss: none may be idle, or repeat what another says."""
 
 COLUMNS = ("step", "seconds", "loss", "psnr", "psnr_noise")
 
@@ -189,9 +214,35 @@ def picture_set(name: str, count: int) -> list[torch.Tensor]:
 # --- training ---
 
 
-def normalise(latents: torch.Tensor) -> torch.Tensor:
-    """Returns latents with mean 0 and variance 1 for each channel over the batch."""
-    return F.batch_norm(latents, None, None, training=True, eps=1e-6)
+class Meaning(nn.Module):
+    """What latents are to say of their 8 x 8 pixels: a fixed linear map, found from pictures."""
+
+    def __init__(self, pictures: list[torch.Tensor]):
+        super().__init__()
+        patches = torch.cat([F.unfold(some, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1) for some in pictures])
+        means = patches.unflatten(1, (3, -1)).mean(-1)
+        around = patches - means.repeat_interleave(PATCH**2, 1)
+        variances, patterns = torch.linalg.eigh(torch.cov(around.T))
+        count = LATENTS - 3
+        spread, patterns = variances[-count:].flip(0).sqrt(), patterns[:, -count:].flip(1)
+
+        shown, bias = torch.tensor(PREVIEW), torch.tensor(PREVIEW_BIAS)
+        colours = shown @ torch.linalg.inv(shown.T @ shown)  # [16, 3]: previews of these are red, green and blue
+        unseen = torch.linalg.qr(torch.cat([shown, turn(count)], 1))[0][:, 3:]  # previews do not see these
+        means_of = torch.block_diag(*[torch.full((1, PATCH**2), PATCH**-2.0)] * 3)  # [3, 192]
+        shapes = unseen @ torch.diag(STRONGEST * (spread / spread[0]).sqrt() / spread) @ patterns.T
+        weight = CONTRAST * colours @ means_of + shapes
+        self.register_buffer("weight", weight.view(LATENTS, 3, PATCH, PATCH))
+        self.register_buffer("bias", -colours @ bias - shapes @ around.mean(0))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Returns the latents [B, 16, h, w] of pictures [B, 3, 8 h, 8 w]."""
+        return F.conv2d(pictures, self.weight, self.bias, stride=PATCH)
+
+
+def turn(count: int) -> torch.Tensor:
+    """Returns fixed random directions [16, count], so that no latent channel is strong and none is weak."""
+    return torch.randn(LATENTS, count, generator=torch.Generator().manual_seed(0))
 
 
 def disturb(latents: torch.Tensor) -> torch.Tensor:
@@ -204,32 +255,20 @@ def disturb(latents: torch.Tensor) -> torch.Tensor:
     return latents * gain + sigma * (torch.randn_like(latents) + shift)
 
 
-def correlation_loss(latents: torch.Tensor) -> torch.Tensor:
-    """Returns the mean square of the correlations between different channels of normalised latents."""
-    flat = latents.transpose(0, 1).flatten(1)
-    correlation = flat @ flat.T / flat.shape[1]
-    return (correlation - torch.eye(len(correlation), device=latents.device)).square().mean()
-
-
 def edges(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the differences between neighbours, across and down."""
     return pictures.diff(dim=3), pictures.diff(dim=2)
 
 
-def loss_of(model: AutoencoderKLQwenImage, pictures: torch.Tensor) -> torch.Tensor:
+def loss_of(model: AutoencoderKLQwenImage, meant: Meaning, pictures: torch.Tensor) -> torch.Tensor:
     """Returns the training loss on pictures [B, 3, H, W]."""
-    latents = normalise(encode_flat(model, pictures))
-    made = decode_flat(model, disturb(latents))
+    latents, wanted = encode_flat(model, pictures), meant(pictures).float()
+    # The decoder must not bend what the encoder says.
+    made = decode_flat(model, disturb(latents.detach()))
     off = made - pictures
     sharp = sum(edge.abs().mean() for edge in edges(off))
-    return off.abs().mean() + off.square().mean() + 0.5 * sharp + DECORRELATION * correlation_loss(latents)
-
-
-@torch.no_grad()
-def statistics(model: AutoencoderKLQwenImage, pictures: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns mean [16] and covariance [16, 16] of the latents over all places of all pictures."""
-    latents = torch.cat([encode_flat(model, some).transpose(0, 1).flatten(1) for some in pictures], 1)
-    return latents.mean(1), torch.cov(latents)
+    told = latents - wanted
+    return off.abs().mean() + off.square().mean() + 0.5 * sharp + told.square().mean() + 0.2 * told.abs().mean()
 
 
 def psnr(made: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
@@ -241,9 +280,7 @@ def psnr(made: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 @torch.no_grad()
 def measure(model: AutoencoderKLQwenImage, held: list[torch.Tensor], noise: float = 0.2) -> tuple[float, float]:
     """Returns the PSNR on held-out pictures from clean latents and from latents with noise."""
-    mean, covariance = statistics(model, held)
-    mean, std = mean.view(1, -1, 1, 1), covariance.diagonal().sqrt().view(1, -1, 1, 1)
-    latents = [(encode_flat(model, some) - mean) / std for some in held]
+    latents = [encode_flat(model, some) for some in held]
     generator = torch.Generator().manual_seed(0)
     noisy = [some + noise * torch.randn(some.shape, generator=generator) for some in latents]
     return tuple(psnr([decode_flat(model, some) for some in kind], held) for kind in (latents, noisy))
@@ -327,6 +364,7 @@ class Run:
         )
         self.log = Log(options.work / "vae.csv", COLUMNS)
         self.held = picture_set("held out", 128)
+        self.meaning = Meaning(picture_set("meaning", 900)).to(options.device)
         self.compiled_loss = torch.compile(loss_of, dynamic=False) if options.compile else loss_of
         self._resume()
 
@@ -384,7 +422,7 @@ class Run:
         pictures = batch_of(self.options.seed, self.step).to(self.options.device, memory_format=torch.channels_last)
         compute = self.compiled_loss if pictures.shape[2:] == COMPILED else loss_of
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.options.bf16):
-            loss = compute(self.model, pictures)
+            loss = compute(self.model, self.meaning, pictures)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
@@ -408,20 +446,19 @@ class Run:
 
 
 @torch.no_grad()
-def fold(model: AutoencoderKLQwenImage, pictures: list[torch.Tensor]) -> None:
-    """Makes the encoder's latents have the released mean and spread, and the decoder expect them so.
+def fold(model: AutoencoderKLQwenImage) -> None:
+    """Makes the encoder give latents that the released mean and spread normalise, and the decoder take them.
 
-    Before, the decoder expects latents of mean 0 and variance 1; what it makes of a picture does not change.
+    Before, the model works with normalised latents; what it makes of a picture does not change.
     """
-    mean, covariance = statistics(model, pictures)
-    scale = torch.tensor(LATENTS_STD) / covariance.diagonal().sqrt()
     into, back = model.quant_conv, model.post_quant_conv
-    into.weight[:LATENTS] *= scale.view(-1, 1, 1, 1, 1)
-    into.bias[:LATENTS] = (into.bias[:LATENTS] - mean) * scale + torch.tensor(LATENTS_MEAN)
+    mean, std = torch.tensor(LATENTS_MEAN), torch.tensor(LATENTS_STD)
+    into.weight[:LATENTS] *= std.view(-1, 1, 1, 1, 1)
+    into.bias[:LATENTS] = into.bias[:LATENTS] * std + mean
     into.weight[LATENTS:] = 0
-    into.bias[LATENTS:] = 2 * (POSTERIOR_STD * torch.tensor(LATENTS_STD)).log()
-    back.weight /= torch.tensor(LATENTS_STD).view(1, -1, 1, 1, 1)
-    back.bias -= back.weight[:, :, -1, 0, 0] @ torch.tensor(LATENTS_MEAN)
+    into.bias[LATENTS:] = 2 * (POSTERIOR_STD * std).log()
+    back.weight /= std.view(1, -1, 1, 1, 1)
+    back.bias -= back.weight[:, :, -1, 0, 0] @ mean
 
 
 def publish(model: AutoencoderKLQwenImage, folder: Path, dtype: torch.dtype) -> None:
@@ -438,7 +475,7 @@ def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     model = Run(options).train()
     clear_unused(model)
-    fold(model, picture_set("statistics", 1024))
+    fold(model)
     publish(model, options.out, getattr(torch, options.dtype))
 
 

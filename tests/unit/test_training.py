@@ -207,3 +207,36 @@ def test_what_is_exported_opens_and_draws(tmp_path, words_of, model):
     for file in (folder.parent / "processor").iterdir():
         if file.name != "processor_config.json":
             assert (out / "processor" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_previews_of_latents_show_the_mean_colours():
+    pictures = vae.picture_set("test", 36)
+    meaning = vae.Meaning(pictures)
+    for some in pictures:
+        shown = meaning(some).movedim(1, -1) @ torch.tensor(vae.PREVIEW) + torch.tensor(vae.PREVIEW_BIAS)
+        means = torch.nn.functional.avg_pool2d(some, 8).movedim(1, -1)
+        torch.testing.assert_close(shown, vae.CONTRAST * means, atol=1e-3, rtol=0)
+
+
+def test_a_single_frame_goes_through_the_vae_as_through_diffusers():
+    coder = vae.new_model(1).eval()
+    pictures = torch.rand(2, 3, 32, 48) * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode_flat(coder, pictures)
+        expected = coder.encode(pictures[:, :, None]).latent_dist.mode()[:, :, 0]
+        torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-3)
+        drawn = coder.decode(expected[:, :, None], return_dict=False)[0][:, :, 0]
+        torch.testing.assert_close(vae.decode_flat(coder, latents).clamp(-1, 1), drawn, atol=1e-4, rtol=1e-3)
+
+
+def test_folding_brings_latents_to_the_released_scale_and_changes_no_picture():
+    coder = vae.new_model(1).eval()
+    pictures = torch.rand(1, 3, 32, 32) * 2 - 1
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (vae.LATENTS_MEAN, vae.LATENTS_STD))
+    with torch.no_grad():
+        before = vae.encode_flat(coder, pictures)
+        drawn = vae.decode_flat(coder, before)
+        vae.fold(coder)
+        after = vae.encode_flat(coder, pictures)
+        torch.testing.assert_close((after - mean) / std, before, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(vae.decode_flat(coder, after), drawn, atol=1e-3, rtol=1e-2)
