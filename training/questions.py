@@ -118,10 +118,10 @@ def _about_relation(rng: random.Random, scene: Scene) -> list[Question]:
     how = world.relation(scene, one, other)
     if how is None:
         return []
-    asked = how if rng.random() < 0.5 else words.OPPOSITE.get(how, "left")
-    said = rng.choice(words.RELATION_WORDS[asked])
-    text = f"is the {one.shape} {said} the {other.shape}?"
-    found = [Question("yes or no", text, (YES if asked == how else NO)[0])]
+    found = []
+    for asked in (how, words.OPPOSITE.get(how, rng.choice(tuple(words.OPPOSITE)))):
+        text = f"is the {one.shape} {rng.choice(words.RELATION_WORDS[asked])} the {other.shape}?"
+        found.append(Question("yes or no", text, (YES if asked == how else NO)[0]))
     if len(scene.things) == 2:
         text = f"what is {rng.choice(words.RELATION_WORDS[how])} the {other.shape}?"
         found.append(Question("relation", text, f"The {one.name}"))
