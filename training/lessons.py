@@ -56,7 +56,7 @@ class Teacher:
 
     def look(self, rng: random.Random) -> Lesson:
         """Returns questions about one picture."""
-        scene = random_scene(rng)
+        scene = world.any_scene(rng)
         asked = [(q.text, q.answer, q.kind) for q in questions.questions(rng, scene)[:ENDINGS]]
         return self._lesson(prompt.SYSTEM_ANSWER, (scene,), asked)
 
@@ -67,7 +67,7 @@ class Teacher:
 
     def edit(self, rng: random.Random) -> Lesson:
         """Returns thoughts before edits of one picture."""
-        scene = random_scene(rng)
+        scene = world.any_scene(rng)
         said = [(edit.instruction, edits.thought(edit), "edit thought") for edit in edits.edits_of(rng, scene)[:3]]
         return self._lesson(prompt.SYSTEM_EDIT, (scene,), said)
 
@@ -75,7 +75,7 @@ class Teacher:
         """Returns thoughts before drawing: of captions, and of riddles."""
         said = []
         for _ in range(2):
-            scene = random_scene(rng)
+            scene = world.any_scene(rng)
             said.append((words.caption(rng, scene), words.plain_scene(scene).capitalize() + ".", "draw thought"))
             riddle = riddles.random_riddle(rng)
             said.append((riddle.text, riddle.thought, "riddle"))
@@ -98,13 +98,6 @@ class Teacher:
 
     def _opening(self, text: str, system: str, pictures: int) -> TokenIds:
         return prompt.opening(self.tokenizer, text, system=system, pictures=pictures, grid=self.grid)
-
-
-def random_scene(rng: random.Random, picture: tuple[int, int] | None = None) -> Scene:
-    """Returns a scene of any kind."""
-    return rng.choice((world.random_scene, world.random_scene, world.related_scene, world.counted_scene))(
-        rng, None, picture
-    )
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,7 @@ class Studio:
 
     def _edits(self, rng: random.Random, size: tuple[int, int]) -> list[Plan]:
         """Some samples of editing the same picture."""
-        makers = (world.random_scene, world.random_scene, world.related_scene, world.counted_scene)
-        scene = rng.choice(makers)(rng, None, size)
+        scene = world.any_scene(rng, size)
         plans = []
         for edit in edits.edits_of(rng, scene)[:3]:
             thought = edits.thought(edit) if rng.random() < 0.2 else ""

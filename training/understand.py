@@ -19,7 +19,7 @@ from pack.internvl_u.mllm import MLLM, MLLMConfig
 from pack.internvl_u.prompt import ROW_TOKENS, Tokenizer
 from pack.training import world
 from pack.training.layouts import COLOURS, SHAPES, THINGS, grounds, shares
-from pack.training.lessons import Batch, Teacher, batch, pixels_of, random_scene
+from pack.training.lessons import Batch, Teacher, batch, pixels_of
 from pack.training.log import Log, load_state, optimiser_tensors, restore_optimiser, save_state
 from pack.training.optimiser import Averaged, optimisers, set_rates
 from pack.training.together import average_gradients, start
@@ -219,7 +219,7 @@ def right(predicted: torch.Tensor, data: Batch) -> dict[str, list[bool]]:
 
 def look(model: MLLM, cells: Cells, rng: random.Random, pictures: int = 48) -> torch.Tensor:
     """Returns the loss of seeing alone, on so many pictures."""
-    scenes = tuple(random_scene(rng) for _ in range(pictures))
+    scenes = tuple(world.any_scene(rng) for _ in range(pictures))
     pixels = torch.cat([pixels_of(world.draw(scene), IMAGE, rng) for scene in scenes])
     patches = model.vision_model(pixels.to(model.special_token_embedding.weight.device))
     table = model.language_model.get_input_embeddings().weight

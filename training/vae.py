@@ -193,8 +193,7 @@ def clear_unused(model: AutoencoderKLQwenImage) -> None:
 
 def draw_batch(rng: random.Random, size: tuple[int, int], count: int) -> torch.Tensor:
     """Returns random pictures of one (width, height), [count, 3, height, width] in [-1, 1]."""
-    makers = (world.random_scene, world.random_scene, world.related_scene, world.counted_scene)
-    pictures = [np.asarray(world.draw(rng.choice(makers)(rng, picture=size))) for _ in range(count)]
+    pictures = [np.asarray(world.draw(world.any_scene(rng, size))) for _ in range(count)]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

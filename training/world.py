@@ -263,3 +263,8 @@ def counted_scene(rng: random.Random, count: int | None = None, picture: tuple[i
             scene = scene and put(rng, scene, thing)
         if scene is not None:
             return scene
+
+
+def any_scene(rng: random.Random, picture: tuple[int, int] | None = None) -> Scene:
+    """Returns a scene of any kind: of different things (half of all), of two that are related, or of equal things."""
+    return rng.choice((random_scene, random_scene, related_scene, counted_scene))(rng, None, picture)
