@@ -23,8 +23,8 @@ from pack.internvl_u.prompt import Tokenizer
 from pack.internvl_u.sampling import SHIFT, dual_guidance, flow_sigmas, sample, whole_timestep
 from pack.training import tokenizer, understand, world
 from pack.training.layouts import THINGS, grounds, shares
-from pack.training.log import Log, load_state, optimiser_tensors, restore_optimiser, save_state
-from pack.training.optimiser import Averaged, optimisers, set_rates
+from pack.training.log import Log, load_state, save_state
+from pack.training.optimiser import Averaged, optimisers, restore, set_rates, state_of
 from pack.training.studies import SIZES_ALL, SIZES_SMALL, Studio, Study
 from pack.training.together import average_gradients, start
 from torch import nn
@@ -272,10 +272,7 @@ def train(options: argparse.Namespace, rank: int = 0) -> MMDiT:
     log = Log(options.work / "draw.csv", COLUMNS)
     if (state := load_state(file)) is not None:
         tensors, facts = state
-        both.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
-        average.load({k[8:]: v for k, v in tensors.items() if k.startswith("average/")})
-        for i, stepper in enumerate(steppers):
-            restore_optimiser(stepper, {k[2:]: v for k, v in tensors.items() if k.startswith(f"{i}/")})
+        restore(both, average, steppers, tensors)
         first, seconds = facts["step"], facts["seconds"]
         if rank == 0:
             log.cut(first)
@@ -319,11 +316,7 @@ def train(options: argparse.Namespace, rank: int = 0) -> MMDiT:
             print(f"{step + 1} steps, {took:.0f} s, loss {means[0]:.4f}, layout {means[1]:.4f}", flush=True)
             log.append(step=step + 1, seconds=took, loss=means[0], layout=means[1])
             losses = []
-            tensors = {f"model/{k}": v for k, v in both.state_dict().items()}
-            tensors |= {f"average/{k}": v for k, v in average.weights.items()}
-            for i, stepper in enumerate(steppers):
-                tensors |= {f"{i}/{k}": v for k, v in optimiser_tensors(stepper).items()}
-            save_state(file, tensors, {"step": step + 1, "seconds": took})
+            save_state(file, state_of(both, average, steppers), {"step": step + 1, "seconds": took})
     both.load_state_dict(average.weights)
     return model.cpu().eval()
 

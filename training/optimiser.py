@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from pack.training.log import optimiser_tensors, restore_optimiser
 from torch import nn
 
 BESIDE = ("embed", "lm_head", "img_in", "txt_in", "proj_out", "_mod", "norm_out", "cells", "layout")
@@ -49,3 +50,29 @@ class Averaged:
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Takes over an average that was saved."""
         self.weights = {name: weights[name].to(old, copy=True) for name, old in self.weights.items()}
+
+
+def state_of(model: nn.Module, average: Averaged, steppers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Returns all that a run goes on from, as tensors for `log.save_state`."""
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"average/{name}": value for name, value in average.weights.items()}
+    for i, stepper in enumerate(steppers):
+        tensors |= {f"{i}/{name}": value for name, value in optimiser_tensors(stepper).items()}
+    return tensors
+
+
+def restore(
+    model: nn.Module,
+    average: Averaged,
+    steppers: Sequence[torch.optim.Optimizer],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Puts back what `state_of` returned."""
+
+    def part(name: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
+
+    model.load_state_dict(part("model/"))
+    average.load(part("average/"))
+    for i, stepper in enumerate(steppers):
+        restore_optimiser(stepper, part(f"{i}/"))

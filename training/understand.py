@@ -20,8 +20,8 @@ from pack.internvl_u.prompt import ROW_TOKENS, Tokenizer
 from pack.training import world
 from pack.training.layouts import COLOURS, SHAPES, THINGS, grounds, shares
 from pack.training.lessons import Batch, Teacher, batch, pixels_of
-from pack.training.log import Log, load_state, optimiser_tensors, restore_optimiser, save_state
-from pack.training.optimiser import Averaged, optimisers, set_rates
+from pack.training.log import Log, load_state, save_state
+from pack.training.optimiser import Averaged, optimisers, restore, set_rates, state_of
 from pack.training.together import average_gradients, start
 from pack.training.tokenizer import size
 from pack.training.world import Scene
@@ -249,10 +249,7 @@ def train(options: argparse.Namespace, rank: int = 0) -> MLLM:
     log = Log(options.work / "understand.csv", COLUMNS)
     if (state := load_state(file)) is not None:
         tensors, facts = state
-        both.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
-        average.load({k[8:]: v for k, v in tensors.items() if k.startswith("average/")})
-        for i, stepper in enumerate(steppers):
-            restore_optimiser(stepper, {k[2:]: v for k, v in tensors.items() if k.startswith(f"{i}/")})
+        restore(both, average, steppers, tensors)
         first, seconds = facts["step"], facts["seconds"]
         if rank == 0:
             log.cut(first)
@@ -291,11 +288,7 @@ def train(options: argparse.Namespace, rank: int = 0) -> MLLM:
         if rank == 0 and ((step + 1) % options.log_every == 0 or step + 1 == options.steps):
             _report(log, step + 1, time.monotonic() - begun, losses, seen)
             seen, losses = defaultdict(list), []
-            tensors = {f"model/{k}": v for k, v in both.state_dict().items()}
-            tensors |= {f"average/{k}": v for k, v in average.weights.items()}
-            for i, stepper in enumerate(steppers):
-                tensors |= {f"{i}/{k}": v for k, v in optimiser_tensors(stepper).items()}
-            save_state(file, tensors, {"step": step + 1, "seconds": time.monotonic() - begun})
+            save_state(file, state_of(both, average, steppers), {"step": step + 1, "seconds": time.monotonic() - begun})
     both.load_state_dict(average.weights)
     return model.cpu().eval()
 
