@@ -248,7 +248,7 @@ def fetch_from_wheel(folder: Path) -> Path:
 
 
 def prepare_base(comfyui: Path) -> None:
-    """Make ComfyUI's base directory: our folders, with this pack, the nano model and ComfyUI's example picture."""
+    """Make ComfyUI's base directory: this pack, the nano model with its workflows, and example pictures."""
     if not NANO_MODEL.is_dir():
         raise DevError(f"found no nano model in {NANO_MODEL}. It belongs to the repository: check it out again.")
     for folder in ("input", "output", "user", "temp"):
@@ -256,9 +256,23 @@ def prepare_base(comfyui: Path) -> None:
     link(ROOT, BASE / "custom_nodes" / PACK)
     for name in (NANO, "InternVL-U"):  # the second is the name that the shipped workflows ask for
         link(NANO_MODEL, BASE / "models" / "InternVL-U" / name)
-    example = comfyui / "input" / "example.png"
-    if example.is_file():
-        shutil.copyfile(example, BASE / "input" / example.name)
+    for picture in (comfyui / "input" / "example.png", *(ROOT / "demo" / "input").glob("*.png")):
+        if picture.is_file():
+            shutil.copyfile(picture, BASE / "input" / picture.name)
+    put_templates(BASE / "custom_nodes" / NANO)
+
+
+def put_templates(pack: Path) -> None:
+    """Make a pack without nodes that shows the nano model's workflows among ComfyUI's templates."""
+    shutil.rmtree(pack, ignore_errors=True)
+    templates = pack / "example_workflows"
+    templates.mkdir(parents=True)
+    (pack / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n", encoding="utf-8")
+    for workflow in (ROOT / "demo" / "workflows").glob("*.json"):
+        shutil.copyfile(workflow, templates / workflow.name)
+        card = ROOT / "workflows" / f"{workflow.stem}.jpg"
+        if card.is_file():
+            shutil.copyfile(card, templates / card.name)
 
 
 def link(target: Path, at: Path) -> None:
@@ -299,7 +313,7 @@ def comfyui_server(comfyui: Path, port: int) -> Iterator[Child]:
     prepare_base(comfyui)
     command = [PYTHON, comfyui / "main.py", *device_arguments(), "--listen", HOST, "--port", port]
     command += ["--base-directory", BASE, "--database-url", "sqlite:///:memory:", "--disable-auto-launch"]
-    command += ["--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK]
+    command += ["--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK, NANO]
     env = {"HF_HUB_OFFLINE": "1"}
     if comfyui != DEV / "ComfyUI":
         env["PYTHONPYCACHEPREFIX"] = str(DEV / "pycache")  # keeps __pycache__ out of the user's tree
@@ -505,14 +519,20 @@ def older_packages() -> Path:
     return folder
 
 
+def first_page(port: int) -> str:
+    """Return the address of ComfyUI's page with the nano model's first workflow opened."""
+    return f"http://{HOST}:{port}/?template=text_to_image&source={NANO}"
+
+
 def ui(args: argparse.Namespace) -> int:
-    """Run ComfyUI until Ctrl-C."""
+    """Run ComfyUI until Ctrl-C; the page opens with the nano model's first workflow."""
     comfyui = set_up()
     port = free_port(args.port)
     with comfyui_server(comfyui, port) as server:
-        say(f"ComfyUI is at http://{HOST}:{port} until you press Ctrl-C.")
+        page = first_page(port)
+        say(f"ComfyUI is at {page} until you press Ctrl-C.")
         if WINDOWS or sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ:
-            webbrowser.open(f"http://{HOST}:{port}")
+            webbrowser.open(page)
         status = server.wait()
     raise DevError(f"ComfyUI stopped by itself with exit status {status}:\n{tail(SERVER_LOG)}")
 

@@ -1,4 +1,4 @@
-"""The optimisers of all stages: Muon for the matrices inside layers, AdamW for the rest, and averaged weights."""
+"""The optimisers of all stages (Muon for matrices and kernels inside, AdamW for the rest), and averaged weights."""
 
 from __future__ import annotations
 
@@ -30,6 +30,54 @@ def set_rates(steppers: Sequence[torch.optim.Optimizer], rate: float, step: int,
     for stepper in steppers:
         for group in stepper.param_groups:
             group["lr"] = rate * share
+
+
+class KernelMuon(torch.optim.Optimizer):
+    """Muon (Jordan 2024) for the last slices of convolution kernels [out, in, time, height, width] or without time.
+
+    torch's own takes matrices only. Kernels of one shape are made orthogonal together, which is faster.
+    """
+
+    def __init__(self, kernels: list[torch.Tensor], lr: float, momentum: float = 0.95, decay: float = 0.05):
+        super().__init__(kernels, {"lr": lr, "momentum": momentum, "decay": decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves all kernels by one step."""
+        for group in self.param_groups:
+            shapes: dict[tuple[int, ...], list[torch.Tensor]] = {}
+            for kernel in group["params"]:
+                shapes.setdefault(tuple(kernel.shape), []).append(kernel)
+            for kernels in shapes.values():
+                self._step_together(kernels, group)
+
+    def _step_together(self, kernels: list[torch.Tensor], group: dict) -> None:
+        slices = [last_slice(kernel) for kernel in kernels]
+        gradients = torch.stack([last_slice(kernel.grad) for kernel in kernels]).flatten(2)
+        for kernel, gradient in zip(kernels, gradients):
+            memory = self.state[kernel].setdefault("momentum", torch.zeros_like(gradient))
+            memory.lerp_(gradient, 1 - group["momentum"])
+            gradient.lerp_(memory, group["momentum"])
+        updates = orthogonal(gradients)
+        rate = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5  # as large as AdamW's steps
+        for kernel, update in zip(slices, updates):
+            kernel.mul_(1 - group["lr"] * group["decay"]).sub_(update.view_as(kernel), alpha=rate)
+
+
+def last_slice(kernel: torch.Tensor) -> torch.Tensor:
+    """Returns the part of a kernel that a single frame uses, [out, in, height, width]."""
+    return kernel[:, :, -1] if kernel.ndim == 5 else kernel
+
+
+def orthogonal(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
+    """Returns the matrices [N, rows, columns] with singular values near 1, by Newton-Schulz iteration."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)
+    for _ in range(rounds):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.mT if tall else x
 
 
 class Averaged:

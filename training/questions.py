@@ -11,6 +11,7 @@ from pack.training.riddles import COLOUR_CLUES, SHAPE_CLUES
 from pack.training.words import NO, YES, Question, _colour, _shape, ask, plain
 from pack.training.world import Scene, Thing
 
+SIDES = {"left": "To the left", "right": "To the right", "above": "Above", "below": "Below", "inside": "Inside"}
 COUNTS = {number: (str(number), str(number)) for number in range(4)}
 
 
@@ -118,7 +119,10 @@ def _about_relation(rng: random.Random, scene: Scene) -> list[Question]:
     how = world.relation(scene, one, other)
     if how is None:
         return []
-    found = []
+    text = rng.choice(("where is the {} relative to the {}?", "how does the {} lie to the {}?")).format(
+        one.shape, other.shape
+    )
+    found = [Question("relation", text, SIDES[how])]
     for asked in (how, words.OPPOSITE.get(how, rng.choice(tuple(words.OPPOSITE)))):
         text = f"is the {one.shape} {rng.choice(words.RELATION_WORDS[asked])} the {other.shape}?"
         found.append(Question("yes or no", text, (YES if asked == how else NO)[0]))

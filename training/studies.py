@@ -16,7 +16,8 @@ from pack.internvl_u import prompt
 from pack.internvl_u.mllm import MLLM
 from pack.internvl_u.positions import Layout
 from pack.internvl_u.prompt import TokenIds, Tokenizer
-from pack.training import edits, riddles, vae, words, world
+from pack.training import edits, riddles, words, world
+from pack.training.codec import LATENTS_MEAN, LATENTS_STD, encode_flat
 from pack.training.lessons import Ending, Lesson, batch
 from pack.training.understand import IMAGE, attention_bias, embedded, special_rows
 from pack.training.world import Scene
@@ -170,13 +171,13 @@ class Studio:
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, scene in enumerate(scenes):
             by_size.setdefault((scene.width, scene.height), []).append(i)
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (vae.LATENTS_MEAN, vae.LATENTS_STD))
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (LATENTS_MEAN, LATENTS_STD))
         for places in by_size.values():
             for first in range(0, len(places), 32):
                 some = places[first : first + 32]
                 pictures = torch.stack([_pixels(world.draw(scenes[i])) for i in some])
                 with torch.autocast(self.device.type, torch.bfloat16):
-                    coded = vae.encode_flat(self.coder, pictures.to(self.device)).cpu()
+                    coded = encode_flat(self.coder, pictures.to(self.device)).cpu()
                 for i, latent in zip(some, (coded - mean) / std, strict=True):
                     result[i] = latent
         return result

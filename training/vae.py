@@ -11,7 +11,6 @@ smooth: a small transformer learns to draw with them sooner than with those that
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
@@ -20,36 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
-    QwenImageAttentionBlock,
-    QwenImageCausalConv3d,
-    QwenImageResample,
-    QwenImageResidualBlock,
-    QwenImageRMS_norm,
-)
 from pack.training import world
-from pack.training.log import Log, load_state, optimiser_tensors, restore_optimiser, save_state
-from safetensors.torch import save_file
+from pack.training.codec import LATENTS, clear_unused, decode_flat, encode_flat, fold, new_model, publish
+from pack.training.log import Log, load_state, save_state
+from pack.training.optimiser import Averaged, KernelMuon, restore, state_of
 from torch import nn
 
-LATENTS, PATCH = 16, 8
-LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
-LATENTS_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
-LATENTS_STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916)
-"""Of the released VAE: the released pipeline, and ComfyUI, normalise latents with these numbers."""
-
-CONFIG = {
-    "attn_scales": [],
-    "base_dim": 8,
-    "dim_mult": [1, 2, 4, 4],
-    "dropout": 0.0,
-    "latents_mean": list(LATENTS_MEAN),
-    "latents_std": list(LATENTS_STD),
-    "num_res_blocks": 2,
-    "temperal_downsample": [False, True, True],
-    "z_dim": LATENTS,
-}
+PATCH = 8
 PREVIEW = (
     (-0.1299, -0.1692, 0.2932),
     (0.0671, 0.0406, 0.0442),
@@ -77,9 +53,6 @@ CONTRAST = 1.5
 STRONGEST = 1.0
 """Spread of the strongest pattern; weaker ones are spread less, by the square root of their ratio."""
 
-POSTERIOR_STD = 0.05
-"""What the encoder calls its own uncertainty, in normalised units: a constant, for those who sample from it."""
-
 PIXELS = 64 * 64 * 24
 """Pixels in a batch, whatever the size of its pictures."""
 
@@ -95,100 +68,7 @@ NOISE = 0.3
 COLUMNS = ("step", "seconds", "loss", "psnr", "psnr_noise")
 
 
-# --- the network on single pictures ---
-
-
-def run_flat(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Returns what a part of diffusers' VAE makes of one frame, [B, C, H, W] in and out.
-
-    For one frame the causal convolutions see zeros for the past, so only the last slice of their kernels counts, and
-    the convolutions over time are skipped.
-    """
-    if isinstance(module, QwenImageCausalConv3d):
-        return F.conv2d(x, module.weight[:, :, -1], module.bias, padding=module.kernel_size[-1] // 2)
-    if isinstance(module, QwenImageRMS_norm):
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-12)
-        return (wide * inverse * module.gamma.view(1, -1, 1, 1)).to(x.dtype)
-    if isinstance(module, QwenImageResidualBlock):
-        h = run_flat(module.conv1, F.silu(run_flat(module.norm1, x)))
-        h = run_flat(module.conv2, F.silu(run_flat(module.norm2, h)))
-        return h + (run_flat(module.conv_shortcut, x) if module.in_dim != module.out_dim else x)
-    if isinstance(module, QwenImageResample):
-        down, conv = module.resample
-        up = module.mode.startswith("upsample")
-        return conv(F.interpolate(x, scale_factor=2.0, mode="nearest-exact") if up else down(x))
-    if isinstance(module, QwenImageAttentionBlock):
-        return attend_flat(module, x)
-    raise TypeError(type(module).__name__)
-
-
-def attend_flat(module: QwenImageAttentionBlock, x: torch.Tensor) -> torch.Tensor:
-    """Returns x with self-attention over all its places added, [B, C, H, W]."""
-    batch, channels, height, width = x.shape
-    qkv = module.to_qkv(run_flat(module.norm, x)).flatten(2).transpose(1, 2)[:, None]
-    mixed = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-    return x + module.proj(mixed[:, 0].transpose(1, 2).reshape(batch, channels, height, width))
-
-
-def run_middle(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Returns what the middle of the encoder or decoder makes of x, [B, C, H, W]."""
-    for part in (block.resnets[0], block.attentions[0], block.resnets[1]):
-        x = run_flat(part, x)
-    return x
-
-
-def encode_flat(model: AutoencoderKLQwenImage, pictures: torch.Tensor) -> torch.Tensor:
-    """Returns the mean latents [B, 16, h, w], not normalised, of pictures [B, 3, 8 h, 8 w] in [-1, 1]."""
-    encoder = model.encoder
-    x = run_flat(encoder.conv_in, pictures)
-    for block in encoder.down_blocks:
-        x = run_flat(block, x)
-    x = run_middle(encoder.mid_block, x)
-    x = run_flat(encoder.conv_out, F.silu(run_flat(encoder.norm_out, x)))
-    return run_flat(model.quant_conv, x)[:, :LATENTS].float()
-
-
-def decode_flat(model: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
-    """Returns pictures [B, 3, 8 h, 8 w], not clamped, from what `model.post_quant_conv` takes, [B, 16, h, w]."""
-    decoder = model.decoder
-    x = run_flat(decoder.conv_in, run_flat(model.post_quant_conv, latents))
-    x = run_middle(decoder.mid_block, x)
-    for block in decoder.up_blocks:
-        for part in (*block.resnets, *(block.upsamplers or ())):
-            x = run_flat(part, x)
-    return run_flat(decoder.conv_out, F.silu(run_flat(decoder.norm_out, x))).float()
-
-
-def new_model(seed: int) -> AutoencoderKLQwenImage:
-    """Returns a VAE with random weights, zero where a single frame never looks."""
-    torch.manual_seed(seed)
-    model = AutoencoderKLQwenImage.from_config(CONFIG)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 4 and name.endswith("weight"):
-            inputs = parameter.shape[1] * parameter.shape[-1] * parameter.shape[-2]
-            # Residual branches begin small, so that the twenty of them do not add up to a flood.
-            gain = 0.3 if name.endswith("conv2.weight") or "proj" in name else 1.0
-            nn.init.normal_(parameter, std=gain * inputs**-0.5)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-    clear_unused(model)
-    return model
-
-
-@torch.no_grad()
-def clear_unused(model: AutoencoderKLQwenImage) -> None:
-    """Sets to zero the weights that only films need."""
-    for name, module in model.named_modules():
-        if isinstance(module, QwenImageCausalConv3d):
-            if "time_conv" in name:
-                module.weight.zero_()
-                module.bias.zero_()
-            else:
-                module.weight[:, :, :-1] = 0
-
-
-# --- data ---
+# Pictures
 
 
 def draw_batch(rng: random.Random, size: tuple[int, int], count: int) -> torch.Tensor:
@@ -210,7 +90,7 @@ def picture_set(name: str, count: int) -> list[torch.Tensor]:
     return [draw_batch(random.Random(f"vae {name} {size}"), size, each) for size in world.PICTURES]
 
 
-# --- training ---
+# Training
 
 
 class Meaning(nn.Module):
@@ -285,74 +165,13 @@ def measure(model: AutoencoderKLQwenImage, held: list[torch.Tensor], noise: floa
     return tuple(psnr([decode_flat(model, some) for some in kind], held) for kind in (latents, noisy))
 
 
-class Average:
-    """A running average of a model's weights; it follows faster in the beginning."""
-
-    def __init__(self, model: nn.Module, decay: float = 0.999):
-        self.decay, self.tensors = decay, {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def follow(self, model: nn.Module, step: int) -> None:
-        """Takes in the weights after a step."""
-        keep = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.tensors.values()), [p.detach() for p in model.parameters()], 1 - keep)
-
-
-class KernelMuon(torch.optim.Optimizer):
-    """Muon (Jordan 2024) for the last slices of convolution kernels [out, in, time, height, width] or without time.
-
-    torch's own takes matrices only. Kernels of one shape are made orthogonal together, which is faster.
-    """
-
-    def __init__(self, kernels: list[torch.Tensor], lr: float, momentum: float = 0.95, decay: float = 0.05):
-        super().__init__(kernels, {"lr": lr, "momentum": momentum, "decay": decay})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Moves all kernels by one step."""
-        for group in self.param_groups:
-            shapes: dict[tuple[int, ...], list[torch.Tensor]] = {}
-            for kernel in group["params"]:
-                shapes.setdefault(tuple(kernel.shape), []).append(kernel)
-            for kernels in shapes.values():
-                self._step_together(kernels, group)
-
-    def _step_together(self, kernels: list[torch.Tensor], group: dict) -> None:
-        slices = [last_slice(kernel) for kernel in kernels]
-        gradients = torch.stack([last_slice(kernel.grad) for kernel in kernels]).flatten(2)
-        for kernel, gradient in zip(kernels, gradients):
-            memory = self.state[kernel].setdefault("momentum", torch.zeros_like(gradient))
-            memory.lerp_(gradient, 1 - group["momentum"])
-            gradient.lerp_(memory, group["momentum"])
-        updates = orthogonal(gradients)
-        rate = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5  # as large as AdamW's steps
-        for kernel, update in zip(slices, updates):
-            kernel.mul_(1 - group["lr"] * group["decay"]).sub_(update.view_as(kernel), alpha=rate)
-
-
-def last_slice(kernel: torch.Tensor) -> torch.Tensor:
-    """Returns the part of a kernel that a single frame uses, [out, in, height, width]."""
-    return kernel[:, :, -1] if kernel.ndim == 5 else kernel
-
-
-def orthogonal(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
-    """Returns the matrices [N, rows, columns] with singular values near 1, by Newton-Schulz iteration."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)
-    for _ in range(rounds):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return x.mT if tall else x
-
-
 class Run:
     """A training run that can be stopped at any time and goes on from its last state."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.step, self.seconds = options, 0, 0.0
         self.model = new_model(options.seed).requires_grad_().to(options.device)
-        self.average = Average(self.model)
+        self.average = Averaged(self.model, 0.999)
         kernels, rest = [], []
         for name, weight in self.model.named_parameters():
             if "time_conv" not in name:
@@ -373,28 +192,19 @@ class Run:
             return
         tensors, facts = found
         self.step, self.seconds = facts["step"], facts["seconds"]
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(tensors[f"model.{name}"])
-                self.average.tensors[name].copy_(tensors[f"average.{name}"])
-        for i, optimiser in enumerate(self.optimisers):
-            its = {name[2:]: value for name, value in tensors.items() if name.startswith(f"{i}.")}
-            restore_optimiser(optimiser, its)
+        restore(self.model, self.average, self.optimisers, tensors)
         self.log.cut(self.step)
 
     def save(self) -> None:
         """Writes the state from which another run goes on."""
-        tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
-        tensors |= {f"average.{name}": p for name, p in self.average.tensors.items()}
-        for i, optimiser in enumerate(self.optimisers):
-            tensors |= {f"{i}.{name}": value for name, value in optimiser_tensors(optimiser).items()}
         facts = {"step": self.step, "seconds": self.seconds, "seed": self.options.seed}
+        tensors = state_of(self.model, self.average, self.optimisers)
         save_state(self.options.work / "vae.safetensors", tensors, facts)
 
     def averaged(self) -> AutoencoderKLQwenImage:
         """Returns a copy of the model with the averaged weights."""
         model = new_model(self.options.seed)
-        model.load_state_dict(self.average.tensors)
+        model.load_state_dict(self.average.weights)
         return model.eval().requires_grad_(False)
 
     def train(self) -> AutoencoderKLQwenImage:
@@ -428,7 +238,7 @@ class Run:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.step += 1
-        self.average.follow(self.model, self.step)
+        self.average.update(self.step)
         return float(loss.detach())
 
     def note(self, loss: float) -> None:
@@ -439,34 +249,6 @@ class Run:
             f"{self.step} steps, {self.seconds:.0f} s, loss {loss:.4f}, {clean:.2f} dB, noisy {noisy:.2f}", flush=True
         )
         self.save()
-
-
-# --- what is published ---
-
-
-@torch.no_grad()
-def fold(model: AutoencoderKLQwenImage) -> None:
-    """Makes the encoder give latents that the released mean and spread normalise, and the decoder take them.
-
-    Before, the model works with normalised latents; what it makes of a picture does not change.
-    """
-    into, back = model.quant_conv, model.post_quant_conv
-    mean, std = torch.tensor(LATENTS_MEAN), torch.tensor(LATENTS_STD)
-    into.weight[:LATENTS] *= std.view(-1, 1, 1, 1, 1)
-    into.bias[:LATENTS] = into.bias[:LATENTS] * std + mean
-    into.weight[LATENTS:] = 0
-    into.bias[LATENTS:] = 2 * (POSTERIOR_STD * std).log()
-    back.weight /= std.view(1, -1, 1, 1, 1)
-    back.bias -= back.weight[:, :, -1, 0, 0] @ mean
-
-
-def publish(model: AutoencoderKLQwenImage, folder: Path, dtype: torch.dtype) -> None:
-    """Writes config.json and the weights of a folded model in the released layout."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"_class_name": "AutoencoderKLQwenImage", "_diffusers_version": "0.35.1", **CONFIG}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 def main(options: argparse.Namespace) -> None:

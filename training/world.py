@@ -267,4 +267,6 @@ def counted_scene(rng: random.Random, count: int | None = None, picture: tuple[i
 
 def any_scene(rng: random.Random, picture: tuple[int, int] | None = None) -> Scene:
     """Returns a scene of any kind: of different things (half of all), of two that are related, or of equal things."""
-    return rng.choice((random_scene, random_scene, related_scene, counted_scene))(rng, None, picture)
+    kind = rng.choice((None, None, related_scene, counted_scene))
+    # One thing alone is soon understood.
+    return kind(rng, None, picture) if kind else random_scene(rng, rng.choice((1, 2, 2, 3, 3, 3)), picture)

@@ -54,7 +54,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
         page = open_page(browser, args.url)
         for node, (workflow, names) in PARTS.items():
-            build(page, workflow, names.split(), SIZES)
+            build(page, workflow, names.split(), SIZES, nano=True)
             page.evaluate(MARK, node)
             (ROOT / "web" / "docs" / f"{node}.jpg").write_bytes(thumbnail(page, WIDTH, QUALITY))
         browser.close()

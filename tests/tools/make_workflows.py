@@ -2,10 +2,10 @@
 
     python tests/tools/make_workflows.py --url http://127.0.0.1:8188 [--chromium /usr/bin/chromium] [NAME ...]
 
-For each graph of graphs.py: workflows/NAME.json (user interface), workflows/NAME.jpg (its card in the template browser)
-and tests/workflows/NAME.api.json (the same graph in the API's format). Needs Playwright for Python. Run it against the
-oldest supported ComfyUI, so that all later ones can open the files, with only this pack, a checkpoint (the test one
-will do) in models/InternVL-U/InternVL-U and ComfyUI's own example.png in input.
+For each graph of graphs.py: workflows/NAME.json (user interface), tests/workflows/NAME.api.json (the same graph in the
+API's format), demo/workflows/NAME.json (with the nano model's values) and workflows/NAME.jpg (its card in the template
+browser: the nano graph after a run). Needs Playwright for Python. Run it against the oldest supported ComfyUI, so that
+all later ones can open the files, started with `python dev.py ui`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import urllib.request
 import uuid
 from pathlib import Path
 
+import nano_graphs
 from graphs import COLUMNS, LINKS, NOTES, SIZES, TITLES
 from playwright.sync_api import Page, sync_playwright
 
@@ -110,15 +111,24 @@ def open_page(browser, url: str) -> Page:
     return page
 
 
-def build(page: Page, name: str, only: list[str] | None = None, sizes: dict = SIZES) -> None:
-    """Puts the graph of this name into the page, or only some of its nodes."""
-    kept = [[node for node in column if only is None or node[0] in only] for column in COLUMNS[name]]
+# The last run's pictures and texts are on the nodes.
+SHOWN = """
+() => app.graph._nodes.every(node =>
+  (node.type !== 'SaveImage' || node.imgs?.length && node.imgs.every(one => one.complete && one.naturalWidth))
+  && (node.type !== 'LoadImage' || node.imgs?.every(one => one.complete && one.naturalWidth)))
+"""
+
+
+def build(page: Page, name: str, only: list[str] | None = None, sizes: dict = SIZES, nano: bool = False) -> None:
+    """Puts the graph of this name into the page, or only some of its nodes; with the nano model's values on demand."""
+    given, note = (nano_graphs.columns(name), nano_graphs.note(name)) if nano else (COLUMNS[name], NOTES[name])
+    kept = [[node for node in column if only is None or node[0] in only] for column in given]
     columns = [column for column in kept if column]
     names = {node[0] for column in columns for node in column}
     links = [re.split(r"[. ]", link) for link in LINKS[name].split(", ")]
     links = [link for link in links if {link[0], link[2]} <= names]
     layout = {"sizes": sizes, "titles": TITLES, "columnGap": COLUMN_GAP, "rowGap": ROW_GAP, "title": TITLE}
-    page.evaluate(BUILD, {"columns": columns, "note": NOTES[name], "links": links} | layout)
+    page.evaluate(BUILD, {"columns": columns, "note": note, "links": links} | layout)
 
 
 def view(nodes: list[dict]) -> dict:
@@ -138,11 +148,30 @@ def finish(workflow: dict, name: str, versions: dict[str, str]) -> dict:
     return workflow | {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{name}")), "revision": 0, "extra": extra}
 
 
+def run(page: Page, timeout: float = 60_000) -> None:
+    """Runs the graph in the page and returns when its results are on the nodes."""
+    done = (
+        "api.getHistory(1).then(all => (all.History ?? all)[0]?.status?.completed && (all.History ?? all)[0].prompt[1])"
+    )
+    before = page.evaluate("async () => { window.api = app.api; return await " + done + " }")
+    page.evaluate("app.queuePrompt(0)")
+    page.wait_for_function(f"before => {done}.then(id => id && id !== before)", arg=before, timeout=timeout)
+    page.wait_for_function(SHOWN)
+    page.wait_for_timeout(500)  # texts are put on nodes after that
+
+
 def thumbnail(page: Page, width: int = THUMBNAIL_WIDTH, quality: float = 0.9) -> bytes:
     """Returns a JPEG of the graph, at most `width` pixels wide."""
     area = page.evaluate(SHOW, {"margin": MARGIN, "title": TITLE})
     png = base64.b64encode(page.screenshot(clip=area)).decode()
     return base64.b64decode(page.evaluate(SHRINK, [png, min(width, int(area["width"])), quality]))
+
+
+def made(page: Page) -> tuple[dict, dict]:
+    """Returns the graph in the page as a workflow of the user interface, and as one of the API."""
+    return tuple(
+        json.loads(page.evaluate("app.graphToPrompt().then(made => JSON.stringify([made.workflow, made.output]))"))
+    )
 
 
 def write_json(file: Path, value: dict) -> None:
@@ -165,10 +194,14 @@ def main() -> None:
         page = open_page(browser, args.url)
         for name in args.names:
             build(page, name)
-            made = page.evaluate("app.graphToPrompt().then(made => JSON.stringify([made.workflow, made.output]))")
-            workflow, prompt = json.loads(made)
+            workflow, prompt = made(page)
             write_json(ROOT / "workflows" / f"{name}.json", finish(workflow, name, {PACK: ours, "comfy-core": core}))
             write_json(ROOT / "tests" / "workflows" / f"{name}.api.json", prompt)
+            if name in nano_graphs.TEXTS:
+                build(page, name, nano=True)
+                workflow = finish(made(page)[0], f"nano/{name}", {PACK: ours, "comfy-core": core})
+                write_json(ROOT / "demo" / "workflows" / f"{name}.json", workflow)
+                run(page)
             (ROOT / "workflows" / f"{name}.jpg").write_bytes(thumbnail(page))
         browser.close()
 

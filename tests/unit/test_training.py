@@ -15,7 +15,21 @@ from pack.internvl_u.mllm import Encoder
 from pack.internvl_u.mmdit import time_embedding
 from pack.internvl_u.pipeline import Drawing, Pipeline
 from pack.internvl_u.prompt import Tokenizer
-from pack.training import draw, edits, export, lessons, log, score, studies, tokenizer, understand, vae, words, world
+from pack.training import (
+    codec,
+    draw,
+    edits,
+    export,
+    lessons,
+    log,
+    score,
+    studies,
+    tokenizer,
+    understand,
+    vae,
+    words,
+    world,
+)
 
 CHOSEN = Path(__file__).parents[2] / "demo" / "internvl-u-nano"
 TOLERANCE = 2e-4
@@ -65,7 +79,7 @@ def test_what_does_not_fit_a_row_is_left_out_whole(words_of):
 
 @pytest.fixture(scope="module")
 def studio(model, words_of):
-    return studies.Studio(model, words_of, vae.new_model(0).eval())
+    return studies.Studio(model, words_of, codec.new_model(0).eval())
 
 
 def test_contexts_are_those_of_the_shipped_encoder(studio, model, words_of):
@@ -219,24 +233,24 @@ def test_previews_of_latents_show_the_mean_colours():
 
 
 def test_a_single_frame_goes_through_the_vae_as_through_diffusers():
-    coder = vae.new_model(1).eval()
+    coder = codec.new_model(1).eval()
     pictures = torch.rand(2, 3, 32, 48) * 2 - 1
     with torch.no_grad():
-        latents = vae.encode_flat(coder, pictures)
+        latents = codec.encode_flat(coder, pictures)
         expected = coder.encode(pictures[:, :, None]).latent_dist.mode()[:, :, 0]
         torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-3)
         drawn = coder.decode(expected[:, :, None], return_dict=False)[0][:, :, 0]
-        torch.testing.assert_close(vae.decode_flat(coder, latents).clamp(-1, 1), drawn, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(codec.decode_flat(coder, latents).clamp(-1, 1), drawn, atol=1e-4, rtol=1e-3)
 
 
 def test_folding_brings_latents_to_the_released_scale_and_changes_no_picture():
-    coder = vae.new_model(1).eval()
+    coder = codec.new_model(1).eval()
     pictures = torch.rand(1, 3, 32, 32) * 2 - 1
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (vae.LATENTS_MEAN, vae.LATENTS_STD))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (codec.LATENTS_MEAN, codec.LATENTS_STD))
     with torch.no_grad():
-        before = vae.encode_flat(coder, pictures)
-        drawn = vae.decode_flat(coder, before)
-        vae.fold(coder)
-        after = vae.encode_flat(coder, pictures)
+        before = codec.encode_flat(coder, pictures)
+        drawn = codec.decode_flat(coder, before)
+        codec.fold(coder)
+        after = codec.encode_flat(coder, pictures)
         torch.testing.assert_close((after - mean) / std, before, atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(vae.decode_flat(coder, after), drawn, atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(codec.decode_flat(coder, after), drawn, atol=1e-3, rtol=1e-2)

@@ -1,0 +1,80 @@
+"""The shipped graphs with values for the nano model. Data only, for make_workflows.py and make_wiring.py."""
+
+from graphs import COLUMNS
+
+MODEL = "internvl-u-nano"
+NOTE = """## {title}
+
+The **nano model** knows flat shapes only: circle, square, triangle, star, cross, ring in red, green, blue, yellow, \
+orange, purple, pink, cyan, on white, black, grey, brown, navy or beige, in English and a little Chinese. Pictures \
+have 64 to 128 pixels a side.
+
+{hint}
+
+With the released model take the workflow of the same name under **internvl-u**: it is the same graph.
+"""
+
+BEFORE, AFTER = {"image": "nano_before.png"}, {"image": "nano_after.png"}
+RIDDLE = {"value": "a shape with three sides in the colour of grass, the background like snow"}
+PROMPT = {"prompt": "a red circle to the left of a blue square"}
+
+VALUES = {
+    "load": {"model_name": MODEL},
+    "latent": {"preset": "custom", "width": 128, "height": 128},
+    "scale": {"largest_size": 128},
+    "image": BEFORE,
+    "image1": BEFORE,
+    "image2": AFTER,
+    # Around the left one of two things.
+    "rectangle": {"width": 30, "height": 48},
+    "mask": {"x": 1, "y": 8},
+}
+"""Values by node, in all graphs."""
+
+EDIT = "Try **make the background navy**, **remove the square**, **move the circle to the top**."
+THINK = "The thought names the plain scene: the picture is drawn from it, and would be another one without it."
+HINTS = {
+    "text_to_image": "Try **three pink stars on a navy background** or **a yellow ring in the top left corner**.",
+    "text_to_image_custom_sampling": "It draws what **text_to_image** draws, from separate parts.",
+    "text_to_image_ksampler": "ComfyUI's own sampler: near to what **text_to_image** draws.",
+    "edit": EDIT,
+    "masked_edit": f"Only what the rectangle covers may change. {EDIT}",
+    "picture_to_picture": "The prompt describes the new picture; a lower **denoise** keeps more of the old one.",
+    "think_then_draw": THINK,
+    "edit_the_thought_then_draw": f"Change the text in **Thought to draw from** and run again. {THINK}",
+    "think_then_edit": f"The thought tells what there is and what there will be. {EDIT}",
+    "ask_about_a_picture": "Try **where is the circle?**, **how many shapes are there?**, **which shape is blue?**",
+    "compare_two_pictures": "Try **is the background the same?** or **which has more shapes?**",
+    "draw_ask_draw_again": "The model describes its own picture, and draws the description.",
+}
+"""What each graph's note adds; there are nano graphs for these."""
+
+TEXTS = {
+    "text_to_image": {"encode": PROMPT},
+    "text_to_image_custom_sampling": {"encode": PROMPT},
+    "text_to_image_ksampler": {"encode": PROMPT},
+    "edit": {"encode": {"prompt": "make the circle green"}},
+    "masked_edit": {"encode": {"prompt": "make the circle green"}},
+    "picture_to_picture": {"encode": {"prompt": "a green circle to the left of an orange square"}},
+    "think_then_draw": {"prompt": RIDDLE},
+    "edit_the_thought_then_draw": {
+        "prompt": RIDDLE,
+        "thought": {"value": "So: an orange triangle on a navy background."},
+    },
+    "think_then_edit": {"prompt": {"value": "turn the square into a star"}},
+    "ask_about_a_picture": {"answer": {"question": "describe the picture."}},
+    "compare_two_pictures": {"answer": {"question": "what changed?"}},
+    "draw_ask_draw_again": {"encode": PROMPT, "answer": {"question": "describe the picture."}},
+}
+"""Values by graph and node."""
+
+
+def columns(name: str) -> list[list[tuple]]:
+    """Returns the columns of a graph with the nano model's values."""
+    values = {node: VALUES.get(node, {}) | TEXTS[name].get(node, {}) for column in COLUMNS[name] for node, *_ in column}
+    return [[(node, kind, given | values[node]) for node, kind, given in column] for column in COLUMNS[name]]
+
+
+def note(name: str) -> str:
+    """Returns what the graph's note says."""
+    return NOTE.format(title=name.replace("_", " ").capitalize(), hint=HINTS[name])

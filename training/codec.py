@@ -1,0 +1,155 @@
+"""The nano model's VAE: an AutoencoderKLQwenImage with narrow layers, run on single pictures and written to files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
+    QwenImageAttentionBlock,
+    QwenImageCausalConv3d,
+    QwenImageResample,
+    QwenImageResidualBlock,
+    QwenImageRMS_norm,
+)
+from safetensors.torch import save_file
+from torch import nn
+
+LATENTS = 16
+LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
+LATENTS_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
+LATENTS_STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916)
+"""Of the released VAE: the released pipeline, and ComfyUI, normalise latents with these numbers."""
+
+CONFIG = {
+    "attn_scales": [],
+    "base_dim": 8,
+    "dim_mult": [1, 2, 4, 4],
+    "dropout": 0.0,
+    "latents_mean": list(LATENTS_MEAN),
+    "latents_std": list(LATENTS_STD),
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+    "z_dim": LATENTS,
+}
+POSTERIOR_STD = 0.05
+"""What the encoder calls its own uncertainty, in normalised units: a constant, for those who sample from it."""
+
+
+def run_flat(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Returns what a part of diffusers' VAE makes of one frame, [B, C, H, W] in and out.
+
+    For one frame the causal convolutions see zeros for the past, so only the last slice of their kernels counts, and
+    the convolutions over time are skipped.
+    """
+    if isinstance(module, QwenImageCausalConv3d):
+        return F.conv2d(x, module.weight[:, :, -1], module.bias, padding=module.kernel_size[-1] // 2)
+    if isinstance(module, QwenImageRMS_norm):
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-12)
+        return (wide * inverse * module.gamma.view(1, -1, 1, 1)).to(x.dtype)
+    if isinstance(module, QwenImageResidualBlock):
+        h = run_flat(module.conv1, F.silu(run_flat(module.norm1, x)))
+        h = run_flat(module.conv2, F.silu(run_flat(module.norm2, h)))
+        return h + (run_flat(module.conv_shortcut, x) if module.in_dim != module.out_dim else x)
+    if isinstance(module, QwenImageResample):
+        down, conv = module.resample
+        up = module.mode.startswith("upsample")
+        return conv(F.interpolate(x, scale_factor=2.0, mode="nearest-exact") if up else down(x))
+    if isinstance(module, QwenImageAttentionBlock):
+        return attend_flat(module, x)
+    raise TypeError(type(module).__name__)
+
+
+def attend_flat(module: QwenImageAttentionBlock, x: torch.Tensor) -> torch.Tensor:
+    """Returns x with self-attention over all its places added, [B, C, H, W]."""
+    batch, channels, height, width = x.shape
+    qkv = module.to_qkv(run_flat(module.norm, x)).flatten(2).transpose(1, 2)[:, None]
+    mixed = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+    return x + module.proj(mixed[:, 0].transpose(1, 2).reshape(batch, channels, height, width))
+
+
+def run_middle(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Returns what the middle of the encoder or decoder makes of x, [B, C, H, W]."""
+    for part in (block.resnets[0], block.attentions[0], block.resnets[1]):
+        x = run_flat(part, x)
+    return x
+
+
+def encode_flat(model: AutoencoderKLQwenImage, pictures: torch.Tensor) -> torch.Tensor:
+    """Returns the mean latents [B, 16, h, w], not normalised, of pictures [B, 3, 8 h, 8 w] in [-1, 1]."""
+    encoder = model.encoder
+    x = run_flat(encoder.conv_in, pictures)
+    for block in encoder.down_blocks:
+        x = run_flat(block, x)
+    x = run_middle(encoder.mid_block, x)
+    x = run_flat(encoder.conv_out, F.silu(run_flat(encoder.norm_out, x)))
+    return run_flat(model.quant_conv, x)[:, :LATENTS].float()
+
+
+def decode_flat(model: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
+    """Returns pictures [B, 3, 8 h, 8 w], not clamped, from what `model.post_quant_conv` takes, [B, 16, h, w]."""
+    decoder = model.decoder
+    x = run_flat(decoder.conv_in, run_flat(model.post_quant_conv, latents))
+    x = run_middle(decoder.mid_block, x)
+    for block in decoder.up_blocks:
+        for part in (*block.resnets, *(block.upsamplers or ())):
+            x = run_flat(part, x)
+    return run_flat(decoder.conv_out, F.silu(run_flat(decoder.norm_out, x))).float()
+
+
+def new_model(seed: int) -> AutoencoderKLQwenImage:
+    """Returns a VAE with random weights, zero where a single frame never looks."""
+    torch.manual_seed(seed)
+    model = AutoencoderKLQwenImage.from_config(CONFIG)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 4 and name.endswith("weight"):
+            inputs = parameter.shape[1] * parameter.shape[-1] * parameter.shape[-2]
+            # Residual branches begin small, so that the twenty of them do not add up to a flood.
+            gain = 0.3 if name.endswith("conv2.weight") or "proj" in name else 1.0
+            nn.init.normal_(parameter, std=gain * inputs**-0.5)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    clear_unused(model)
+    return model
+
+
+@torch.no_grad()
+def clear_unused(model: AutoencoderKLQwenImage) -> None:
+    """Sets to zero the weights that only films need."""
+    for name, module in model.named_modules():
+        if isinstance(module, QwenImageCausalConv3d):
+            if "time_conv" in name:
+                module.weight.zero_()
+                module.bias.zero_()
+            else:
+                module.weight[:, :, :-1] = 0
+
+
+@torch.no_grad()
+def fold(model: AutoencoderKLQwenImage) -> None:
+    """Makes the encoder give latents that the released mean and spread normalise, and the decoder take them.
+
+    Before, the model works with normalised latents; what it makes of a picture does not change.
+    """
+    into, back = model.quant_conv, model.post_quant_conv
+    mean, std = torch.tensor(LATENTS_MEAN), torch.tensor(LATENTS_STD)
+    into.weight[:LATENTS] *= std.view(-1, 1, 1, 1, 1)
+    into.bias[:LATENTS] = into.bias[:LATENTS] * std + mean
+    into.weight[LATENTS:] = 0
+    into.bias[LATENTS:] = 2 * (POSTERIOR_STD * std).log()
+    back.weight /= std.view(1, -1, 1, 1, 1)
+    back.bias -= back.weight[:, :, -1, 0, 0] @ mean
+
+
+def publish(model: AutoencoderKLQwenImage, folder: Path, dtype: torch.dtype) -> None:
+    """Writes config.json and the weights of a folded model in the released layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"_class_name": "AutoencoderKLQwenImage", "_diffusers_version": "0.35.1", **CONFIG}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})

@@ -1,0 +1,80 @@
+"""Draws docs/nano.png, what the nano model draws, edits and thinks, and the pictures that its workflows begin with.
+
+python training/gallery.py [--model FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+
+from pack.internvl_u.pipeline import Drawing, Pipeline
+from pack.training import world
+from pack.training.world import Scene, Thing
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "demo" / "internvl-u-nano"
+SEED = 1234
+SIDE, GAP, COLUMNS, LINE, LINES = 128, 18, 5, 13, 5  # pixels, but for COLUMNS and LINES
+
+BEFORE = Scene(
+    128, 128, "white", (Thing("circle", "red", "medium", 0.27, 0.5), Thing("square", "blue", "medium", 0.73, 0.5))
+)
+AFTER = Scene(128, 128, "white", (Thing("circle", "green", "medium", 0.27, 0.5), BEFORE.things[1]))
+DRAWN = (
+    "a red circle to the left of a blue square",
+    "a yellow star above a purple ring on a navy background",
+    "three pink triangles on a brown background",
+    "a small cyan cross inside a large orange circle, grey background",
+    "黑色背景，一个粉色的星星",
+)
+EDITED = (
+    "make the circle green",
+    "replace the square with a star",
+    "remove the circle",
+    "add a small yellow ring at the top",
+    "make the background navy",
+)
+RIDDLES = (
+    "a shape with three sides in the colour of grass",
+    "what shines in the night sky, coloured like a lemon, the background like coal",
+    "what one wears on a finger in the colour of the sky at noon, as many as a bicycle has wheels",
+)
+
+
+def gallery(pipeline: Pipeline) -> Image.Image:
+    """Returns all pictures in rows, each over what was asked for."""
+    cells = [(pipeline.draw(Drawing(text, seed=SEED)), text) for text in DRAWN]
+    before = world.draw(BEFORE)
+    cells += [(pipeline.draw(Drawing(text, images=(before,), seed=SEED)), f"> {text}") for text in EDITED]
+    for text in RIDDLES:
+        thought = pipeline.think(Drawing(text, seed=SEED))
+        cells.append((pipeline.draw(Drawing(text, seed=SEED, thought=thought)), f"{text} ({thought})"))
+    rows = -(-len(cells) // COLUMNS)
+    cell = SIDE + GAP, SIDE + LINE * LINES + GAP
+    sheet = Image.new("RGB", (GAP + COLUMNS * cell[0], GAP + rows * cell[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (picture, text) in enumerate(cells):
+        x, y = GAP + i % COLUMNS * cell[0], GAP + i // COLUMNS * cell[1]
+        sheet.paste(picture.resize((SIDE, SIDE)), (x, y))
+        pen.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline="#cccccc")
+        pen.multiline_text((x, y + SIDE + 3), textwrap.fill(text, 24), fill="black", font=ImageFont.load_default(11))
+    return sheet
+
+
+def main() -> None:
+    """Writes the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder")
+    options = parser.parse_args()
+    inputs = ROOT / "demo" / "input"
+    inputs.mkdir(exist_ok=True)
+    world.draw(BEFORE).save(inputs / "nano_before.png")
+    world.draw(AFTER).save(inputs / "nano_after.png")
+    gallery(Pipeline(options.model)).save(ROOT / "docs" / "nano.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
