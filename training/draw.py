@@ -23,7 +23,7 @@ from pack.internvl_u.mmdit import MLP, MMDiT, time_embedding
 from pack.internvl_u.prompt import Tokenizer
 from pack.internvl_u.sampling import SHIFT, dual_guidance, flow_sigmas, sample, whole_timestep
 from pack.training import tokenizer, understand, world
-from pack.training.layouts import THINGS, grounds, shares
+from pack.training.layouts import THINGS, centres, grounds, shares
 from pack.training.log import Log, load_state, save_state
 from pack.training.optimiser import Averaged, optimisers, restore, set_rates, state_of
 from pack.training.studies import SIZES_ALL, SIZES_SMALL, Studio, Study
@@ -37,8 +37,8 @@ CONFIG = MMDiTConfig(
 ROOMS = {False: (32, 96, 192), True: (48, 96, 192)}
 """Lengths that contexts are filled up to, without and with a picture. Loads of all but the longest are compiled: each
 costs half a minute at first, and is four times as fast then."""
-TOLD_AFTER = 3
-"""Blocks after which the layout is told."""
+PLACED_AFTER, TOLD_AFTER = 1, 3
+"""Blocks after which each token tells where it lies itself, and what lies under it."""
 EVEN, ALONE = 0.3, 0.03
 """Shares of the samples whose times are uniform before the shift instead of logit-normal, and that are noise alone."""
 COLUMNS = ("step", "seconds", "loss", "layout", "drawn", "edited")
@@ -173,7 +173,7 @@ class _Even:
 def velocity(
     model: MMDiT, noisy: torch.Tensor, timestep: torch.Tensor, data: Load, run=run_block
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the velocity [B, 16, h, w], and the picture's tokens [B, N, D] in the middle of the transformer.
+    """Returns the velocity [B, 16, h, w], and the picture's tokens [2, B, N, D] early and midway in the transformer.
 
     The same arithmetic as `MMDiT.forward`, for contexts that are filled up.
     """
@@ -181,29 +181,38 @@ def velocity(
     picture = grid[0] * grid[1]
     text = model.txt_in(model.txt_norm(data.context.flatten(0, 1).to(noisy)))
     modulation = functional.silu(model.time_text_embed(time_embedding(timestep)))
-    rotary, last = (data.rotary_image, data.rotary_text), len(model.transformer_blocks) - 1
+    rotary, last, told = (data.rotary_image, data.rotary_text), len(model.transformer_blocks) - 1, []
     for i, block in enumerate(model.transformer_blocks):
         image, text = run(block, image, text, modulation, rotary, data.bias, picture if i == last else None)
-        if i + 1 == TOLD_AFTER:
-            middle = image[:, :picture]
-    return model.velocity(image, modulation, grid, noisy.shape[-2:]), middle
+        if i + 1 in (PLACED_AFTER, TOLD_AFTER):
+            told.append(image[:, :picture])
+    return model.velocity(image, modulation, grid, noisy.shape[-2:]), torch.stack(told)
 
 
 class Layout(nn.Module):
-    """What will lie under each token of the picture: shares of each shape and colour; only for training."""
+    """Where a token lies, and under it: shares of each shape and colour, and their centre; only for training."""
 
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.told = nn.Linear(width, THINGS + len(world.BACKGROUNDS))
+        self.centre = nn.Linear(width, 3)
+        self.place = nn.Linear(width, 2)
 
     def loss(self, tokens: torch.Tensor, scenes: Sequence[world.Scene]) -> torch.Tensor:
-        """Returns the loss of the picture's tokens [B, N, D] for the scenes that are drawn."""
-        told = self.told(self.norm(tokens.float()))
+        """Returns the loss of the picture's tokens [2, B, N, D], early and midway, for the scenes that are drawn."""
+        (early, tokens), rows, columns = self.norm(tokens.float()), scenes[0].height // 16, scenes[0].width // 16
+        # Attention is relative; with places of their own at hand, tokens soon find out where things are.
+        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(early)
+        lost = (self.place(early) - places).abs().mean()
+        told = self.told(tokens)
         things, ground = told.split((THINGS, len(world.BACKGROUNDS)), dim=-1)
-        wanted = shares(scenes, scenes[0].height // 16, scenes[0].width // 16).to(things)
+        wanted = shares(scenes, rows, columns).to(things)
         told_apart = functional.binary_cross_entropy_with_logits(things, wanted)
-        return 4 * told_apart + functional.cross_entropy(ground.mean(1), grounds(scenes).to(ground.device))
+        below = functional.cross_entropy(ground.mean(1), grounds(scenes).to(ground.device))
+        centre, asked = (tensor.to(things) for tensor in centres(scenes, rows, columns))
+        off = (self.centre(tokens) - centre).abs().mean(-1)
+        return 4 * told_apart + below + (off * asked).sum() / asked.sum().clamp(min=1) + lost
 
 
 class Stock:
@@ -318,9 +327,9 @@ def train(options: argparse.Namespace, rank: int = 0) -> MMDiT:
         whole = len(taken) == samples_of(shelf, options.tokens)
         run = fast if whole and shelf[-1] != ROOMS[shelf[-2]][-1] else run_block
         with torch.autocast(device.type, torch.bfloat16):
-            found, middle = velocity(model, noisy, timestep, data, run)
+            found, inner = velocity(model, noisy, timestep, data, run)
         loss = functional.mse_loss(found.float(), target)
-        told = layout.loss(middle, [study.scene for study in taken])
+        told = layout.loss(inner, [study.scene for study in taken])
         for stepper in steppers:
             stepper.zero_grad(set_to_none=True)
         (loss + 0.1 * told).backward()

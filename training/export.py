@@ -13,9 +13,10 @@ from pack.training import draw, tokenizer, understand
 from pack.training.log import load_state
 from safetensors.torch import save_file
 
-PICTURE = 128
-"""Width and height that are drawn where nobody says otherwise, and the longest side of a reference."""
-SMALLEST = 64
+DRAWN = 64
+"""Width and height that are drawn where nobody says otherwise."""
+SMALLEST, LARGEST = 64, 128
+"""Sides of square pictures with the least and the most pixels; references are brought into this range."""
 
 
 def averaged(file: Path, prefix: str = "average/model.") -> dict[str, torch.Tensor]:
@@ -135,8 +136,8 @@ def decoder_config() -> dict:
         "decoder_projector_type": "identity",
         "discrete_timestep": False,
         "flow_shift": 3.0,
-        "gen_image_height": PICTURE,
-        "gen_image_width": PICTURE,
+        "gen_image_height": DRAWN,
+        "gen_image_width": DRAWN,
         "input_hidden_size": config.context_width,
         "is_composition": False,
         "logit_mean": 0.0,
@@ -235,8 +236,8 @@ PROCESSOR = {
         "image_std": [0.5, 0.5, 0.5],
         "do_convert_rgb": True,
         "min_dynamic_patch": (SMALLEST // 8) ** 2,
-        "max_dynamic_patch": (PICTURE // 8) ** 2,
-        "max_length": PICTURE,
+        "max_dynamic_patch": (LARGEST // 8) ** 2,
+        "max_length": LARGEST,
         "vae_downsample_factor": 8,
         "temporal_patch_size": 1,
         "gen_down_sample_ratio": 0.5,

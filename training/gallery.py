@@ -20,15 +20,15 @@ SEED = 1234
 SIDE, GAP, COLUMNS, LINE, LINES = 128, 18, 5, 13, 5  # pixels, but for COLUMNS and LINES
 
 BEFORE = Scene(
-    128, 128, "white", (Thing("circle", "red", "medium", 0.27, 0.5), Thing("square", "blue", "medium", 0.73, 0.5))
+    64, 64, "white", (Thing("circle", "red", "medium", 0.27, 0.5), Thing("square", "blue", "medium", 0.73, 0.5))
 )
-AFTER = Scene(128, 128, "white", (Thing("circle", "green", "medium", 0.27, 0.5), BEFORE.things[1]))
+AFTER = Scene(64, 64, "white", (Thing("circle", "green", "medium", 0.27, 0.5), BEFORE.things[1]))
 DRAWN = (
     "a red circle to the left of a blue square",
     "a yellow star above a purple ring on a navy background",
     "three pink triangles on a brown background",
     "a small cyan cross inside a large orange circle, grey background",
-    "黑色背景，一个粉色的星星",
+    "a large green square in the bottom left corner",
 )
 EDITED = (
     "make the circle green",
@@ -58,7 +58,7 @@ def gallery(pipeline: Pipeline) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for i, (picture, text) in enumerate(cells):
         x, y = GAP + i % COLUMNS * cell[0], GAP + i // COLUMNS * cell[1]
-        sheet.paste(picture.resize((SIDE, SIDE)), (x, y))
+        sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
         pen.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline="#cccccc")
         pen.multiline_text((x, y + SIDE + 3), textwrap.fill(text, 24), fill="black", font=ImageFont.load_default(11))
     return sheet

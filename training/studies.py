@@ -28,7 +28,7 @@ DROP = 0.1
 """Share of samples that learn the unconditional prompt; of those with a picture, as many learn the partial prompt."""
 EDITS = 0.4
 ROW = 288
-SIZES_SMALL = dict.fromkeys(world.PICTURES, 0.5) | {(64, 64): 12, (128, 128): 1}
+SIZES_SMALL = {(64, 64): 1}
 SIZES_ALL = dict.fromkeys(world.PICTURES, 1) | {(64, 64): 6, (96, 96): 2, (128, 128): 6}
 
 

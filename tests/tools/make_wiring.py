@@ -13,7 +13,7 @@ import shutil
 from make_workflows import ROOT, build, open_page, thumbnail
 from playwright.sync_api import sync_playwright
 
-WIDTH, QUALITY = 800, 0.8  # pixels, JPEG: each file stays below 60 kB
+WIDTH, QUALITY = 800, 80  # pixels, JPEG: each file stays below 60 kB
 
 # Node type: the workflow, and the nodes of it that are shown.
 PARTS = {
@@ -56,7 +56,7 @@ def main() -> None:
         for node, (workflow, names) in PARTS.items():
             build(page, workflow, names.split(), SIZES, nano=True)
             page.evaluate(MARK, node)
-            (ROOT / "web" / "docs" / f"{node}.jpg").write_bytes(thumbnail(page, WIDTH, QUALITY))
+            thumbnail(page, ROOT / "web" / "docs" / f"{node}.jpg", WIDTH, QUALITY)
         browser.close()
 
 

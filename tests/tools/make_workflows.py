@@ -11,7 +11,7 @@ all later ones can open the files, started with `python dev.py ui`.
 from __future__ import annotations
 
 import argparse
-import base64
+import io
 import json
 import re
 import shutil
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import nano_graphs
 from graphs import COLUMNS, LINKS, NOTES, SIZES, TITLES
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,21 +86,11 @@ async ({margin, title}) => {
 }
 """
 
-SHRINK = """
-async ([png, width, quality]) => {
-  const picture = await createImageBitmap(await (await fetch('data:image/png;base64,' + png)).blob());
-  const height = Math.round(picture.height * width / picture.width);
-  const small = await createImageBitmap(picture, {resizeWidth: width, resizeHeight: height, resizeQuality: 'high'});
-  const canvas = Object.assign(document.createElement('canvas'), {width, height});
-  canvas.getContext('2d').drawImage(small, 0, 0);
-  return canvas.toDataURL('image/jpeg', quality).split(',')[1];
-}
-"""
-
 
 def open_page(browser, url: str) -> Page:
     """Returns a page with an empty graph and nothing around it."""
     page = browser.new_page(viewport={"width": 2800, "height": 1400})
+    page.set_default_timeout(120_000)
     page.goto(url)
     page.wait_for_function("!!window.app?.extensionManager && !!window.LiteGraph?.registered_node_types.MarkdownNote")
     page.wait_for_function("!!LiteGraph.registered_node_types.InternVLU_LoadModel")
@@ -148,23 +139,24 @@ def finish(workflow: dict, name: str, versions: dict[str, str]) -> dict:
     return workflow | {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{name}")), "revision": 0, "extra": extra}
 
 
-def run(page: Page, timeout: float = 60_000) -> None:
+def run(page: Page) -> None:
     """Runs the graph in the page and returns when its results are on the nodes."""
-    done = (
-        "api.getHistory(1).then(all => (all.History ?? all)[0]?.status?.completed && (all.History ?? all)[0].prompt[1])"
+    number = page.evaluate(
+        "app.graphToPrompt().then(made => app.api.queuePrompt(0, made)).then(told => told.prompt_id)"
     )
-    before = page.evaluate("async () => { window.api = app.api; return await " + done + " }")
-    page.evaluate("app.queuePrompt(0)")
-    page.wait_for_function(f"before => {done}.then(id => id && id !== before)", arg=before, timeout=timeout)
+    done = "id => fetch('/history/' + id).then(told => told.json()).then(all => all[id]?.status.completed)"
+    page.wait_for_function(done, arg=number)
     page.wait_for_function(SHOWN)
     page.wait_for_timeout(500)  # texts are put on nodes after that
 
 
-def thumbnail(page: Page, width: int = THUMBNAIL_WIDTH, quality: float = 0.9) -> bytes:
-    """Returns a JPEG of the graph, at most `width` pixels wide."""
+def thumbnail(page: Page, file: Path, width: int = THUMBNAIL_WIDTH, quality: int = 90) -> None:
+    """Writes a JPEG of the graph, at most `width` pixels wide."""
     area = page.evaluate(SHOW, {"margin": MARGIN, "title": TITLE})
-    png = base64.b64encode(page.screenshot(clip=area)).decode()
-    return base64.b64decode(page.evaluate(SHRINK, [png, min(width, int(area["width"])), quality]))
+    with Image.open(io.BytesIO(page.screenshot(clip=area))) as picture:
+        width = min(width, picture.width)
+        small = picture.convert("RGB").resize((width, round(picture.height * width / picture.width)), Image.LANCZOS)
+        small.save(file, quality=quality, optimize=True)
 
 
 def made(page: Page) -> tuple[dict, dict]:
@@ -202,7 +194,7 @@ def main() -> None:
                 workflow = finish(made(page)[0], f"nano/{name}", {PACK: ours, "comfy-core": core})
                 write_json(ROOT / "demo" / "workflows" / f"{name}.json", workflow)
                 run(page)
-            (ROOT / "workflows" / f"{name}.jpg").write_bytes(thumbnail(page))
+            thumbnail(page, ROOT / "workflows" / f"{name}.jpg")
         browser.close()
 
 

@@ -7,7 +7,7 @@ NOTE = """## {title}
 
 The **nano model** knows flat shapes only: circle, square, triangle, star, cross, ring in red, green, blue, yellow, \
 orange, purple, pink, cyan, on white, black, grey, brown, navy or beige, in English and a little Chinese. Pictures \
-have 64 to 128 pixels a side.
+have 64 pixels a side, up to 128 in edits.
 
 {hint}
 
@@ -20,8 +20,8 @@ PROMPT = {"prompt": "a red circle to the left of a blue square"}
 
 VALUES = {
     "load": {"model_name": MODEL},
-    "latent": {"preset": "custom", "width": 128, "height": 128},
-    "scale": {"largest_size": 128},
+    "latent": {"preset": "custom", "width": 64, "height": 64},
+    "scale": {"largest_size": 64},
     "image": BEFORE,
     "image1": BEFORE,
     "image2": AFTER,
