@@ -14,7 +14,7 @@ from pack.training import judge
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 60_000  # ms
-IS_OPEN = "app?.extensionManager?.workflow?.activeWorkflow?.filename?.startsWith('text_to_image')"
+IS_OPEN = "window.app?.extensionManager?.workflow?.activeWorkflow?.filename?.startsWith('text_to_image')"
 CHOSEN = "app.graph.nodes.find(node => node.type === 'InternVLU_LoadModel').widgets[0].value"
 
 

@@ -215,7 +215,7 @@ def test_what_is_exported_opens_and_draws(tmp_path, words_of, model):
     export.export(tmp_path / "work", out)
     pipeline = Pipeline(out)
     picture = pipeline.draw(Drawing("a red circle", steps=1))
-    assert picture.size == (export.PICTURE, export.PICTURE)
+    assert picture.size == (export.DRAWN, export.DRAWN)
     edited = pipeline.draw(Drawing("make it blue", steps=1, images=(Image.new("RGB", (96, 64)),)))
     assert edited.size == (96, 64)
     for file in (folder.parent / "processor").iterdir():
