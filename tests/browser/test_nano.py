@@ -51,7 +51,8 @@ def test_the_first_workflow_is_open_and_runs(dev, page):
     assert judge.read(Image.open(file)).background == "white"
 
 
-def test_the_templates_are_the_nano_workflows_with_their_cards_and_pictures(dev):
+def test_the_templates_are_the_nano_workflows_with_their_cards_and_pictures(dev, comfyui):
+    dev.prepare_base(comfyui)
     templates = dev.BASE / "custom_nodes" / dev.NANO / "example_workflows"
     names = {file.stem for file in templates.glob("*.json")}
     assert "text_to_image" in names and names == {file.stem for file in templates.glob("*.jpg")}
