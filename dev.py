@@ -42,9 +42,10 @@ SETUP_LOG = DEV / "setup.log"
 SERVER_LOG = DEV / "server.log"
 RUN_LOG = DEV / "run.log"
 REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "requirements-dev.txt")
-DRAW, ASK = (ROOT / "workflows" / f"{name}.json" for name in ("text_to_image", "ask_about_a_picture"))
 NANO = "internvl-u-nano"
 NANO_MODEL = ROOT / "demo" / NANO
+NANO_WORKFLOWS = ROOT / "demo" / "workflows"
+DRAW, ASK = (NANO_WORKFLOWS / f"{name}.json" for name in ("text_to_image", "ask_about_a_picture"))
 
 WINDOWS = os.name == "nt"
 PYTHON = VENV / ("Scripts/python.exe" if WINDOWS else "bin/python")
@@ -268,7 +269,7 @@ def put_templates(pack: Path) -> None:
     templates = pack / "example_workflows"
     templates.mkdir(parents=True)
     (pack / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n", encoding="utf-8")
-    for workflow in (ROOT / "demo" / "workflows").glob("*.json"):
+    for workflow in NANO_WORKFLOWS.glob("*.json"):
         shutil.copyfile(workflow, templates / workflow.name)
         card = ROOT / "workflows" / f"{workflow.stem}.jpg"
         if card.is_file():
@@ -384,8 +385,8 @@ def find_node(workflow: dict, node_type: str, file: Path) -> dict:
     return nodes[0]
 
 
-def shipped_workflow(file: Path, schemas: dict, changes: dict[str, dict]) -> dict:
-    """Return a shipped workflow with the widgets of its nodes changed: values by widget by node type."""
+def filled_workflow(file: Path, schemas: dict, changes: dict[str, dict]) -> dict:
+    """Return a workflow of the repository with the widgets of its nodes changed: values by widget by node type."""
     if not file.is_file():
         raise DevError(f"found no workflow in {file}. It belongs to the repository: check it out again.")
     workflow = json.loads(file.read_text(encoding="utf-8"))
@@ -399,25 +400,23 @@ def shipped_workflow(file: Path, schemas: dict, changes: dict[str, dict]) -> dic
 
 
 def drawing_workflow(args: argparse.Namespace, schemas: dict) -> dict:
-    """Return the shipped text-to-image workflow with the demo's values put in."""
+    """Return the nano model's text-to-image workflow with the demo's values put in."""
     changes = {
-        "InternVLU_LoadModel": {"model_name": NANO},
         "InternVLU_EncodePrompt": {"prompt": args.prompt},
-        "InternVLU_CreateLatent": {"preset": "custom", "width": args.width, "height": args.height},
+        "InternVLU_CreateLatent": {"width": args.width, "height": args.height},
         "InternVLU_SampleLatent": {"seed": args.seed, "steps": args.steps},
         "SaveImage": {"filename_prefix": "demo"},
     }
-    return shipped_workflow(DRAW, schemas, changes)
+    return filled_workflow(DRAW, schemas, changes)
 
 
 def asking_workflow(question: str, picture: Path, schemas: dict) -> dict:
-    """Return the shipped workflow for questions, about a picture in ComfyUI's input folder."""
+    """Return the nano model's workflow for questions, about a picture in ComfyUI's input folder."""
     changes = {
-        "InternVLU_LoadModel": {"model_name": NANO},
         "LoadImage": {"image": picture.name},
         "InternVLU_AnswerQuestion": {"question": question},
     }
-    return shipped_workflow(ASK, schemas, changes)
+    return filled_workflow(ASK, schemas, changes)
 
 
 def run_workflow(workflow: dict, server: Child, port: int) -> dict:

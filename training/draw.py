@@ -1,7 +1,7 @@
 """Stage 3: the transformer learns to draw and to edit, by flow matching on the frozen VAE's latents.
 
-Times are mostly logit-normal, and shifted by 3, as the model is sampled. Beside the velocity, a linear head that is
-not kept tells from the middle of the transformer what will lie under each token: composing begins sooner with it.
+Times are mostly logit-normal, and shifted by 3, as the model is sampled. Beside the velocity, linear heads that are
+not kept tell from inside the transformer where each token lies and what will lie under it: composing begins sooner.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLQwenImage
 from pack.internvl_u.config import MMDiTConfig
 from pack.internvl_u.mmdit import MLP, MMDiT, time_embedding
 from pack.internvl_u.prompt import Tokenizer
-from pack.internvl_u.sampling import SHIFT, dual_guidance, flow_sigmas, sample, whole_timestep
+from pack.internvl_u.sampling import SHIFT, whole_timestep
 from pack.training import tokenizer, understand, world
 from pack.training.layouts import THINGS, centres, grounds, shares
 from pack.training.log import Log, load_state, save_state
@@ -41,7 +41,7 @@ PLACED_AFTER, TOLD_AFTER = 1, 3
 """Blocks after which each token tells where it lies itself, and what lies under it."""
 EVEN, ALONE = 0.3, 0.03
 """Shares of the samples whose times are uniform before the shift instead of logit-normal, and that are noise alone."""
-COLUMNS = ("step", "seconds", "loss", "layout", "drawn", "edited")
+COLUMNS = ("step", "seconds", "loss", "layout")
 
 
 def new_model(seed: int = 0) -> MMDiT:
@@ -270,25 +270,6 @@ def noised(latents: torch.Tensor, generator: torch.Generator) -> tuple[torch.Ten
     return (1 - part) * latents + part * noise, whole_timestep(level), noise - latents
 
 
-@torch.no_grad()
-def draw_load(
-    model: MMDiT, data: Load, others: Sequence[Load], scales: tuple[float, float], seed: int, steps: int = 20
-) -> torch.Tensor:
-    """Returns latents drawn as the pipeline draws them, for many samples at once.
-
-    `others` are the loads of the partial and of the unconditional prompt, or of the latter alone.
-    """
-    noise = torch.randn(data.latents.shape, generator=torch.Generator().manual_seed(seed))
-
-    def denoise(latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        time = whole_timestep(sigma).expand(len(latent))
-        found = [velocity(model, latent, time, one)[0].float() for one in (data, *others)]
-        guided = dual_guidance(found[0], found[1], found[-1], *scales, time)
-        return latent - sigma * guided
-
-    return sample(denoise, noise, flow_sigmas(steps))
-
-
 def train(options: argparse.Namespace, rank: int = 0) -> MMDiT:
     """Trains, going on from the work folder where it was left, and returns the averaged model."""
     studio = make_studio(options.work, options.tokenizer, options.vae, torch.device(options.device))
@@ -378,7 +359,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--tokens", type=int, default=6144, help="tokens a step, about")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--small", type=float, default=0.6, help="share of the steps with mostly small pictures")
+    parser.add_argument("--small", type=float, default=0.6, help="share of the steps with pictures of 64 x 64 alone")
     parser.add_argument("--stock", type=int, default=16384, help="samples in store")
     parser.add_argument("--every", type=int, default=10, help="steps between new samples")
     parser.add_argument("--fresh", type=int, default=160, help="new samples each time")

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from pack.internvl_u.pipeline import Drawing, Pipeline
 from pack.training import world
+from pack.training.score import MODEL, ROOT
 from pack.training.world import Scene, Thing
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "demo" / "internvl-u-nano"
 SEED = 1234
 SIDE, GAP, COLUMNS, LINE, LINES = 128, 18, 5, 13, 5  # pixels, but for COLUMNS and LINES
 

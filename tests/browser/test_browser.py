@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
-if not CHROMIUM:
-    pytest.skip(f"no browser: none of {', '.join(BROWSERS)} found, CHROMIUM_PATH not set", allow_module_level=True)
 
 PACK = "internvl-u"  # the pack's folder in custom_nodes
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,14 +36,6 @@ WRITTEN = """() => {
   const preview = app.graph.nodes.find(node => node.type === 'PreviewAny').widgets;
   return preview.some(widget => widget.value === answer) && answer;
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,36 +1,14 @@
 """The shipped workflows with the nano model, in a running ComfyUI: what is said is judged by its meaning."""
 
-import json
-from pathlib import Path
-
 import pytest
 from pack.training import world
 from pack.training.world import Scene, Thing
 
-WORKFLOWS = Path(__file__).parent.parent / "workflows"
 MODEL = "internvl-u-nano"
 SIDE = 128
 BEFORE = Scene(
     SIDE, SIDE, "white", (Thing("circle", "red", "medium", 0.27, 0.5), Thing("square", "blue", "medium", 0.73, 0.5))
 )
-
-
-@pytest.fixture
-def nano_graph(server):
-    """Reads a shipped workflow in API format, for the nano model; `values` are put in wherever they are no link."""
-
-    def make(name, **values):
-        graph = json.loads((WORKFLOWS / f"{name}.api.json").read_text(encoding="utf-8"))
-        values = {"model_name": MODEL, "preset": "custom", "width": SIDE, "height": SIDE} | values
-        for node in graph.values():
-            if node["class_type"] == "InternVLU_DecodeLatent":
-                continue
-            for key, value in values.items():
-                if key in node["inputs"] and not isinstance(node["inputs"][key], list):
-                    node["inputs"][key] = value
-        return graph
-
-    return make
 
 
 @pytest.fixture
@@ -61,13 +39,15 @@ def said(server, graph):
         ("what is to the left of the square?", "The red circle"),
     ],
 )
-def test_a_question_about_a_picture_is_answered(server, nano_graph, put_picture, question, answer):
-    graph = nano_graph("ask_about_a_picture", question=question, image=put_picture(BEFORE, "before.png"))
+def test_a_question_about_a_picture_is_answered(server, shipped_graph, put_picture, question, answer):
+    graph = shipped_graph(
+        "ask_about_a_picture", model_name=MODEL, question=question, image=put_picture(BEFORE, "before.png")
+    )
     assert said(server, graph) == answer
 
 
-def test_two_pictures_are_compared(server, nano_graph, put_picture):
-    graph = nano_graph("compare_two_pictures", question="what changed?")
+def test_two_pictures_are_compared(server, shipped_graph, put_picture):
+    graph = shipped_graph("compare_two_pictures", model_name=MODEL, question="what changed?")
     first, second = (name for name, node in graph.items() if node["class_type"] == "LoadImage")
     graph[first]["inputs"]["image"] = put_picture(BEFORE, "before.png")
     after = Scene(SIDE, SIDE, "navy", BEFORE.things)

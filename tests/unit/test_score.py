@@ -1,7 +1,5 @@
 """The nano model's scores, on a few cases of each task: well below what `training/score.py` finds with many."""
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("diffusers")
@@ -9,14 +7,13 @@ pytest.importorskip("scipy")
 
 from pack.training import score
 
-MODEL = Path(__file__).parents[2] / "demo" / "internvl-u-nano"
 COUNT = 40
 LEAST = {"question, one picture": 0.85, "question, two pictures": 0.75}
 
 
 @pytest.mark.parametrize("task", LEAST)
 def test_the_nano_model_is_as_good_as_it_says(task):
-    outcomes = score.score(MODEL, [task], COUNT, workers=1)[task]
+    outcomes = score.score(score.MODEL, [task], COUNT, workers=1)[task]
     wrong = [outcome for outcome in outcomes if not outcome.right]
     assert score.share(outcomes) >= LEAST[task], wrong
 
