@@ -199,9 +199,9 @@ class Layout(nn.Module):
         self.centre = nn.Linear(width, 3)
         self.place = nn.Linear(width, 2)
 
-    def loss(self, tokens: torch.Tensor, scenes: Sequence[world.Scene]) -> torch.Tensor:
-        """Returns the loss of the picture's tokens [2, B, N, D], early and midway, for the scenes that are drawn."""
-        (early, tokens), rows, columns = self.norm(tokens.float()), scenes[0].height // 16, scenes[0].width // 16
+    def loss(self, tokens: torch.Tensor, scenes: Sequence[world.Scene], grid: tuple[int, int]) -> torch.Tensor:
+        """Returns the loss of the picture's tokens [2, B, rows * columns, D], early and midway, for what is drawn."""
+        (early, tokens), (rows, columns) = self.norm(tokens.float()), grid
         # Attention is relative; with places of their own at hand, tokens soon find out where things are.
         places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(early)
         lost = (self.place(early) - places).abs().mean()
@@ -310,7 +310,8 @@ def train(options: argparse.Namespace, rank: int = 0) -> MMDiT:
         with torch.autocast(device.type, torch.bfloat16):
             found, inner = velocity(model, noisy, timestep, data, run)
         loss = functional.mse_loss(found.float(), target)
-        told = layout.loss(inner, [study.scene for study in taken])
+        rows, columns = (side // CONFIG.patch_size for side in data.latents.shape[-2:])
+        told = layout.loss(inner, [study.scene for study in taken], (rows, columns))
         for stepper in steppers:
             stepper.zero_grad(set_to_none=True)
         (loss + 0.1 * told).backward()

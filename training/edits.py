@@ -110,15 +110,15 @@ def _remove(rng: random.Random, scene: Scene) -> Edit | None:
 
 
 def _placed(scene: Scene, thing: Thing, goal: str) -> Thing:
-    """Returns the thing at a goal of the picture, as near to the edge as it may lie."""
+    """Returns the thing at a goal of the picture, as near to the edge as the grid allows."""
     short = min(scene.width, scene.height)
     place = {}
     for axis, side, extent, wish in zip(
         ("x", "y"), (scene.width, scene.height), thing.extent(), GOALS[goal], strict=True
     ):
-        margin = (extent / 2 + 2 * world.EDGE) * short / side
+        places = world.grid(side / short, extent / 2 + world.EDGE)
         if wish is not None:
-            place[axis] = margin + wish * (1 - 2 * margin)
+            place[axis] = min(places, key=lambda there: abs(there - wish))
     return replace(thing, **place)
 
 

@@ -11,12 +11,11 @@ import torch
 from pack.internvl_u.prompt import Tokenizer
 from pack.training import draw, tokenizer, understand
 from pack.training.log import load_state
+from pack.training.studies import DRAWN
 from safetensors.torch import save_file
 
-DRAWN = 64
+SIDE = 64
 """Width and height that are drawn where nobody says otherwise."""
-SMALLEST, LARGEST = 64, 128
-"""Sides of square pictures with the least and the most pixels; references are brought into this range."""
 
 
 def averaged(file: Path, prefix: str = "average/model.") -> dict[str, torch.Tensor]:
@@ -136,8 +135,8 @@ def decoder_config() -> dict:
         "decoder_projector_type": "identity",
         "discrete_timestep": False,
         "flow_shift": 3.0,
-        "gen_image_height": DRAWN,
-        "gen_image_width": DRAWN,
+        "gen_image_height": SIDE,
+        "gen_image_width": SIDE,
         "input_hidden_size": config.context_width,
         "is_composition": False,
         "logit_mean": 0.0,
@@ -235,9 +234,9 @@ PROCESSOR = {
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
         "do_convert_rgb": True,
-        "min_dynamic_patch": (SMALLEST // 8) ** 2,
-        "max_dynamic_patch": (LARGEST // 8) ** 2,
-        "max_length": LARGEST,
+        "min_dynamic_patch": DRAWN.smallest_area // 8**2,
+        "max_dynamic_patch": DRAWN.largest_area // 8**2,
+        "max_length": DRAWN.longest_side,
         "vae_downsample_factor": 8,
         "temporal_patch_size": 1,
         "gen_down_sample_ratio": 0.5,

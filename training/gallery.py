@@ -19,9 +19,9 @@ SEED = 1234
 SIDE, GAP, COLUMNS, LINE, LINES = 128, 18, 5, 13, 5  # pixels, but for COLUMNS and LINES
 
 BEFORE = Scene(
-    64, 64, "white", (Thing("circle", "red", "medium", 0.27, 0.5), Thing("square", "blue", "medium", 0.73, 0.5))
+    64, 64, "white", (Thing("circle", "red", "medium", 0.25, 0.5), Thing("square", "blue", "medium", 0.75, 0.5))
 )
-AFTER = Scene(64, 64, "white", (Thing("circle", "green", "medium", 0.27, 0.5), BEFORE.things[1]))
+AFTER = Scene(64, 64, "white", (Thing("circle", "green", "medium", 0.25, 0.5), BEFORE.things[1]))
 DRAWN = (
     "a red circle to the left of a blue square",
     "a yellow star above a purple ring on a navy background",

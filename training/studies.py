@@ -9,11 +9,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy
 import torch
 from diffusers import AutoencoderKLQwenImage
 from pack.internvl_u import prompt
 from pack.internvl_u.mllm import MLLM
+from pack.internvl_u.picture import ReferenceSizes, reference_pixels
 from pack.internvl_u.positions import Layout
 from pack.internvl_u.prompt import TokenIds, Tokenizer
 from pack.training import edits, riddles, words, world
@@ -21,15 +21,18 @@ from pack.training.codec import LATENTS_MEAN, LATENTS_STD, encode_flat
 from pack.training.lessons import Ending, Lesson, batch
 from pack.training.understand import IMAGE, attention_bias, embedded, special_rows
 from pack.training.world import Scene
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DROP = 0.1
 """Share of samples that learn the unconditional prompt; of those with a picture, as many learn the partial prompt."""
 EDITS = 0.4
 ROW = 288
-SIZES_SMALL = {(64, 64): 1}
-SIZES_ALL = dict.fromkeys(world.PICTURES, 1) | {(64, 64): 6, (96, 96): 2, (128, 128): 6}
+LOOSE = 0.25
+"""Share of the pictures to edit that have their things off the grid."""
+DRAWN = ReferenceSizes(smallest_area=64 * 64, largest_area=64 * 96, longest_side=128)
+"""What the transformer draws: pictures of other sizes are scaled."""
+SIZES_SMALL = {size: 1 for size in world.PICTURES if DRAWN.fit(*size) == (64, 64)}
+SIZES_ALL = dict.fromkeys(world.PICTURES, 1) | {(64, 64): 4}
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Studio:
 
     def _edits(self, rng: random.Random, size: tuple[int, int]) -> list[Plan]:
         """Some samples of editing the same picture."""
-        scene = world.any_scene(rng, size)
+        scene = world.any_scene(rng, size, LOOSE)
         plans = []
         for edit in edits.edits_of(rng, scene)[:3]:
             thought = edits.thought(edit) if rng.random() < 0.2 else ""
@@ -166,16 +169,16 @@ class Studio:
         return torch.cat([states[-1], states[-2]], dim=-1).bfloat16()
 
     def latents(self, scenes: Sequence[Scene]) -> list[torch.Tensor]:
-        """Returns the normalised latents [16, h, w] of the scenes' pictures."""
+        """Returns the normalised latents [16, h, w] of the scenes' pictures at the sizes of `DRAWN`."""
         result: list[torch.Tensor | None] = [None] * len(scenes)
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, scene in enumerate(scenes):
-            by_size.setdefault((scene.width, scene.height), []).append(i)
+            by_size.setdefault(DRAWN.fit(scene.width, scene.height), []).append(i)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (LATENTS_MEAN, LATENTS_STD))
         for places in by_size.values():
             for first in range(0, len(places), 32):
                 some = places[first : first + 32]
-                pictures = torch.stack([_pixels(world.draw(scenes[i])) for i in some])
+                pictures = torch.cat([reference_pixels(world.draw(scenes[i]), DRAWN) for i in some])
                 with torch.autocast(self.device.type, torch.bfloat16):
                     coded = encode_flat(self.coder, pictures.to(self.device)).cpu()
                 for i, latent in zip(some, (coded - mean) / std, strict=True):
@@ -185,7 +188,3 @@ class Studio:
 
 def _cut(ids: TokenIds) -> int:
     return ids.pictures[-1].stop + 1 if ids.pictures else ids.user
-
-
-def _pixels(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 127.5 - 1

@@ -1,7 +1,8 @@
 """A small world of flat shapes: scenes, how they are drawn, and how they are made up from a seed.
 
 A scene is one to three things on a plain background. Lengths are fractions: positions of the picture's width and
-height, sizes of its shorter side, so that one scene can be drawn at any size.
+height, sizes of its shorter side, so that one scene can be drawn at any size. Things are put on a grid: few places are
+soon learnt, and cover a picture as well as all do.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ RING_HOLE = 0.52
 STAR_WAIST = 0.42
 GAP = 0.06  # between things, of the shorter side
 EDGE = 0.03  # between things and the picture's edge
+GRID = 1 / 8  # between the places that things are put on, of the shorter side
+CLEAR = 1.49  # offset in a direction by that across it, for a relation; three steps of the grid by two are enough
 SUPERSAMPLING = 4
 
 
@@ -166,10 +169,10 @@ def relation(scene: Scene, one: Thing, other: Thing) -> str | None:
     a, b = scene.box(one), scene.box(other)
     across, down = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
     if a[2] <= b[0] or b[2] <= a[0]:
-        if abs(across) >= 1.5 * abs(down):
+        if abs(across) >= CLEAR * abs(down):
             return "left" if across < 0 else "right"
     if a[3] <= b[1] or b[3] <= a[1]:
-        if abs(down) >= 1.5 * abs(across):
+        if abs(down) >= CLEAR * abs(across):
             return "above" if down < 0 else "below"
     return None
 
@@ -204,17 +207,38 @@ def random_thing(rng: random.Random, sizes: tuple[str, ...] = ("small", "medium"
 
 
 def put(rng: random.Random, scene: Scene, thing: Thing, tries: int = 60) -> Scene | None:
-    """Returns the scene with `thing` added at a random free place, or None where none was found."""
+    """Returns the scene with `thing` added at a random free place of the grid, or None where none was found."""
     short = min(scene.width, scene.height)
-    half_width, half_height = (side / 2 for side in thing.extent())
-    margin_x = (half_width + EDGE + 0.001) * short / scene.width
-    margin_y = (half_height + EDGE + 0.001) * short / scene.height
+    across, down = (
+        grid(side / short, extent / 2 + EDGE)
+        for side, extent in zip((scene.width, scene.height), thing.extent(), strict=True)
+    )
     for _ in range(tries):
-        x, y = rng.uniform(margin_x, 1 - margin_x), rng.uniform(margin_y, 1 - margin_y)
-        placed = replace(scene, things=(*scene.things, replace(thing, x=x, y=y)))
+        placed = replace(scene, things=(*scene.things, replace(thing, x=rng.choice(across), y=rng.choice(down))))
         if all(apart(placed, placed.things[-1], other) for other in scene.things):
             return placed
     return None
+
+
+def grid(side: float, margin: float) -> list[float]:
+    """Returns the grid's places, in 0..1, along a side at least `margin` from its ends, both of the shorter side."""
+    places = (GRID * i for i in range(round(side / GRID) + 1))
+    return [place / side for place in places if margin < place < side - margin]
+
+
+def loosened(rng: random.Random, scene: Scene) -> Scene:
+    """Returns the scene with its things off the grid, each by up to half a step, where they still fit."""
+    short = min(scene.width, scene.height)
+    together = any(not apart(scene, one, other, 0.0) for one in scene.things for other in scene.things if one != other)
+    for _ in range(8):
+        moves = [(rng.uniform(-GRID, GRID) / 2, rng.uniform(-GRID, GRID) / 2) for _ in scene.things]
+        things = tuple(
+            replace(thing, x=thing.x + across * short / scene.width, y=thing.y + down * short / scene.height)
+            for thing, (across, down) in zip(scene.things, moves[:1] * len(moves) if together else moves, strict=True)
+        )
+        if fits(moved := replace(scene, things=things)):
+            return moved
+    return scene
 
 
 def random_scene(rng: random.Random, count: int | None = None, picture: tuple[int, int] | None = None) -> Scene:
@@ -265,8 +289,12 @@ def counted_scene(rng: random.Random, count: int | None = None, picture: tuple[i
             return scene
 
 
-def any_scene(rng: random.Random, picture: tuple[int, int] | None = None) -> Scene:
-    """Returns a scene of any kind: of different things (half of all), of two that are related, or of equal things."""
+def any_scene(rng: random.Random, picture: tuple[int, int] | None = None, loose: float = 1.0) -> Scene:
+    """Returns a scene of any kind: of different things (half of all), of two that are related, or of equal things.
+
+    `loose` is the chance that its things lie off the grid, as they do in pictures from elsewhere.
+    """
     kind = rng.choice((None, None, related_scene, counted_scene))
     # One thing alone is soon understood.
-    return kind(rng, None, picture) if kind else random_scene(rng, rng.choice((1, 2, 2, 3, 3, 3)), picture)
+    scene = kind(rng, None, picture) if kind else random_scene(rng, rng.choice((1, 2, 2, 3, 3, 3)), picture)
+    return loosened(rng, scene) if rng.random() < loose else scene

@@ -7,7 +7,7 @@ from pack.training.world import Scene, Thing
 MODEL = "internvl-u-nano"
 SIDE = 128
 BEFORE = Scene(
-    SIDE, SIDE, "white", (Thing("circle", "red", "medium", 0.27, 0.5), Thing("square", "blue", "medium", 0.73, 0.5))
+    SIDE, SIDE, "white", (Thing("circle", "red", "medium", 0.25, 0.5), Thing("square", "blue", "medium", 0.75, 0.5))
 )
 
 

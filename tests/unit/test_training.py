@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 from pack.internvl_u import prompt
 from pack.internvl_u.mllm import Encoder
 from pack.internvl_u.mmdit import time_embedding
+from pack.internvl_u.picture import ReferenceSizes, reference_pixels
 from pack.internvl_u.pipeline import Drawing, Pipeline
 from pack.internvl_u.prompt import Tokenizer
 from pack.training import (
@@ -107,6 +108,19 @@ def test_contexts_are_those_of_the_shipped_encoder(studio, model, words_of):
         assert context.shape == expected.shape
         # Training computes in bf16.
         assert torch.linalg.vector_norm(context - expected) / torch.linalg.vector_norm(expected) < 0.03
+
+
+def test_latents_are_those_that_references_of_the_shipped_inference_have(studio):
+    scenes = [world.random_scene(random.Random(i), 2, size) for i, size in enumerate(world.PICTURES)]
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (codec.LATENTS_MEAN, codec.LATENTS_STD))
+    sizes = ReferenceSizes.read(export.PROCESSOR)
+    for scene, latent in zip(scenes, studio.latents(scenes), strict=True):
+        pixels = reference_pixels(world.draw(scene), sizes)
+        assert min(pixels.shape[-2:]) <= 64 and pixels.shape[-2] * pixels.shape[-1] <= 64 * 96
+        with torch.inference_mode():
+            expected = (studio.coder.encode(pixels[:, :, None]).latent_dist.mode()[0, :, 0] - mean) / std
+        # Training computes in bf16.
+        assert torch.linalg.vector_norm(latent - expected) / torch.linalg.vector_norm(expected) < 0.03
 
 
 @pytest.mark.parametrize("referring", [False, True])
@@ -215,7 +229,7 @@ def test_what_is_exported_opens_and_draws(tmp_path, words_of, model):
     export.export(tmp_path / "work", out)
     pipeline = Pipeline(out)
     picture = pipeline.draw(Drawing("a red circle", steps=1))
-    assert picture.size == (export.DRAWN, export.DRAWN)
+    assert picture.size == (export.SIDE, export.SIDE)
     edited = pipeline.draw(Drawing("make it blue", steps=1, images=(Image.new("RGB", (96, 64)),)))
     assert edited.size == (96, 64)
     for file in (folder.parent / "processor").iterdir():

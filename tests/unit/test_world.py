@@ -21,8 +21,10 @@ SCENE = Scene(96, 96, "beige", (RED, BLUE))
 
 
 def scenes(count, seed):
+    """Returns scenes of every kind, half of them off the grid."""
     rng = random.Random(seed)
-    return [MAKERS[i % 3](rng) for i in range(count)]
+    made = [MAKERS[i % 3](rng) for i in range(count)]
+    return [world.loosened(rng, scene) if i % 2 else scene for i, scene in enumerate(made)]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,26 @@ def test_things_lie_in_the_picture_and_clear_of_each_other():
     assert {(scene.width, scene.height) for scene in made} == set(world.PICTURES)
     assert not world.fits(replace(SCENE, things=(RED, replace(BLUE, x=0.4, y=0.4))))
     assert not world.fits(replace(SCENE, things=(replace(RED, x=0.1),)))
+
+
+def test_things_are_put_on_a_grid_of_the_shorter_side_and_loosened_off_it():
+    rng = random.Random(6)
+    for i in range(300):
+        scene = MAKERS[i % 3](rng)
+        sides = scene.width / min(scene.width, scene.height), scene.height / min(scene.width, scene.height)
+        for thing in scene.things:
+            steps = [place * side / world.GRID for place, side in zip((thing.x, thing.y), sides, strict=True)]
+            assert all(abs(step - round(step)) < 1e-9 for step in steps)
+    moved = 0
+    for scene in scenes(300, 6)[::2]:
+        loose = world.loosened(rng, scene)
+        assert world.fits(loose)
+        moved += loose != scene
+        for before, after in zip(scene.things, loose.things, strict=True):
+            assert replace(after, x=before.x, y=before.y) == before
+        if len(scene.things) == 2 and (world.inside(scene, *scene.things[::-1])):
+            assert world.inside(loose, *loose.things[::-1])
+    assert moved > 140
 
 
 @pytest.mark.parametrize("wished", ["left", "right", "above", "below", "inside"])
