@@ -27,7 +27,7 @@ DROP = 0.1
 """Share of samples that learn the unconditional prompt; of those with a picture, as many learn the partial prompt."""
 EDITS = 0.4
 ROW = 288
-LOOSE = 0.25
+LOOSE = 0.15
 """Share of the pictures to edit that have their things off the grid."""
 DRAWN = ReferenceSizes(smallest_area=64 * 64, largest_area=64 * 96, longest_side=128)
 """What the transformer draws: pictures of other sizes are scaled."""

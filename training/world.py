@@ -1,8 +1,8 @@
 """A small world of flat shapes: scenes, how they are drawn, and how they are made up from a seed.
 
 A scene is one to three things on a plain background. Lengths are fractions: positions of the picture's width and
-height, sizes of its shorter side, so that one scene can be drawn at any size. Things are put on a grid: few places are
-soon learnt, and cover a picture as well as all do.
+height, sizes of its shorter side, so that one scene can be drawn at any size. Things are put on a coarse grid: few
+places are soon learnt.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BACKGROUNDS = {
 SIZES = {"small": 0.28, "medium": 0.40, "large": 0.58}
 """Outer diameter as a fraction of the picture's shorter side."""
 
-PICTURES = ((64, 64), (96, 96), (128, 128), (96, 64), (64, 96), (128, 96), (96, 128), (128, 64), (64, 128))
+PICTURES = ((64, 64), (96, 96), (128, 128), (96, 64), (64, 96), (80, 64), (64, 80), (120, 96), (96, 120))
 """(width, height) in pixels of the pictures of this world."""
 
 SQUARE_SIDE = 0.88  # of the diameter, so that a square looks as large as a circle
@@ -44,7 +44,7 @@ RING_HOLE = 0.52
 STAR_WAIST = 0.42
 GAP = 0.06  # between things, of the shorter side
 EDGE = 0.03  # between things and the picture's edge
-GRID = 1 / 8  # between the places that things are put on, of the shorter side
+GRID = 1 / 4  # between the places that things are put on, of the shorter side
 CLEAR = 1.49  # offset in a direction by that across it, for a relation; three steps of the grid by two are enough
 SUPERSAMPLING = 4
 
@@ -230,7 +230,7 @@ def loosened(rng: random.Random, scene: Scene) -> Scene:
     """Returns the scene with its things off the grid, each by up to half a step, where they still fit."""
     short = min(scene.width, scene.height)
     together = any(not apart(scene, one, other, 0.0) for one in scene.things for other in scene.things if one != other)
-    for _ in range(8):
+    for _ in range(24):
         moves = [(rng.uniform(-GRID, GRID) / 2, rng.uniform(-GRID, GRID) / 2) for _ in scene.things]
         things = tuple(
             replace(thing, x=thing.x + across * short / scene.width, y=thing.y + down * short / scene.height)

@@ -1,4 +1,4 @@
-"""What `python dev.py ui` shows: the nano model is chosen, and its workflows are ready to run."""
+"""What `python dev.py ui` shows: the nano model is chosen, and its workflows draw what they say, judged from pixels."""
 
 import importlib.util
 import json
@@ -43,12 +43,14 @@ def page(dev, comfyui, browser):
         yield page
 
 
-def test_the_first_workflow_is_open_and_runs(dev, page):
+def test_the_first_workflow_is_open_and_draws_its_prompt(dev, page):
     assert page.evaluate(CHOSEN) == dev.NANO
     page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
     page.wait_for_function("app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth === 64")
     (file,) = (dev.BASE / "output").glob("*.png")
-    assert judge.read(Image.open(file)).background == "white"
+    reading = judge.read(Image.open(file))
+    assert reading.background == "white"
+    assert sorted(thing.name for thing in reading.things) == ["blue square", "red circle"]
 
 
 def test_the_templates_are_the_nano_workflows_with_their_cards_and_pictures(dev, comfyui):
