@@ -128,7 +128,7 @@ def _add(rng: random.Random, scene: Scene) -> Edit | None:
         return None
     goal = rng.choice((None, *GOALS))
     if goal is None:
-        after = world.put(rng, scene, thing)
+        after = world.put_in_the_open(scene, thing)
     else:
         after = replace(scene, things=(*scene.things, _placed(scene, thing, goal)))
     if after is None or not world.fits(after) or any(_touching(after, after.things[-1], o) for o in scene.things):

@@ -16,6 +16,7 @@ from pack.training.world import Scene, Thing
 from PIL import Image, ImageDraw, ImageFont
 
 SEED = 1234
+SHOWN = 256  # pixels a side of the pictures that workflows begin with
 SIDE, GAP, COLUMNS, LINE, LINES = 128, 18, 5, 13, 5  # pixels, but for COLUMNS and LINES
 
 BEFORE = Scene(
@@ -70,8 +71,8 @@ def main() -> None:
     options = parser.parse_args()
     inputs = ROOT / "demo" / "input"
     inputs.mkdir(exist_ok=True)
-    world.draw(BEFORE).save(inputs / "nano_before.png")
-    world.draw(AFTER).save(inputs / "nano_after.png")
+    for name, scene in (("before", BEFORE), ("after", AFTER)):
+        world.draw(scene, SHOWN, SHOWN).save(inputs / f"nano_{name}.png", optimize=True)
     gallery(Pipeline(options.model)).save(ROOT / "docs" / "nano.png", optimize=True)
 
 

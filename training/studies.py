@@ -25,14 +25,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DROP = 0.1
 """Share of samples that learn the unconditional prompt; of those with a picture, as many learn the partial prompt."""
-EDITS = 0.4
+EDITS = 0.5
 ROW = 288
-LOOSE = 0.15
+LOOSE = 0.1
 """Share of the pictures to edit that have their things off the grid."""
 DRAWN = ReferenceSizes(smallest_area=64 * 64, largest_area=64 * 96, longest_side=128)
 """What the transformer draws: pictures of other sizes are scaled."""
 SIZES_SMALL = {size: 1 for size in world.PICTURES if DRAWN.fit(*size) == (64, 64)}
-SIZES_ALL = dict.fromkeys(world.PICTURES, 1) | {(64, 64): 4}
+SIZES_ALL = dict.fromkeys(world.PICTURES, 1)
+USUAL = 0.75
+"""Share of what is drawn without a picture that has one of the small sizes, whichever other sizes there are."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,11 @@ class Studio:
         plans: list[list[Plan]] = []  # those of one list share their pictures
         made = 0
         while made < count:
-            size = rng.choices(tuple(sizes), sizes.values())[0]
+            editing = rng.random() < EDITS / 2
+            odds = sizes if editing or rng.random() > USUAL else SIZES_SMALL
+            size = rng.choices(tuple(odds), odds.values())[0]
             # Edits come in groups of up to three.
-            group = self._edits(rng, size) if rng.random() < EDITS / 2 else [self._caption(rng, size)]
+            group = self._edits(rng, size) if editing else [self._caption(rng, size)]
             plans.append(group)
             made += len(group)
         flat = [plan for group in plans for plan in group]
@@ -91,9 +95,8 @@ class Studio:
         if rng.random() < 0.2:
             riddle = riddles.random_riddle(rng, size)
             return Plan(self._prompt(rng, riddle.text, riddle.thought), riddle.scene)
-        scene = rng.choice(
-            (world.random_scene, world.random_scene, world.related_scene, world.related_scene, world.counted_scene)
-        )(rng, None, size)
+        make = rng.choices((world.random_scene, world.related_scene, world.counted_scene), (4, 5, 1))[0]
+        scene = make(rng, None, size)
         thought = words.plain_scene(scene).capitalize() + "." if rng.random() < 0.15 else ""
         return Plan(self._prompt(rng, words.caption(rng, scene), thought), scene)
 

@@ -45,6 +45,8 @@ STAR_WAIST = 0.42
 GAP = 0.06  # between things, of the shorter side
 EDGE = 0.03  # between things and the picture's edge
 GRID = 1 / 4  # between the places that things are put on, of the shorter side
+PIPS = {2: ((1, 2), (3, 2)), 3: ((2, 1), (1, 3), (3, 3))}
+"""Where equal things lie: steps of the grid along the picture's longer side and across it."""
 CLEAR = 1.49  # offset in a direction by that across it, for a relation; three steps of the grid by two are enough
 SUPERSAMPLING = 4
 
@@ -208,16 +210,39 @@ def random_thing(rng: random.Random, sizes: tuple[str, ...] = ("small", "medium"
 
 def put(rng: random.Random, scene: Scene, thing: Thing, tries: int = 60) -> Scene | None:
     """Returns the scene with `thing` added at a random free place of the grid, or None where none was found."""
-    short = min(scene.width, scene.height)
-    across, down = (
-        grid(side / short, extent / 2 + EDGE)
-        for side, extent in zip((scene.width, scene.height), thing.extent(), strict=True)
-    )
+    across, down = _places(scene, thing)
     for _ in range(tries):
         placed = replace(scene, things=(*scene.things, replace(thing, x=rng.choice(across), y=rng.choice(down))))
         if all(apart(placed, placed.things[-1], other) for other in scene.things):
             return placed
     return None
+
+
+def put_in_the_open(scene: Scene, thing: Thing) -> Scene | None:
+    """Returns the scene with `thing` added where it is farthest from the others; None where no place is free.
+
+    Of equally good places, the first from the top and the left.
+    """
+    short = min(scene.width, scene.height)
+    across, down = _places(scene, thing)
+    best, farthest = None, 0.0
+    for x, y in ((x, y) for y in down for x in across):
+        placed = replace(scene, things=(*scene.things, replace(thing, x=x, y=y)))
+        away = min(
+            math.dist((x * scene.width, y * scene.height), (other.x * scene.width, other.y * scene.height)) / short
+            for other in scene.things
+        )
+        if away > farthest + 0.01 and fits(placed) and all(apart(placed, placed.things[-1], o) for o in scene.things):
+            best, farthest = placed, away
+    return best
+
+
+def _places(scene: Scene, thing: Thing) -> tuple[list[float], list[float]]:
+    """Returns the grid's places across and down at which a thing lies within the picture."""
+    short = min(scene.width, scene.height)
+    sides = zip((scene.width, scene.height), thing.extent(), strict=True)
+    across, down = (grid(side / short, extent / 2 + EDGE) for side, extent in sides)
+    return across, down
 
 
 def grid(side: float, margin: float) -> list[float]:
@@ -277,16 +302,14 @@ def related_scene(rng: random.Random, wished: str | None = None, picture: tuple[
 
 
 def counted_scene(rng: random.Random, count: int | None = None, picture: tuple[int, int] | None = None) -> Scene:
-    """Returns two or three things that are all alike."""
+    """Returns two or three things that are all alike, lying as `PIPS` says."""
     count = count or rng.choice((2, 3))
     thing = random_thing(rng, ("small", "medium") if count == 2 else ("small",))
-    while True:
-        width, height = picture or rng.choice(PICTURES)
-        scene: Scene | None = Scene(width, height, rng.choice(tuple(BACKGROUNDS)), ())
-        for _ in range(count):
-            scene = scene and put(rng, scene, thing)
-        if scene is not None:
-            return scene
+    width, height = picture or rng.choice(PICTURES)
+    steps = [(along, beside) if width >= height else (beside, along) for along, beside in PIPS[count]]
+    across, down = (GRID * min(width, height) / side for side in (width, height))
+    things = tuple(replace(thing, x=x * across, y=y * down) for x, y in steps)
+    return Scene(width, height, rng.choice(tuple(BACKGROUNDS)), things)
 
 
 def any_scene(rng: random.Random, picture: tuple[int, int] | None = None, loose: float = 1.0) -> Scene:

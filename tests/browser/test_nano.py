@@ -46,7 +46,7 @@ def page(dev, comfyui, browser):
 def test_the_first_workflow_is_open_and_draws_its_prompt(dev, page):
     assert page.evaluate(CHOSEN) == dev.NANO
     page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
-    page.wait_for_function("app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth === 64")
+    page.wait_for_function("app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth === 256")
     (file,) = (dev.BASE / "output").glob("*.png")
     reading = judge.read(Image.open(file))
     assert reading.background == "white"

@@ -6,8 +6,8 @@ MODEL = "internvl-u-nano"
 NOTE = """## {title}
 
 The **nano model** knows flat shapes only: circle, square, triangle, star, cross, ring in red, green, blue, yellow, \
-orange, purple, pink, cyan, on white, black, grey, brown, navy or beige, in English and a little Chinese. Pictures \
-have 64 pixels a side, up to 128 in edits.
+orange, purple, pink, cyan, on white, black, grey, brown, navy or beige, in English and a little Chinese. It draws \
+64 x 64 pixels.
 
 {hint}
 
@@ -18,6 +18,8 @@ BEFORE, AFTER = {"image": "nano_before.png"}, {"image": "nano_after.png"}
 RIDDLE = {"value": "a shape with three sides in the colour of grass, the background like snow"}
 PROMPT = {"prompt": "a red circle to the left of a blue square"}
 
+SHOWN = {"width": 256, "height": 256}  # 64 pixels are hard to see
+
 VALUES = {
     "load": {"model_name": MODEL},
     "latent": {"preset": "custom", "width": 64, "height": 64},
@@ -26,10 +28,11 @@ VALUES = {
     "image1": BEFORE,
     "image2": AFTER,
     # Around the left one of two things.
-    "rectangle": {"width": 30, "height": 48},
-    "mask": {"x": 1, "y": 8},
+    "rectangle": {"width": 120, "height": 192},
+    "mask": {"x": 4, "y": 32},
+    "InternVLU_DecodeLatent": SHOWN,
 }
-"""Values by node, in all graphs."""
+"""Values by node, or by its type, in all graphs."""
 
 EDIT = "Try **make the background navy**, **remove the square**, **move the circle to the top**."
 THINK = "The thought names the plain scene: the picture is drawn from it, and would be another one without it."
@@ -54,7 +57,7 @@ TEXTS = {
     "text_to_image_custom_sampling": {"encode": PROMPT},
     "text_to_image_ksampler": {"encode": PROMPT},
     "edit": {"encode": {"prompt": "make the circle green"}},
-    "masked_edit": {"encode": {"prompt": "make the circle green"}},
+    "masked_edit": {"encode": {"prompt": "make the circle green"}, "decode": {"width": 0, "height": 0}},
     "picture_to_picture": {"encode": {"prompt": "a green circle to the left of an orange square"}},
     "think_then_draw": {"prompt": RIDDLE},
     "edit_the_thought_then_draw": {
@@ -71,8 +74,11 @@ TEXTS = {
 
 def columns(name: str) -> list[list[tuple]]:
     """Returns the columns of a graph with the nano model's values."""
-    values = {node: VALUES.get(node, {}) | TEXTS[name].get(node, {}) for column in COLUMNS[name] for node, *_ in column}
-    return [[(node, kind, given | values[node]) for node, kind, given in column] for column in COLUMNS[name]]
+
+    def values(node: str, kind: str) -> dict:
+        return VALUES.get(kind, {}) | VALUES.get(node, {}) | TEXTS[name].get(node, {})
+
+    return [[(node, kind, given | values(node, kind)) for node, kind, given in column] for column in COLUMNS[name]]
 
 
 def note(name: str) -> str:
