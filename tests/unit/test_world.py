@@ -116,6 +116,14 @@ def test_two_things_lie_as_wished_and_are_seen_to(wished):
         assert judge.inside(a, b) == (wished == "inside") and not judge.inside(b, a)
 
 
+def test_what_is_added_without_a_place_goes_where_there_is_most_room():
+    scene = Scene(64, 64, "white", (Thing("circle", "red", "medium", 0.25, 0.5),))
+    added = world.put_in_the_open(scene, Thing("star", "blue", "small"))
+    assert added.things[:1] == scene.things and (added.things[1].x, added.things[1].y) == (0.75, 0.25)
+    full = Scene(64, 64, "white", (Thing("circle", "red", "large", 0.5, 0.5),))
+    assert world.put_in_the_open(full, Thing("star", "blue", "small")) is None
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_counted_things_are_alike(count):
     (name,) = {thing.name for thing in world.counted_scene(random.Random(5), count).things}
