@@ -10,6 +10,8 @@ from pack.training.words import COLOUR_WORDS, Edit, a, named, plain, reference, 
 from pack.training.world import Scene, Thing
 
 KINDS = ("recolour", "replace", "remove", "add", "move", "background")
+HARD = {"add": 1 / 3, "move": 1 / 2}
+"""Exponents of a random number by which kinds are ordered; those that are not named have 1."""
 GOALS = {"top": (None, 0), "bottom": (None, 1), "left": (0, None), "right": (1, None), "centre": (0.5, 0.5)}
 """Where a thing can be moved or added: 0 is one edge, 1 the other, None leaves that axis as it is."""
 
@@ -31,9 +33,9 @@ def random_edit(
 
 
 def edits_of(rng: random.Random, scene: Scene) -> list[Edit]:
-    """Returns one edit of each kind that the scene allows, in random order."""
+    """Returns one edit of each kind that the scene allows, in random order, the harder ones mostly first."""
     kinds = [kind for kind in KINDS if (kind != "remove" or len(scene.things) > 1)]
-    rng.shuffle(kinds)
+    kinds.sort(key=lambda kind: rng.random() ** HARD.get(kind, 1), reverse=True)
     found = (_EDITS[kind](rng, scene) for kind in kinds if kind != "add" or len(scene.things) < 3)
     return [edit for edit in found if edit is not None]
 
@@ -130,7 +132,8 @@ def _add(rng: random.Random, scene: Scene) -> Edit | None:
     if goal is None:
         after = world.put_in_the_open(scene, thing)
     else:
-        after = replace(scene, things=(*scene.things, _placed(scene, thing, goal)))
+        centred = _placed(scene, thing, "centre")
+        after = replace(scene, things=(*scene.things, _placed(scene, centred, goal)))
     if after is None or not world.fits(after) or any(_touching(after, after.things[-1], o) for o in scene.things):
         return None
     text = say(

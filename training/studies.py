@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DROP = 0.1
 """Share of samples that learn the unconditional prompt; of those with a picture, as many learn the partial prompt."""
-EDITS = 0.5
+EDITS = 0.5  # share of the plans, which have up to three samples each for edits
 ROW = 288
 LOOSE = 0.1
 """Share of the pictures to edit that have their things off the grid."""
@@ -73,7 +73,7 @@ class Studio:
         plans: list[list[Plan]] = []  # those of one list share their pictures
         made = 0
         while made < count:
-            editing = rng.random() < EDITS / 2
+            editing = rng.random() < EDITS
             odds = sizes if editing or rng.random() > USUAL else SIZES_SMALL
             size = rng.choices(tuple(odds), odds.values())[0]
             # Edits come in groups of up to three.
