@@ -10,7 +10,7 @@ from pack.training.words import COLOUR_WORDS, Edit, a, named, plain, reference, 
 from pack.training.world import Scene, Thing
 
 KINDS = ("recolour", "replace", "remove", "add", "move", "background")
-HARD = {"add": 1 / 3, "move": 1 / 2}
+HARD = {"add": 1 / 4, "move": 1 / 3}
 """Exponents of a random number by which kinds are ordered; those that are not named have 1."""
 GOALS = {"top": (None, 0), "bottom": (None, 1), "left": (0, None), "right": (1, None), "centre": (0.5, 0.5)}
 """Where a thing can be moved or added: 0 is one edge, 1 the other, None leaves that axis as it is."""
@@ -130,7 +130,7 @@ def _add(rng: random.Random, scene: Scene) -> Edit | None:
         return None
     goal = rng.choice((None, *GOALS))
     if goal is None:
-        after = world.put_in_the_open(scene, thing)
+        after = world.put_in_a_corner(scene, thing)
     else:
         centred = _placed(scene, thing, "centre")
         after = replace(scene, things=(*scene.things, _placed(scene, centred, goal)))

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SEED = 1234
 SHOWN = 256  # pixels a side of the pictures that workflows begin with
-SIDE, GAP, COLUMNS, LINE, LINES = 128, 18, 5, 13, 5  # pixels, but for COLUMNS and LINES
+SIDE, GAP, COLUMNS, LINE = 128, 18, 5, 14  # pixels, but for COLUMNS
 
 BEFORE = Scene(
     64, 64, "white", (Thing("circle", "red", "medium", 0.25, 0.5), Thing("square", "blue", "medium", 0.75, 0.5))
@@ -28,13 +28,13 @@ DRAWN = (
     "a yellow star above a purple ring on a navy background",
     "three pink triangles on a brown background",
     "a small cyan cross inside a large orange circle, grey background",
-    "a large green square in the bottom left corner",
+    "a large green square on a beige background",
 )
 EDITED = (
     "make the circle green",
     "replace the square with a star",
     "remove the circle",
-    "add a small yellow ring at the top",
+    "move the circle to the bottom",
     "make the background navy",
 )
 RIDDLES = (
@@ -52,15 +52,18 @@ def gallery(pipeline: Pipeline) -> Image.Image:
     for text in RIDDLES:
         thought = pipeline.think(Drawing(text, seed=SEED))
         cells.append((pipeline.draw(Drawing(text, seed=SEED, thought=thought)), f"{text} ({thought})"))
-    rows = -(-len(cells) // COLUMNS)
-    cell = SIDE + GAP, SIDE + LINE * LINES + GAP
-    sheet = Image.new("RGB", (GAP + COLUMNS * cell[0], GAP + rows * cell[1]), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (picture, text) in enumerate(cells):
-        x, y = GAP + i % COLUMNS * cell[0], GAP + i // COLUMNS * cell[1]
-        sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
-        pen.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline="#cccccc")
-        pen.multiline_text((x, y + SIDE + 3), textwrap.fill(text, 24), fill="black", font=ImageFont.load_default(11))
+    cells = [(picture, textwrap.fill(text, 24)) for picture, text in cells]
+    rows = [cells[first : first + COLUMNS] for first in range(0, len(cells), COLUMNS)]
+    heights = [SIDE + GAP + LINE * max(1 + text.count("\n") for _, text in row) for row in rows]
+    sheet = Image.new("RGB", (GAP + COLUMNS * (SIDE + GAP), GAP + sum(heights)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, row in enumerate(rows):
+        y = GAP + sum(heights[:i])
+        for j, (picture, text) in enumerate(row):
+            x = GAP + j * (SIDE + GAP)
+            sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+            pen.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline="#cccccc")
+            pen.multiline_text((x, y + SIDE + 3), text, fill="black", font=font)
     return sheet
 
 

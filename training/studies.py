@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DROP = 0.1
 """Share of samples that learn the unconditional prompt; of those with a picture, as many learn the partial prompt."""
-EDITS = 0.5  # share of the plans, which have up to three samples each for edits
+EDITS = 0.6  # share of the plans, which have up to three samples each for edits
 ROW = 288
 LOOSE = 0.1
 """Share of the pictures to edit that have their things off the grid."""

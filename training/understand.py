@@ -320,7 +320,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--begin", type=Path, help="weights (model.*, cells.*) to begin with where there is no state")
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--until", type=int, help="stop after this step; the next run goes on")
-    parser.add_argument("--look", type=int, default=1500, help="first steps, of seeing alone")
+    parser.add_argument("--look", type=int, default=2500, help="first steps, of seeing alone")
     parser.add_argument("--glance", type=int, default=12, help="pictures looked at beside the lessons of a step")
     parser.add_argument("--batch", type=int, default=12, help="lessons a step")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")

@@ -35,7 +35,7 @@ BACKGROUNDS = {
 SIZES = {"small": 0.28, "medium": 0.40, "large": 0.58}
 """Outer diameter as a fraction of the picture's shorter side."""
 
-PICTURES = ((64, 64), (96, 96), (128, 128), (96, 64), (64, 96), (80, 64), (64, 80), (120, 96), (96, 120))
+PICTURES = ((64, 64), (96, 96), (128, 128), (96, 64), (64, 96))
 """(width, height) in pixels of the pictures of this world."""
 
 SQUARE_SIDE = 0.88  # of the diameter, so that a square looks as large as a circle
@@ -218,23 +218,14 @@ def put(rng: random.Random, scene: Scene, thing: Thing, tries: int = 60) -> Scen
     return None
 
 
-def put_in_the_open(scene: Scene, thing: Thing) -> Scene | None:
-    """Returns the scene with `thing` added where it is farthest from the others; None where no place is free.
-
-    Of equally good places, the first from the top and the left.
-    """
-    short = min(scene.width, scene.height)
+def put_in_a_corner(scene: Scene, thing: Thing) -> Scene | None:
+    """Returns the scene with `thing` added in its first free corner, from the top and the left; None without any."""
     across, down = _places(scene, thing)
-    best, farthest = None, 0.0
-    for x, y in ((x, y) for y in down for x in across):
+    for x, y in ((x, y) for y in (down[0], down[-1]) for x in (across[0], across[-1])):
         placed = replace(scene, things=(*scene.things, replace(thing, x=x, y=y)))
-        away = min(
-            math.dist((x * scene.width, y * scene.height), (other.x * scene.width, other.y * scene.height)) / short
-            for other in scene.things
-        )
-        if away > farthest + 0.01 and fits(placed) and all(apart(placed, placed.things[-1], o) for o in scene.things):
-            best, farthest = placed, away
-    return best
+        if all(apart(placed, placed.things[-1], other) for other in scene.things):
+            return placed
+    return None
 
 
 def _places(scene: Scene, thing: Thing) -> tuple[list[float], list[float]]:
@@ -312,7 +303,7 @@ def counted_scene(rng: random.Random, count: int | None = None, picture: tuple[i
     return Scene(width, height, rng.choice(tuple(BACKGROUNDS)), things)
 
 
-def any_scene(rng: random.Random, picture: tuple[int, int] | None = None, loose: float = 1.0) -> Scene:
+def any_scene(rng: random.Random, picture: tuple[int, int] | None = None, loose: float = 0.5) -> Scene:
     """Returns a scene of any kind: of different things (half of all), of two that are related, or of equal things.
 
     `loose` is the chance that its things lie off the grid, as they do in pictures from elsewhere.

@@ -8,7 +8,14 @@ pytest.importorskip("scipy")
 from pack.training import score
 
 COUNT = 40
-LEAST = {"question, one picture": 0.85, "question, two pictures": 0.75}
+LEAST = {
+    "one thing": 0.85,
+    "two things, related": 0.65,
+    "edit": 0.55,
+    "question, one picture": 0.75,
+    "question, two pictures": 0.8,
+    "riddle, thinking": 0.75,
+}
 
 
 @pytest.mark.parametrize("task", LEAST)
@@ -16,6 +23,11 @@ def test_the_nano_model_is_as_good_as_it_says(task):
     outcomes = score.score(score.MODEL, [task], COUNT, workers=1)[task]
     wrong = [outcome for outcome in outcomes if not outcome.right]
     assert score.share(outcomes) >= LEAST[task], wrong
+
+
+def test_riddles_need_thinking():
+    outcomes = score.score(score.MODEL, ["riddle, not thinking"], COUNT, workers=1)["riddle, not thinking"]
+    assert score.share(outcomes) <= LEAST["riddle, thinking"] - 0.25
 
 
 def test_a_score_counts_what_is_right():

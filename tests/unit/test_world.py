@@ -100,7 +100,7 @@ def test_things_are_put_on_a_grid_of_the_shorter_side_and_loosened_off_it():
             assert replace(after, x=before.x, y=before.y) == before
         if len(scene.things) == 2 and (world.inside(scene, *scene.things[::-1])):
             assert world.inside(loose, *loose.things[::-1])
-    assert moved > 140
+    assert moved > 0.9 * 150
 
 
 @pytest.mark.parametrize("wished", ["left", "right", "above", "below", "inside"])
@@ -116,12 +116,12 @@ def test_two_things_lie_as_wished_and_are_seen_to(wished):
         assert judge.inside(a, b) == (wished == "inside") and not judge.inside(b, a)
 
 
-def test_what_is_added_without_a_place_goes_where_there_is_most_room():
+def test_what_is_added_without_a_place_goes_into_the_first_free_corner():
     scene = Scene(64, 64, "white", (Thing("circle", "red", "medium", 0.25, 0.5),))
-    added = world.put_in_the_open(scene, Thing("star", "blue", "small"))
+    added = world.put_in_a_corner(scene, Thing("star", "blue", "small"))
     assert added.things[:1] == scene.things and (added.things[1].x, added.things[1].y) == (0.75, 0.25)
     full = Scene(64, 64, "white", (Thing("circle", "red", "large", 0.5, 0.5),))
-    assert world.put_in_the_open(full, Thing("star", "blue", "small")) is None
+    assert world.put_in_a_corner(full, Thing("star", "blue", "small")) is None
 
 
 @pytest.mark.parametrize("count", [2, 3])
