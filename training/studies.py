@@ -32,7 +32,7 @@ LOOSE = 0.1
 DRAWN = ReferenceSizes(smallest_area=64 * 64, largest_area=64 * 96, longest_side=128)
 """What the transformer draws: pictures of other sizes are scaled."""
 SIZES_SMALL = {size: 1 for size in world.PICTURES if DRAWN.fit(*size) == (64, 64)}
-SIZES_ALL = dict.fromkeys(world.PICTURES, 1)
+SIZES_ALL = dict.fromkeys(SIZES_SMALL, 1) | {(96, 64): 2, (64, 96): 2}
 USUAL = 0.75
 """Share of what is drawn without a picture that has one of the small sizes, whichever other sizes there are."""
 
