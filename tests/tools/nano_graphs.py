@@ -37,7 +37,7 @@ VALUES = {
 EDIT = "Try **make the background navy**, **remove the square**, **move the circle to the top**."
 THINK = "The thought names the plain scene: the picture is drawn from it, and would be another one without it."
 HINTS = {
-    "text_to_image": "Try **three pink stars on a navy background** or **a yellow ring in the top left corner**.",
+    "text_to_image": "Try **three pink stars on a navy background** or **a large green square on black**.",
     "text_to_image_custom_sampling": "It draws what **text_to_image** draws, from separate parts.",
     "text_to_image_ksampler": "ComfyUI's own sampler: near to what **text_to_image** draws.",
     "edit": EDIT,
@@ -62,7 +62,10 @@ TEXTS = {
     "think_then_draw": {"prompt": RIDDLE},
     "edit_the_thought_then_draw": {
         "prompt": RIDDLE,
-        "thought": {"value": "So: an orange triangle on a navy background."},
+        "thought": {
+            "value": "A shape with three sides is a triangle. A carrot is orange. The deep sea is navy. "
+            "So: an orange triangle on a navy background."
+        },
     },
     "think_then_edit": {"prompt": {"value": "turn the square into a star"}},
     "ask_about_a_picture": {"answer": {"question": "describe the picture."}},
