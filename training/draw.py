@@ -357,7 +357,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
     parser.add_argument("--work", type=Path, required=True, help="folder for the log and the state to go on from")
-    parser.add_argument("--steps", type=int, default=11000)
+    parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--tokens", type=int, default=4608, help="tokens a step, about")
     parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
     parser.add_argument("--small", type=float, default=0.7, help="share of the steps with squares alone")

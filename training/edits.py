@@ -113,15 +113,11 @@ def _remove(rng: random.Random, scene: Scene) -> Edit | None:
 
 def _placed(scene: Scene, thing: Thing, goal: str) -> Thing:
     """Returns the thing at a goal of the picture, as near to the edge as the grid allows."""
-    short = min(scene.width, scene.height)
-    place = {}
-    for axis, side, extent, wish in zip(
-        ("x", "y"), (scene.width, scene.height), thing.extent(), GOALS[goal], strict=True
-    ):
-        places = world.grid(side / short, extent / 2 + world.EDGE)
-        if wish is not None:
-            place[axis] = min(places, key=lambda there: abs(there - wish))
-    return replace(thing, **place)
+    x, y = (
+        now if wish is None else min(places, key=lambda place: abs(place - wish))
+        for now, wish, places in zip((thing.x, thing.y), GOALS[goal], world.places(scene, thing), strict=True)
+    )
+    return replace(thing, x=x, y=y)
 
 
 def _add(rng: random.Random, scene: Scene) -> Edit | None:

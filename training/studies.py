@@ -25,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DROP = 0.1
 """Share of samples that learn the unconditional prompt; of those with a picture, as many learn the partial prompt."""
-EDITS = 0.6  # share of the plans, which have up to three samples each for edits
+EDITS = 0.6
+"""Share of the scenes that are edited, in up to three samples each."""
 ROW = 288
 LOOSE = 0.1
 """Share of the pictures to edit that have their things off the grid."""
@@ -69,7 +70,7 @@ class Studio:
 
     @torch.no_grad()
     def studies(self, rng: random.Random, count: int, sizes: dict[tuple[int, int], float]) -> list[Study]:
-        """Returns at least `count` samples; `sizes` are the odds of each picture size."""
+        """Returns at least `count` samples; `sizes` are the odds of each picture size, for edits and beside `USUAL`."""
         plans: list[list[Plan]] = []  # those of one list share their pictures
         made = 0
         while made < count:

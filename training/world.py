@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
@@ -210,33 +211,34 @@ def random_thing(rng: random.Random, sizes: tuple[str, ...] = ("small", "medium"
 
 def put(rng: random.Random, scene: Scene, thing: Thing, tries: int = 60) -> Scene | None:
     """Returns the scene with `thing` added at a random free place of the grid, or None where none was found."""
-    across, down = _places(scene, thing)
-    for _ in range(tries):
-        placed = replace(scene, things=(*scene.things, replace(thing, x=rng.choice(across), y=rng.choice(down))))
-        if all(apart(placed, placed.things[-1], other) for other in scene.things):
-            return placed
-    return None
+    across, down = places(scene, thing)
+    return _put_on_first_free(scene, thing, ((rng.choice(across), rng.choice(down)) for _ in range(tries)))
 
 
 def put_in_a_corner(scene: Scene, thing: Thing) -> Scene | None:
     """Returns the scene with `thing` added in its first free corner, from the top and the left; None without any."""
-    across, down = _places(scene, thing)
-    for x, y in ((x, y) for y in (down[0], down[-1]) for x in (across[0], across[-1])):
+    across, down = places(scene, thing)
+    corners = ((x, y) for y in (down[0], down[-1]) for x in (across[0], across[-1]))
+    return _put_on_first_free(scene, thing, corners)
+
+
+def _put_on_first_free(scene: Scene, thing: Thing, spots: Iterable[tuple[float, float]]) -> Scene | None:
+    for x, y in spots:
         placed = replace(scene, things=(*scene.things, replace(thing, x=x, y=y)))
         if all(apart(placed, placed.things[-1], other) for other in scene.things):
             return placed
     return None
 
 
-def _places(scene: Scene, thing: Thing) -> tuple[list[float], list[float]]:
+def places(scene: Scene, thing: Thing) -> tuple[list[float], list[float]]:
     """Returns the grid's places across and down at which a thing lies within the picture."""
     short = min(scene.width, scene.height)
     sides = zip((scene.width, scene.height), thing.extent(), strict=True)
-    across, down = (grid(side / short, extent / 2 + EDGE) for side, extent in sides)
+    across, down = (_grid(side / short, extent / 2 + EDGE) for side, extent in sides)
     return across, down
 
 
-def grid(side: float, margin: float) -> list[float]:
+def _grid(side: float, margin: float) -> list[float]:
     """Returns the grid's places, in 0..1, along a side at least `margin` from its ends, both of the shorter side."""
     places = (GRID * i for i in range(round(side / GRID) + 1))
     return [place / side for place in places if margin < place < side - margin]

@@ -12,7 +12,7 @@ LEAST = {
     "one thing": 0.85,
     "two things, related": 0.65,
     "edit": 0.55,
-    "question, one picture": 0.75,
+    "question, one picture": 0.85,
     "question, two pictures": 0.8,
     "riddle, thinking": 0.75,
 }
