@@ -146,6 +146,19 @@ def fold(model: AutoencoderKLQwenImage) -> None:
     back.bias -= back.weight[:, :, -1, 0, 0] @ mean
 
 
+@torch.no_grad()
+def opened(folder: Path) -> AutoencoderKLQwenImage:
+    """Returns a published model as it was before `fold`, in fp32; only the encoder's spread is not brought back."""
+    model = AutoencoderKLQwenImage.from_pretrained(folder, torch_dtype=torch.float32)
+    into, back = model.quant_conv, model.post_quant_conv
+    mean, std = torch.tensor(LATENTS_MEAN), torch.tensor(LATENTS_STD)
+    into.weight[:LATENTS] /= std.view(-1, 1, 1, 1, 1)
+    into.bias[:LATENTS] = (into.bias[:LATENTS] - mean) / std
+    back.bias += back.weight[:, :, -1, 0, 0] @ mean
+    back.weight *= std.view(1, -1, 1, 1, 1)
+    return model
+
+
 def publish(model: AutoencoderKLQwenImage, folder: Path, dtype: torch.dtype) -> None:
     """Writes config.json and the weights of a folded model in the released layout."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DROP = 0.1
 """Share of samples that learn the unconditional prompt; of those with a picture, as many learn the partial prompt."""
-EDITS = 0.6
+EDITS = 0.65
 """Share of the scenes that are edited, in up to three samples each."""
 ROW = 288
 LOOSE = 0.1
@@ -96,14 +96,14 @@ class Studio:
         if rng.random() < 0.2:
             riddle = riddles.random_riddle(rng, size)
             return Plan(self._prompt(rng, riddle.text, riddle.thought), riddle.scene)
-        make = rng.choices((world.random_scene, world.related_scene, world.counted_scene), (4, 5, 1))[0]
-        scene = make(rng, None, size)
+        make = rng.choices((world.random_scene, world.related_scene, world.counted_scene), (2, 7, 1))[0]
+        scene = world.starry(rng, lambda: make(rng, None, size))
         thought = words.plain_scene(scene).capitalize() + "." if rng.random() < 0.15 else ""
         return Plan(self._prompt(rng, words.caption(rng, scene), thought), scene)
 
     def _edits(self, rng: random.Random, size: tuple[int, int]) -> list[Plan]:
         """Some samples of editing the same picture."""
-        scene = world.any_scene(rng, size, LOOSE)
+        scene = world.starry(rng, lambda: world.any_scene(rng, size, LOOSE))
         plans = []
         for edit in edits.edits_of(rng, scene)[:3]:
             thought = edits.thought(edit) if rng.random() < 0.2 else ""

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 from pack.training import world
-from pack.training.codec import LATENTS, clear_unused, decode_flat, encode_flat, fold, new_model, publish
+from pack.training.codec import LATENTS, clear_unused, decode_flat, encode_flat, fold, new_model, opened, publish
 from pack.training.log import Log, load_state, save_state
 from pack.training.optimiser import Averaged, KernelMuon, restore, state_of
 from torch import nn
@@ -65,15 +65,19 @@ SIZE_WEIGHTS = {COMPILED: 24, (96, 96): 2}
 NOISE = 0.3
 """Most noise on latents in training, in normalised units."""
 
+STARS = 0.5
+"""Chance that a scene without a star gives way to another."""
+
 COLUMNS = ("step", "seconds", "loss", "psnr", "psnr_noise")
 
 
 # Pictures
 
 
-def draw_batch(rng: random.Random, size: tuple[int, int], count: int) -> torch.Tensor:
+def draw_batch(rng: random.Random, size: tuple[int, int], count: int, stars: float = 0.0) -> torch.Tensor:
     """Returns random pictures of one (width, height), [count, 3, height, width] in [-1, 1]."""
-    pictures = [np.asarray(world.draw(world.any_scene(rng, size))) for _ in range(count)]
+    scenes = (world.starry(rng, lambda: world.any_scene(rng, size), stars) for _ in range(count))
+    pictures = [np.asarray(world.draw(scene)) for scene in scenes]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -81,7 +85,7 @@ def batch_of(seed: int, step: int) -> torch.Tensor:
     """Returns the pictures of a training step."""
     rng = random.Random(f"vae {seed} {step}")
     size = rng.choices(world.PICTURES, [SIZE_WEIGHTS.get(size, 1) for size in world.PICTURES])[0]
-    return draw_batch(rng, size, PIXELS // (size[0] * size[1]))
+    return draw_batch(rng, size, PIXELS // (size[0] * size[1]), STARS)
 
 
 def picture_set(name: str, count: int) -> list[torch.Tensor]:
@@ -170,11 +174,15 @@ class Run:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.step, self.seconds = options, 0, 0.0
-        self.model = new_model(options.seed).requires_grad_().to(options.device)
+        self.model = (opened(options.decoder_of) if options.decoder_of else new_model(options.seed)).requires_grad_()
+        self.model.to(options.device)
+        if options.decoder_of:
+            self.model.encoder.requires_grad_(False)
+            self.model.quant_conv.requires_grad_(False)
         self.average = Averaged(self.model, 0.999)
         kernels, rest = [], []
         for name, weight in self.model.named_parameters():
-            if "time_conv" not in name:
+            if weight.requires_grad and "time_conv" not in name:
                 (kernels if weight.ndim >= 4 and name.endswith("weight") else rest).append(weight)
         self.optimisers = (
             KernelMuon(kernels, options.rate),
@@ -272,6 +280,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate at its highest")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--decoder-of", type=Path, help="a trained VAE: train on its decoder alone, for its latents")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args(arguments)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
@@ -314,3 +314,10 @@ def any_scene(rng: random.Random, picture: tuple[int, int] | None = None, loose:
     # One thing alone is soon understood.
     scene = kind(rng, None, picture) if kind else random_scene(rng, rng.choice((1, 2, 2, 3, 3, 3)), picture)
     return loosened(rng, scene) if rng.random() < loose else scene
+
+
+def starry(rng: random.Random, make: Callable[[], Scene], chance: float = 0.4) -> Scene:
+    """Returns a scene of `make`, or at this chance another one where it has no star: those are the hardest to draw."""
+    scene = make()
+    starless = all(thing.shape != "star" for thing in scene.things)
+    return make() if starless and rng.random() < chance else scene

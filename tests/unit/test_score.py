@@ -10,8 +10,8 @@ from pack.training import score
 COUNT = 40
 LEAST = {
     "one thing": 0.85,
-    "two things, related": 0.65,
-    "edit": 0.55,
+    "two things, related": 0.75,
+    "edit": 0.8,
     "question, one picture": 0.85,
     "question, two pictures": 0.8,
     "riddle, thinking": 0.75,
