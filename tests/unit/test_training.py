@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
 
@@ -268,3 +269,18 @@ def test_folding_brings_latents_to_the_released_scale_and_changes_no_picture():
         after = codec.encode_flat(coder, pictures)
         torch.testing.assert_close((after - mean) / std, before, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(codec.decode_flat(coder, after), drawn, atol=1e-3, rtol=1e-2)
+
+
+def test_training_the_decoder_on_leaves_what_latents_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "picture_set", lambda name, count: [vae.draw_batch(random.Random(name), (64, 64), 8)])
+    published, out = CHOSEN / "vae", tmp_path / "vae"
+    flags = ("--out", out, "--work", tmp_path / "work", "--decoder-of", published, "--minutes", "0.001", "--no-compile")
+    torch.manual_seed(0)
+    vae.main(vae.parse([str(flag) for flag in flags]))
+    before, after = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (published, out))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert "decoder" in changed
+    assert changed <= {"decoder", "post_quant_conv"}
+    # One step changes little: what was folded in has been taken out, and folded in again.
+    for name in ("post_quant_conv.weight", "post_quant_conv.bias"):
+        torch.testing.assert_close(after[name].float(), before[name].float(), atol=0.05, rtol=0.1)
