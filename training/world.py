@@ -248,7 +248,7 @@ def loosened(rng: random.Random, scene: Scene) -> Scene:
     """Returns the scene with its things off the grid, each by up to half a step, where they still fit."""
     short = min(scene.width, scene.height)
     together = any(not apart(scene, one, other, 0.0) for one in scene.things for other in scene.things if one != other)
-    for _ in range(24):
+    for _ in range(60):
         moves = [(rng.uniform(-GRID, GRID) / 2, rng.uniform(-GRID, GRID) / 2) for _ in scene.things]
         things = tuple(
             replace(thing, x=thing.x + across * short / scene.width, y=thing.y + down * short / scene.height)
