@@ -6,6 +6,7 @@ Attribute names are the checkpoint's keys below `vlm/`.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,8 @@ class MLLM(nn.Module):
 
     def read(self, embedded: torch.Tensor):
         """Returns keys and values of a text's beginning [1, tokens, width], for `hidden_states` to go on from."""
-        return self.language_model.model(inputs_embeds=embedded, use_cache=True).past_key_values
+        output = self.language_model.model(inputs_embeds=embedded, use_cache=True)
+        return output[cache_name(self.language_model)]
 
     def hidden_states(self, embedded: torch.Tensor, layers: Sequence[int], past=None) -> torch.Tensor:
         """Returns the chosen layers' hidden states side by side [1, tokens, len(layers) * width].
@@ -70,11 +72,20 @@ class MLLM(nn.Module):
         """
         states = self.language_model.model(
             inputs_embeds=embedded,
-            past_key_values=copy.deepcopy(past),
             use_cache=past is not None,
             output_hidden_states=True,
+            **{cache_name(self.language_model): copy.deepcopy(past)},
         ).hidden_states
         return torch.cat([states[layer] for layer in layers], dim=-1)
+
+
+def cache_name(language: nn.Module) -> str:
+    """Returns transformers' name of the keys and values of the tokens before, as an argument and in an output.
+
+    It is `cache` since 5.24, which announces the end of `past_key_values` for 5.40.
+    """
+    arguments = inspect.signature(type(language.model).forward).parameters
+    return "cache" if "cache" in arguments else "past_key_values"
 
 
 def build_language(config: Mapping, *, dtype=None, device=None) -> nn.Module:

@@ -39,7 +39,7 @@ class Drawing:
     @property
     def scales(self) -> tuple[float, float]:
         """The two guidance strengths: 4.5 and 2.0, or 3.5 and 1.5 after a thought, where none is given."""
-        all_cfg, part_cfg = (3.5, 1.5) if self.thought else (4.5, 2.0)
+        all_cfg, part_cfg = (3.5, 1.5) if prompt.has_thought(self.thought) else (4.5, 2.0)
         return (
             all_cfg if self.all_cfg is None else self.all_cfg,
             part_cfg if self.part_cfg is None else self.part_cfg,

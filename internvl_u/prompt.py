@@ -14,7 +14,8 @@ from typing import NamedTuple
 from .checkpoint import HOW_TO_GET
 from .positions import Layout, Span
 
-IM_START, IM_END, IMG, END_IMG, IMG_CONTEXT, IMG_UNCOND = (
+PAD, IM_START, IM_END, IMG, END_IMG, IMG_CONTEXT, IMG_UNCOND = (
+    "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
     "<img>",
@@ -100,7 +101,7 @@ class Tokenizer:
         """
         self._tokenizer = _read_tokenizer(source)
         self._tokenizer.encode_special_tokens = True
-        names = dict.fromkeys((IM_START, IM_END, *ROW_TOKENS))
+        names = dict.fromkeys((PAD, IM_START, IM_END, *ROW_TOKENS))
         self.special = {name: self._tokenizer.token_to_id(name) for name in names}
         missing = [name for name, number in self.special.items() if number is None]
         if missing:
@@ -130,9 +131,11 @@ class Tokenizer:
         ids = handed_on(written, self.stops)
         return Thought(self.decode(ids), ids)
 
-    def thought(self, text: str) -> tuple[int, ...]:
-        """Returns the ids of a thought: its own where it remembers them, else those of its text."""
-        return text.ids if isinstance(text, Thought) else tuple(self.encode([text])[0])
+    def thought(self, text: str) -> tuple[int, ...] | None:
+        """Returns the ids of a thought: its own where it remembers them, else those of its text. None: no thought."""
+        if isinstance(text, Thought):
+            return text.ids
+        return tuple(self.encode([text])[0]) if has_thought(text) else None
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -159,26 +162,42 @@ def branches(
     pictures: int = 0,
     grid: int = 0,
     system: str | None = None,
-    thought: Sequence[int] = (),
+    thought: Sequence[int] | None = None,
 ) -> Branches:
     """Returns the prompts for a picture drawn from `text`, or edited from `pictures` input pictures.
 
     Each picture takes `grid` x `grid` tokens. `system` replaces the default system message; `thought` are the ids of
-    a chain of thought that the drawing follows. An empty `text` is allowed: the user's turn is then empty.
+    a chain of thought that the drawing follows, which may be empty; None: drawn without one. An empty `text` is
+    allowed: the user's turn is then empty.
 
     Raises:
         ValueError: the text has more `<image>` placeholders than there are pictures.
     """
     message = drawing_system(pictures) if system is None else system
-    drawn = Special(IMG)
 
-    def build(turn: Sequence[Piece], written: Sequence[int] = ()) -> TokenIds:
-        return _prompt(tokenizer, message, turn, grid, (*written, tokenizer.special[drawn.name]))
+    def build(turn: Sequence[Piece]) -> TokenIds:
+        return _prompt(tokenizer, message, turn, grid, [tokenizer.special[IMG]])
 
     nothing = build(["Here is a random image ", Special(IMG_UNCOND), ":"])
-    conditional = build(_user_turn(text, pictures), thought)
+    conditional = build(_user_turn(text, pictures))
     partial = build(_with_pictures(f"{IMAGE_PLACEHOLDER}\n" * pictures + WITHOUT_WORDS)) if pictures else nothing
+    if thought is not None:
+        longest = max(len(tokens.ids) for tokens in (conditional, partial, nothing))
+        conditional = _after_thought(tokenizer, conditional, thought, longest)
     return Branches(conditional, partial, nothing)
+
+
+def _after_thought(tokenizer: Tokenizer, prompt: TokenIds, thought: Sequence[int], longest: int) -> TokenIds:
+    """Returns a prompt of the conditional branch with a thought before its last token, `<img>`.
+
+    The official code pads its three prompts on the left to the longest, and after a thought it attends to the padding
+    of this one (`_generate_image_with_cot`, `attention_mask_cot`). So a prompt shorter than `longest` begins with pads.
+    """
+    missing = longest - len(prompt.ids)
+    padding = (tokenizer.special[PAD],) * missing
+    *opened, drawn = prompt.ids
+    places = tuple(Place(place.start + missing, place.stop + missing) for place in prompt.pictures)
+    return TokenIds((*padding, *opened, *thought, drawn), places, prompt.user + missing, prompt.grid)
 
 
 def drawing_system(pictures: int) -> str:
@@ -193,6 +212,11 @@ def opening(tokenizer: Tokenizer, text: str, *, system: str, pictures: int = 0, 
         ValueError: the text has more `<image>` placeholders than there are pictures.
     """
     return _prompt(tokenizer, system, _user_turn(text, pictures), grid)
+
+
+def has_thought(text: str) -> bool:
+    """Tells whether a text is a chain of thought; one that the model wrote may be empty, an empty text is none."""
+    return bool(text) or isinstance(text, Thought)
 
 
 def handed_on(written: Sequence[int], stops: Sequence[int]) -> tuple[int, ...]:

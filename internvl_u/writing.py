@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .mllm import MLLM, Encoder
+from .mllm import MLLM, Encoder, cache_name
 from .prompt import TokenIds
 
 OnToken = Callable[[list[int]], None]
@@ -61,10 +61,11 @@ def write(
 def _choose(language, embedded: torch.Tensor, writing: Writing, stops: Sequence[int], on_token: OnToken) -> list[int]:
     """One token after the other. What transformers' generate does besides costs more than the choice itself."""
     generator = torch.Generator().manual_seed(writing.seed)
+    cache = cache_name(language)
     given, past, ids = {"inputs_embeds": embedded}, None, []
     while True:
-        output = language.model(**given, past_key_values=past, use_cache=True)
-        past = output.past_key_values
+        output = language.model(**given, use_cache=True, **{cache: past})
+        past = output[cache]
         logits = language.lm_head(output.last_hidden_state[:, -1])
         ids.append(_pick(logits[0], writing, generator))
         on_token(ids.copy())

@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the servers
 
 PICTURE_CASES = ("t2i_square", "t2i_wide", "t2i_odd_size")
 EDIT_CASES = ("edit_one", "edit_placeholder", "edit_large_ref")
-THOUGHT_CASES = ("cot_t2i", "cot_edit", "cot_t2i_eos", "cot_t2i_img")
+THOUGHT_CASES = ("cot_t2i", "cot_edit", "cot_t2i_eos", "cot_t2i_img", "cot_short", "cot_edit_short")
 TEXT_CASES = ("qa_one", "qa_two", "qa_text_only", "qa_beam")
 
 # Our folder `nodes` would hide ComfyUI's module of that name if the root were on sys.path.

@@ -114,7 +114,7 @@ class Studio:
     def _prompt(self, rng: random.Random, text: str, thought: str = "", pictures: int = 0) -> TokenIds:
         """Returns the conditional prompt, or at the chance of `DROP` one of the others."""
         # What is handed on of a thought lacks its last token.
-        ids = self.tokenizer.encode([thought])[0][:-1]
+        ids = self.tokenizer.encode([thought])[0][:-1] if thought else None
         branches = prompt.branches(self.tokenizer, text, pictures=pictures, grid=self.grid, thought=ids)
         chance = rng.random()
         if chance < DROP:

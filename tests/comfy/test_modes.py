@@ -1,10 +1,13 @@
 """Editing, thinking and answering as graphs in a running ComfyUI, and what native latents make possible."""
 
 import json
+from dataclasses import replace
 
 import numpy
 import pytest
 import torch
+from pack.internvl_u.pipeline import Drawing, Pipeline
+from pack.internvl_u.sampling import flow_sigmas
 from PIL import Image
 
 WRITING = {"how": "greedy", "temperature": 0.7, "top_p": 0.9, "beams": 3, "seed": 0, "system_prompt": ""}
@@ -72,6 +75,38 @@ def test_pictures_after_a_thought_equal_the_official_ones(
     near(normalised(server.latent(entry)), thinking["final_latents"])
     if name == "text_to_image":
         same_picture(server.picture(entry, server.find(nodes, "SaveImage")), thinking["image_u8"])
+
+
+@pytest.mark.parametrize("system", ["", "Draw."])
+@pytest.mark.parametrize("source", ["typed", "changed"])
+@pytest.mark.parametrize("name", ["cot_short", "cot_edit_short"])
+def test_a_thought_of_another_node_draws_as_in_the_library(
+    server, edit_graph, golden, checkpoint, normalised, near, name, source, system
+):
+    """The library is held to the official code: tests/unit/test_mllm.py, test_pipeline.py."""
+    case = golden(name)
+    nodes = edit_graph(case, all_cfg=3.5, part_cfg=1.5, system_prompt=system)
+    load, encode = server.find(nodes, "InternVLU_LoadModel"), server.find(nodes, "InternVLU_EncodePrompt")
+    if source == "typed":
+        nodes["thought"] = {"class_type": "PrimitiveStringMultiline", "inputs": {"value": "a green leaf in a hand"}}
+    else:
+        seen = {key: value for key, value in nodes[encode]["inputs"].items() if key.startswith("image")}
+        asked = {"mllm": [load, 1], "prompt": case.prompt, **WRITING, **how(case), **seen, "system_prompt": system}
+        nodes["think"] = {"class_type": "InternVLU_WriteThought", "inputs": asked}
+        joined = {"string_a": ["think", 0], "string_b": "a green leaf", "delimiter": " "}
+        nodes["thought"] = {"class_type": "StringConcatenate", "inputs": joined}
+    nodes["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["thought", 0]}}
+    nodes[encode]["inputs"]["thought"] = ["thought", 0]
+    entry = server.run(server.with_latent(nodes))
+
+    (thought,) = entry["outputs"]["shown"]["text"]
+    assert "a green leaf" in thought
+    pipeline = Pipeline(checkpoint)
+    images = tuple(Image.open(file).convert("RGB") for file in case.images)
+    wish = Drawing(case.prompt, case.width, case.height, case.steps, 1234, system=system or None, images=images)
+    conditions = pipeline.conditions(replace(wish, thought=thought))
+    expected = pipeline.sample(conditions, case["noise"], flow_sigmas(case.steps), (3.5, 1.5))
+    near(normalised(server.latent(entry)), expected, 1e-5)
 
 
 def test_an_edited_thought_changes_the_picture(server, edit_graph, golden):

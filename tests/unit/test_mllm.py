@@ -28,6 +28,27 @@ def test_context_equals_the_official_hidden_states(model, encoder, case, near):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("system", [None, "Draw."])
+@pytest.mark.parametrize("files", [0, 1])
+@pytest.mark.parametrize("text", ["go", "a much longer wish than the prompt without words, so that nothing is padded"])
+def test_the_padding_before_a_thought_is_attended(model, encoder, golden, near, text, files, system):
+    """As if the pads were words: the official code's own definition, for a thought that was typed."""
+    pictures = [to_rgb(Image.open(file)) for file in golden("edit_one").images[:files]]
+    features = encoder.features(model, pictures, **HERE)
+    thought = encoder.tokenizer.thought("a thought typed by hand")
+    made = prompt.branches(encoder.tokenizer, text, pictures=files, grid=4, system=system, thought=thought)
+    tokens = made.conditional
+    assert (tokens.ids[0] == encoder.tokenizer.special[prompt.PAD]) == (text == "go")
+    whole = encoder.embedded(model, tokens, features, **HERE)
+    expected = model.hidden_states(whole, encoder.layers)[0, tokens.user :]
+    near(encoder.contexts(model, [(tokens, features)], **HERE)[0], expected, 1e-6)
+    pads = tokens.ids.count(encoder.tokenizer.special[prompt.PAD])
+    without = model.hidden_states(whole[:, pads:], encoder.layers)[0, tokens.user - pads :]
+    error = ((without - expected).norm() / expected.norm()).item()
+    assert error > 0.05 if pads else error == 0
+
+
+@torch.inference_mode()
 def test_prompts_with_different_system_turns_are_kept_apart(model, encoder, near):
     texts = [prompt.branches(encoder.tokenizer, "a cat", system=system).conditional for system in ("one", "another")]
     together = encoder.contexts(model, [(tokens, ()) for tokens in texts], **HERE)

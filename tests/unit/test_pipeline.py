@@ -63,7 +63,9 @@ def test_pictures_after_a_thought_equal_the_official_ones(pipeline, thinking, ne
     wish = replace(wish, thought=pipeline.think(wish, writing=Writing(thinking.new)))
     assert wish.scales == (3.5, 1.5)
     conditions = pipeline.conditions(wish)
-    near(conditions.conditional[0], thinking.context(0), 1e-5)
+    for i, branch in enumerate((conditions.conditional, conditions.partial, conditions.unconditional)):
+        if branch is not None:
+            near(branch[0], thinking.context(i), 1e-5)
     latent = pipeline.sample(conditions, thinking["noise"], sampling.flow_sigmas(thinking.steps), wish.scales)
     near(latent, thinking["final_latents"])
     same_picture(pipeline.draw(wish), thinking["image_u8"])
@@ -153,17 +155,20 @@ def test_command_line_errors_are_one_line(checkpoint, tmp_path, wrong, message):
     assert not (tmp_path / "p.png").exists()
 
 
-def test_command_line_edits_after_a_thought_as_the_official_pipeline(checkpoint, golden, same_picture, tmp_path):
-    case, out = golden("cot_edit"), tmp_path / "picture.png"
+@pytest.mark.parametrize("name", ["cot_edit", "cot_short", "cot_edit_short"])
+def test_command_line_draws_after_a_thought_as_the_official_pipeline(checkpoint, golden, same_picture, tmp_path, name):
+    case, out = golden(name), tmp_path / "picture.png"
     wish = ["--model", checkpoint, "--prompt", case.prompt, "--width", case.width, "--height", case.height]
-    wish += ["--image", case.images[0], "--think", "--max-new-tokens", case.new]
+    wish += [part for file in case.images for part in ("--image", file)]
+    wish += ["--think", "--max-new-tokens", case.new]
     done = command("draw", *wish, "--steps", case.steps, "--seed", 1234, "--out", out)
     assert done.returncode == 0, done.stderr
     with Image.open(out) as image:
         same_picture(image, case["image_u8"])
         told = json.loads(image.text["internvl_u"])
     assert told["thought"] in done.stderr and told["thought"]
-    assert (told["all_cfg"], told["part_cfg"], told["images"]) == (3.5, 1.5, [case.images[0].name])
+    assert (told["all_cfg"], told["part_cfg"]) == (3.5, 1.5)
+    assert told["images"] == [file.name for file in case.images]
 
 
 def test_command_line_edits_at_the_pictures_size_and_takes_a_thought(checkpoint, golden, tmp_path):

@@ -18,6 +18,39 @@ def test_ids_of_the_three_branches_equal_the_official_ones(tokenizer, case):
         assert len(tokens.ids) - tokens.user == len(case.context(i))
 
 
+def test_ids_after_a_thought_equal_the_official_ones(tokenizer, thinking):
+    """With the padding of the conditional branch, to which the official code attends."""
+    thought = prompt.handed_on(thinking["generated_ids"][0].tolist(), tokenizer.stops)
+    made = branches(tokenizer, thinking.prompt, pictures=len(thinking.images), grid=4, thought=thought)
+    drawn = tokenizer.special[prompt.IMG]
+    assert list(made.conditional.ids) == [*thinking["input_ids"][0].tolist(), *thought, drawn]
+    for i, tokens in ((1, made.partial), (2, made.unconditional)):
+        ids = thinking["input_ids"][i][thinking["attention_mask"][i].bool()].tolist()
+        assert list(tokens.ids) == [*ids, drawn]
+    for i, tokens in enumerate((made.conditional, made.partial, made.unconditional)):
+        assert len(tokens.ids) - tokens.user == len(thinking.context(i))
+
+
+@pytest.mark.parametrize("system", [None, "", "Draw.", "Draw well. " * 40])
+@pytest.mark.parametrize("pictures", [0, 1, 3])
+@pytest.mark.parametrize("text", ["", "a", "blue", "a cat " * 30])
+@pytest.mark.parametrize("thought", [(), (5, 6)])
+def test_only_a_prompt_that_has_a_thought_and_is_not_the_longest_is_padded(tokenizer, text, pictures, system, thought):
+    plain = branches(tokenizer, text, pictures=pictures, grid=4, system=system)
+    made = branches(tokenizer, text, pictures=pictures, grid=4, system=system, thought=thought)
+    lengths = [len(tokens.ids) for tokens in (plain.conditional, plain.partial, plain.unconditional)]
+    pads = max(lengths) - lengths[0]
+    assert (pads > 0) == (len(text) < 10)
+    assert plain.conditional.ids.count(tokenizer.special[prompt.PAD]) == 0
+    before, drawn = plain.conditional.ids[:-1], plain.conditional.ids[-1:]
+    assert made.conditional.ids == (tokenizer.special[prompt.PAD],) * pads + before + thought + drawn
+    assert (made.partial, made.unconditional) == (plain.partial, plain.unconditional)
+    for place, moved in zip(plain.conditional.pictures, made.conditional.pictures, strict=True):
+        assert made.conditional.ids[slice(*moved)] == plain.conditional.ids[slice(*place)]
+    *spans, last = plain.conditional.layout
+    assert made.conditional.layout == (*spans, last._replace(count=last.count + len(thought)))
+
+
 def test_partial_and_unconditional_prompt_of_text_to_image_are_one(tokenizer):
     made = branches(tokenizer, "a cat")
     assert made.partial is made.unconditional

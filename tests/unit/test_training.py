@@ -95,8 +95,9 @@ def test_contexts_are_those_of_the_shipped_encoder(studio, model, words_of):
         ("what is round", "A round shape is a circle. So: a red circle.", 0),
         (edit.instruction, "", 1),
         (edit.instruction, edits.thought(edit), 1),
+        ("go", edits.thought(edit), 1),  # shorter than the partial prompt: padded
     ):
-        ids = words_of.encode([thought])[0][:-1]
+        ids = words_of.encode([thought])[0][:-1] if thought else None
         made = prompt.branches(words_of, text, pictures=pictures, grid=understand.VISION.grid, thought=ids)
         for one in (made.conditional, made.partial, made.unconditional):
             plans.append(studies.Plan(one, edit.after, edit.before if one.pictures else None))

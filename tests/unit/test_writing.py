@@ -116,7 +116,7 @@ def test_a_thought_without_memory_is_read_as_plain_text(pipeline):
     tokenizer = pipeline.encoder.tokenizer
     special = set(tokenizer.special.values())
     assert not special & set(tokenizer.thought("first <img> then <|im_end|>"))
-    assert tokenizer.thought("") == ()
+    assert tokenizer.thought("") is None
     remembered = prompt.Thought("anything", [7, 8])
     assert tokenizer.thought(remembered) == tokenizer.thought(copy.deepcopy(remembered)) == (7, 8)
     assert tokenizer.thought(pickle.loads(pickle.dumps(remembered))) == (7, 8)
@@ -126,6 +126,15 @@ def test_a_thought_without_memory_is_read_as_plain_text(pipeline):
 def test_no_thought_and_an_empty_thought_are_the_same_prompt(pipeline):
     tokenizer = pipeline.encoder.tokenizer
     assert prompt.branches(tokenizer, "a cat") == prompt.branches(tokenizer, "a cat", thought=tokenizer.thought(""))
+
+
+def test_an_empty_thought_of_the_model_is_a_thought_and_an_empty_text_is_none(pipeline):
+    """The official code draws from nothing but its padding then, with the guidance of a thought."""
+    empty, written = Drawing("a cat", 32, 32, 1), Drawing("a cat", 32, 32, 1, thought=prompt.Thought("", ()))
+    assert empty.scales == (4.5, 2.0) and written.scales == (3.5, 1.5)
+    contexts = [pipeline.conditions(drawing).conditional[0] for drawing in (empty, written)]
+    assert contexts[0].shape == contexts[1].shape
+    assert not torch.allclose(*contexts, atol=1e-2)
 
 
 def test_greedy_writing_equals_transformers_generate(pipeline, golden):
