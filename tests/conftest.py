@@ -103,6 +103,11 @@ def thinking(request, golden):
     return golden(request.param)
 
 
+@pytest.fixture(params=[*PICTURE_CASES, *EDIT_CASES, *THOUGHT_CASES])
+def drawn(request, golden):
+    return golden(request.param)
+
+
 @pytest.fixture(params=TEXT_CASES)
 def question(request, golden):
     return golden(request.param)
