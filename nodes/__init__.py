@@ -7,6 +7,7 @@ from .decode import DecodeLatent
 from .encode import EncodePrompt
 from .latent import CreateLatent
 from .load import LoadModel
+from .native import host
 from .sample import CreateGuider, SampleLatent, ScheduleSteps, SelectSampler
 from .think import AnswerQuestion, WriteThought
 
@@ -23,6 +24,7 @@ NODES = [
     AnswerQuestion,
 ]
 
+host.check()
 model_folders.register()
 
 

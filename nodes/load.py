@@ -78,7 +78,7 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name, precision, mllm_name=AUTO, vae_name=AUTO) -> io.NodeOutput:
-        from .native import load
+        from .native.load import load
 
         drawing, language, vae = model_folders.find(model_name, mllm_name, vae_name)
         return io.NodeOutput(*load(drawing, precision, language, vae))

@@ -34,7 +34,7 @@ class WriteThought(io.ComfyNode):
                 *picture_inputs(),
             ],
             outputs=[io.String.Output(display_name="thought")],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             is_output_node=True,
         )
 
@@ -72,7 +72,7 @@ class AnswerQuestion(io.ComfyNode):
                 *picture_inputs(),
             ],
             outputs=[io.String.Output(display_name="answer")],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             is_output_node=True,
         )
 

@@ -154,6 +154,7 @@ def comfyui():
         pytest.skip("no ComfyUI: run the tests with `python dev.py test`, or set INTERNVLU_COMFYUI to its folder")
     sys.path.insert(0, path)
     import comfy.cli_args
+    import utils.extra_config  # noqa: F401 - first, as in main.py: nodes.py puts ComfyUI's other module `utils` before it
 
     comfy.cli_args.args.cpu = True
     return Path(path)
@@ -161,7 +162,7 @@ def comfyui():
 
 @pytest.fixture(scope="session")
 def native(comfyui):
-    return importlib.import_module("pack.nodes.native")
+    return importlib.import_module("pack.nodes.native.load")
 
 
 class Server:

@@ -1,8 +1,9 @@
-"""What differs between the ComfyUI versions that the pack runs on (0.3.75 to 0.33), in one place."""
+"""What differs between the ComfyUI versions that the pack runs on, in one place; `host` lists what is the same."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
 from collections.abc import Callable
@@ -10,17 +11,39 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sample
 import comfy.supported_models_base
 import comfy.utils
 import torch
 
+LATENT_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+"""Keys of an empty LATENT: pixels a side, and frames, for each of its values. ComfyUI's samplers take them away."""
 
-def make_patcher(model: torch.nn.Module, load_device: torch.device, offload_device: torch.device, dynamic: bool = True):
-    """Returns ComfyUI's patcher over `model`: the one that streams weights where there is one and `dynamic` allows."""
+
+def make_patcher(
+    model: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
+    load_device: torch.device,
+    offload_device: torch.device,
+    dynamic: bool = True,
+):
+    """Returns ComfyUI's patcher over `model`: the one that streams weights where there is one and `dynamic` allows.
+
+    `weights` are those that the model was filled with: newer versions read them again from a fast disk when they are
+    needed, instead of keeping them in memory.
+    """
     # Looked up at call time: recent versions rebind the name when they start with dynamic VRAM.
     cls = getattr(comfy.model_patcher, "CoreModelPatcher", None) if dynamic else None
     cls = cls or comfy.model_patcher.ModelPatcher
-    return cls(model, load_device=load_device, offload_device=offload_device)
+    more = {}
+    if "fast_disk" in inspect.signature(comfy.model_patcher.ModelPatcher).parameters:
+        more["fast_disk"] = importlib.import_module("comfy.storage").state_dict_fast_disk(weights)
+    return cls(model, load_device=load_device, offload_device=offload_device, **more)
+
+
+def is_dynamic(patcher) -> bool:
+    """Tells whether a patcher streams its weights from disk (0.33 and newer)."""
+    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
 
 
 def reload_with(patcher, factory: Callable, *arguments) -> None:
@@ -59,6 +82,17 @@ def device_context(device: torch.device) -> contextlib.AbstractContextManager:
     """Returns the context to work on `device` in, where there are several GPUs."""
     context = getattr(comfy.model_management, "cuda_device_context", None)
     return contextlib.nullcontext() if context is None else context(device)
+
+
+def fitted_latent(model, latent: dict) -> torch.Tensor:
+    """Returns the samples of a LATENT; an empty one that was made for another model gets the channels and size of ours.
+
+    Since 0.33 an empty LATENT says how many pixels a side each of its values stands for.
+    """
+    arguments = [model, latent["samples"]]
+    if LATENT_RATIOS[0] in inspect.signature(comfy.sample.fix_empty_latent_channels).parameters:
+        arguments.append(latent.get(LATENT_RATIOS[0]))
+    return comfy.sample.fix_empty_latent_channels(*arguments)
 
 
 def open_weights(file: Path) -> dict[str, torch.Tensor]:

@@ -87,6 +87,10 @@ class NativeMLLM:
         """Returns the bytes that ComfyUI's cache counts for this object."""
         return self.patcher.model_size()
 
+    def is_dynamic(self) -> bool:
+        """Tells ComfyUI's cache whether the weights take no memory of their own; it keeps such outputs longer."""
+        return compat.is_dynamic(self.patcher)
+
     def encode(self, text: str, *, system: str | None = None, images=(), vae=None, thought: str = "") -> tuple:
         """Returns positive and negative CONDITIONING and a latent of the size to draw.
 
@@ -188,7 +192,7 @@ def _load_patcher(source: str, precision: torch.dtype | None, disable_dynamic: b
     model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(False).eval()
     compat.remember_dtypes(model)
-    patcher = compat.make_patcher(model, load_device, offload_device, dynamic=not disable_dynamic)
+    patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
     compat.reload_with(patcher, _reload, source, precision)
     return patcher, compute
 

@@ -159,7 +159,7 @@ def load_model(source: str, precision: torch.dtype | None = None, disable_dynami
     model.diffusion_model.requires_grad_(False)
     model.device = offload_device
     compat.remember_dtypes(model.diffusion_model)
-    patcher = compat.make_patcher(model, load_device, offload_device, dynamic=not disable_dynamic)
+    patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
     compat.reload_with(patcher, load_model, source, precision)
     guidance.install(patcher)
     return patcher

@@ -12,7 +12,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ...internvl_u import sampling
-from ...internvl_u.picture import latent_size
+from ...internvl_u.picture import LATENT_STRIDE, latent_size
+from . import compat
 from .guidance import DualGuider
 
 
@@ -38,7 +39,8 @@ def empty_latent(width: int, height: int, batch: int = 1) -> dict:
     """Returns an empty LATENT [batch, 16, 1, height / 8, width / 8] of a drawn size in pixels."""
     size = latent_size(width, height)
     device = comfy.model_management.intermediate_device()
-    return {"samples": torch.zeros(batch, comfy.latent_formats.Wan21.latent_channels, 1, *size, device=device)}
+    samples = torch.zeros(batch, comfy.latent_formats.Wan21.latent_channels, 1, *size, device=device)
+    return {"samples": samples, compat.LATENT_RATIOS[0]: LATENT_STRIDE}
 
 
 def sample_latent(model, positive, negative, latent: dict, *, seed, steps, all_cfg, part_cfg, denoise=1.0) -> dict:
@@ -47,7 +49,7 @@ def sample_latent(model, positive, negative, latent: dict, *, seed, steps, all_c
     guider.set_conds(positive, negative)
     guider.set_scales(all_cfg, part_cfg)
     sigmas = flow_sigmas(steps, denoise)
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    samples = compat.fitted_latent(model, latent)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     drawn = guider.sample(
         noise,
@@ -59,7 +61,8 @@ def sample_latent(model, positive, negative, latent: dict, *, seed, steps, all_c
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    return latent | {"samples": drawn.to(comfy.model_management.intermediate_device())}
+    drawn = drawn.to(comfy.model_management.intermediate_device())
+    return {key: value for key, value in latent.items() if key not in compat.LATENT_RATIOS} | {"samples": drawn}
 
 
 @torch.no_grad()

@@ -38,8 +38,10 @@ class LiveText:
 def show(hidden, text: str) -> None:
     """Shows a text on a node in the browser that queued the job; `hidden` are the node's hidden inputs.
 
-    The workflow's id goes with it, because node ids repeat in the workflows of other tabs.
+    The workflow's id goes with it, because node ids repeat in the workflows of other tabs. A node inside a loop is run
+    as a copy with an id of its own: the text is for the node that the copy was made of.
     """
     server = PromptServer.instance
+    node = hidden.dynprompt.get_display_node_id(hidden.unique_id) if hidden.dynprompt else hidden.unique_id
     workflow = ((hidden.extra_pnginfo or {}).get("workflow") or {}).get("id")
-    server.send_sync(EVENT, {"node": hidden.unique_id, "workflow": workflow, "text": text}, server.client_id)
+    server.send_sync(EVENT, {"node": node, "workflow": workflow, "text": text}, server.client_id)

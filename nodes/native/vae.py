@@ -55,7 +55,7 @@ def _resized(picture: torch.Tensor, width: int, height: int) -> torch.Tensor:
 
 def _load_patcher(source: str, disable_dynamic: bool = False):
     vae = load_vae(source)
-    if disable_dynamic and hasattr(vae.patcher, "is_dynamic") and vae.patcher.is_dynamic():
+    if disable_dynamic and compat.is_dynamic(vae.patcher):
         return vae.patcher.clone(disable_dynamic=True)
     return vae.patcher
 
