@@ -36,7 +36,7 @@ def load_library(root: Path) -> Parts:
 def make_native(folder: Path) -> Callable[[Path], Parts]:
     """Returns what loads the three parts as the nodes do."""
     use_comfyui(folder)
-    native = importlib.import_module("pack.nodes.native")
+    native = importlib.import_module("pack.nodes.native.load")
 
     def load(root: Path) -> Parts:
         model, language, vae = native.load(root)

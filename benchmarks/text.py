@@ -65,7 +65,7 @@ def make_library(root: Path, *, dtype: torch.dtype, device: torch.device) -> dic
 
 def make_native(root: Path, precision: str) -> Write:
     """Returns our writer in ComfyUI, which must be importable."""
-    _, model, _ = importlib.import_module("pack.nodes.native").load(root, precision)
+    _, model, _ = importlib.import_module("pack.nodes.native.load").load(root, precision)
 
     def ours(tokens: int) -> list[int]:
         return model.write(QUESTION, system=SYSTEM, writing=Writing(max_new_tokens=tokens))

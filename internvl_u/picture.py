@@ -38,7 +38,7 @@ def latent_size(width: int, height: int) -> tuple[int, int]:
 def noise(width: int, height: int, seed: int, channels: int = 16) -> torch.Tensor:
     """Returns the start noise [1, channels, height / 8, width / 8], fp32, always from a CPU generator.
 
-    So a seed means the same picture on every device, here and in ComfyUI.
+    So a seed means the same noise on a CPU and a GPU, here and in ComfyUI.
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, channels, *latent_size(width, height), generator=generator)

@@ -80,7 +80,7 @@ def _pick(logits: torch.Tensor, writing: Writing, generator: torch.Generator) ->
         return int(logits.argmax())
     # Chance comes from the CPU, so that a seed does not depend on the device and no global generator is touched.
     odds = torch.softmax(logits.float().cpu() / writing.temperature, dim=-1)
-    odds, tokens = odds.sort(descending=True)
+    odds, tokens = odds.sort(descending=True, stable=True)  # bf16 logits are often equal
     odds[odds.cumsum(0) - odds >= writing.top_p] = 0.0
     return int(tokens[torch.multinomial(odds, 1, generator=generator)])
 

@@ -44,8 +44,8 @@ class SampleLatent(io.ComfyNode):
             node_id="InternVLU_SampleLatent",
             display_name="InternVL-U Sampler",
             category="InternVL-U",
-            description="Draws with the official solver (DPM-Solver++ 2M), schedule and dual guidance: the same seed "
-            "gives the official pipeline's picture.",
+            description="Draws with the official solver (DPM-Solver++ 2M), schedule and dual guidance: on the "
+            "same machine the same seed gives the official pipeline's picture.",
             inputs=[
                 *_conditionings(),
                 io.Latent.Input("latent_image"),
@@ -55,7 +55,8 @@ class SampleLatent(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The start noise, made on the CPU: the same seed gives the same picture everywhere.",
+                    tooltip="Seed of the start noise, which is made on the CPU: a GPU draws from the same noise. The same "
+                    "seed and settings give the same picture on the same machine.",
                 ),
                 _steps(),
                 _scale("all_cfg", 4.5, ALL_CFG_TIP),

@@ -28,7 +28,7 @@ def writing_inputs(max_new_tokens: int) -> list:
             "how",
             options=list(HOW),
             default="greedy",
-            tooltip="greedy: the likeliest token each time, always the same text. sampling: chance by seed, "
+            tooltip="greedy: the likeliest token each time, the same text on the same machine. sampling: chance by seed, "
             "temperature and top_p. beams: looks for the likeliest text as a whole, slower.",
         ),
         io.Float.Input(

@@ -184,12 +184,16 @@ def _exists(name: str) -> bool:
 
 def _refused(function, places: int, names: list[str]) -> str:
     try:
-        inspect.signature(function).bind(*[None] * places, **dict.fromkeys(names))
+        signature = inspect.signature(function)
+        given = signature.bind_partial(*[None] * places, **dict.fromkeys(names)).arguments
     except TypeError as error:
         return str(error)
     except ValueError:  # no signature to be had
-        pass
-    return ""
+        return ""
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind not in optional]
+    missing = [name for name in required if name not in given]
+    return f"{', '.join(missing)} must be given" if missing else ""
 
 
 def _version() -> str:

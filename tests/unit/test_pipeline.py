@@ -25,8 +25,12 @@ def drawing(case):
     return Drawing(case.prompt, case.width, case.height, case.steps, seed=1234)
 
 
-def test_noise_equals_the_official_noise(case):
-    assert torch.equal(picture.noise(*picture.drawn_size(case.width, case.height), 1234), case["noise"])
+def test_noise_equals_the_official_noise(case, near):
+    """torch's normal numbers differ in their last bit between processors with and without AVX2."""
+    noise = picture.noise(*picture.drawn_size(case.width, case.height), 1234)
+    near(noise, case["noise"], 1e-6)
+    generator = torch.Generator().manual_seed(1234)
+    assert torch.equal(noise, torch.randn(case["noise"].shape, generator=generator))
 
 
 def test_final_latent_and_decoded_picture_equal_the_official_ones(pipeline, case, near):
