@@ -100,6 +100,8 @@ def build_language(config: Mapping, *, dtype=None, device=None) -> nn.Module:
         raise RuntimeError(f"vlm: language model {config.get('model_type')!r} found, 'qwen3' expected")
     settings = Qwen3Config.from_dict({k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")})
     settings._attn_implementation = "sdpa"
+    if not settings.use_sliding_window:
+        settings.sliding_window = None  # transformers 4.51 warns of a window even where it is not used
     with torch.device("meta"):
         model = Qwen3ForCausalLM(settings)
     if torch.device(device or "cpu").type != "meta":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -221,17 +222,38 @@ def test_a_changed_checkpoint_is_loaded_again(server, graph, golden, bad_model):
 SMALL = {"largest_size": 64, "max_new_tokens": 8, "steps": 2, "precision": "fp32"}
 
 
+@pytest.fixture
+def small_workflow(server, golden):
+    """Reads a shipped workflow in API format and makes it quick; values are put in where there is such a widget."""
+
+    def make(name, **values):
+        shutil.copy(golden("edit_one").images[0], server.base / "input" / "example.png")
+        nodes = json.loads((TWINS / f"{name}.api.json").read_text(encoding="utf-8"))
+        for node in nodes.values():
+            for key, value in (SMALL | values).items():
+                if key in node["inputs"] and not isinstance(node["inputs"][key], list):
+                    node["inputs"][key] = value
+            if node["class_type"] == "InternVLU_CreateLatent":
+                node["inputs"] |= {"preset": "custom", "width": 64, "height": 48}
+        return nodes
+
+    return make
+
+
 @pytest.mark.parametrize("name", sorted(file.name.removesuffix(".api.json") for file in TWINS.glob("*.api.json")))
-def test_every_shipped_workflow_runs(server, golden, name):
-    shutil.copy(golden("edit_one").images[0], server.base / "input" / "example.png")
-    nodes = json.loads((TWINS / f"{name}.api.json").read_text(encoding="utf-8"))
-    for node in nodes.values():
-        for key, value in SMALL.items():
-            if key in node["inputs"]:
-                node["inputs"][key] = value
-        if node["class_type"] == "InternVLU_CreateLatent":
-            node["inputs"] |= {"preset": "custom", "width": 64, "height": 48}
-    entry = server.run(nodes)
+def test_every_shipped_workflow_runs(server, small_workflow, name):
+    entry = server.run(small_workflow(name))
     assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])
     shown = [output for output in entry["outputs"].values() if "images" in output or "text" in output]
     assert shown
+
+
+@pytest.mark.parametrize("how", ["greedy", "sampling", "beams"])
+@pytest.mark.parametrize("name", ["think_then_edit", "ask_about_a_picture", "draw_ask_draw_again", "masked_edit"])
+def test_no_warning_of_a_library_reaches_the_log(server, small_workflow, name, how):
+    before = len(server.log.read_text())
+    entry = server.run(small_workflow(name, how=how, beams=2, seed=4321))
+    assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])
+    log = server.log.read_text()[before:]
+    assert "got prompt" in log
+    assert not re.findall(r".*(?:warning|deprecated|will be removed).*", log, re.IGNORECASE)
