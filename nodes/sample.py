@@ -55,8 +55,8 @@ class SampleLatent(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Seed of the start noise, which is made on the CPU: a GPU draws from the same noise. The same "
-                    "seed and settings give the same picture on the same machine.",
+                    tooltip="Seed of the start noise, which is made on the CPU: a GPU draws from the same noise. "
+                    "The same seed and settings give the same picture on the same machine.",
                 ),
                 _steps(),
                 _scale("all_cfg", 4.5, ALL_CFG_TIP),

@@ -28,8 +28,8 @@ def writing_inputs(max_new_tokens: int) -> list:
             "how",
             options=list(HOW),
             default="greedy",
-            tooltip="greedy: the likeliest token each time, the same text on the same machine. sampling: chance by seed, "
-            "temperature and top_p. beams: looks for the likeliest text as a whole, slower.",
+            tooltip="greedy: the likeliest token each time, the same text on the same machine. sampling: chance "
+            "by seed, temperature and top_p. beams: looks for the likeliest text as a whole, slower.",
         ),
         io.Float.Input(
             "temperature",
