@@ -2,8 +2,11 @@
 
 import asyncio
 import importlib
+import importlib.metadata
 import json
 import os
+import platform
+import re
 import shutil
 import socket
 import struct
@@ -40,6 +43,46 @@ pack = types.ModuleType("pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["pack"] = pack
 Span = importlib.import_module("pack.internvl_u.positions").Span
+
+
+def versions():
+    """What the tests run on: processor, Python, packages, ComfyUI."""
+
+    def version(package):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "none"
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    kernels = torch.backends.cpu.get_cpu_capability()
+    comfyui = Path(os.environ.get("INTERNVLU_COMFYUI") or "/nowhere") / "comfyui_version.py"
+    found = re.search(r'"(.+)"', comfyui.read_text(encoding="utf-8")) if comfyui.is_file() else None
+    packages = ("torch", "transformers", "tokenizers", "huggingface_hub", "numpy", "Pillow", "diffusers", "safetensors")
+    return {
+        "processor": f"{names[0] if names else platform.processor() or platform.machine()} ({kernels})",
+        "system": platform.system(),
+        "Python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "ComfyUI": found[1] if found else "none",
+    }
+
+
+def pytest_report_header():
+    return [f"{key}: {value}" for key, value in versions().items()]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Tells once more what was tested, and writes it to the file that INTERNVLU_TESTED names; see noxfile.py."""
+    tested = versions()
+    terminalreporter.write_line("tested on " + ", ".join(f"{key} {value}" for key, value in tested.items()))
+    file = os.environ.get("INTERNVLU_TESTED")
+    if file:
+        counts = {kind: len(terminalreporter.stats.get(kind, ())) for kind in ("passed", "failed", "error", "skipped")}
+        counts["failed"] += counts.pop("error")
+        Path(file).write_text(json.dumps(tested | counts | {"date": time.strftime("%Y-%m-%d")}), encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -74,33 +74,35 @@ def written(page, server, **values) -> str:
     return next(output["text"][0] for output in wait(page, server, before)["outputs"].values())
 
 
-def start_long_text(page, server) -> set:
-    """Starts a job, sees its text change on the node while it runs, and returns the jobs that ended before it."""
+def cancel_long_text(page, server) -> None:
+    """Cancels a job whose text was seen to change on the node, and that did not end by itself before."""
     for seed in SEEDS:
         before, texts = server.get("/history").keys(), set()
         queue(page, seed=seed, max_new_tokens=8192)
-        deadline = time.monotonic() + 15
-        while not server.get("/history").keys() - before:
+        deadline = time.monotonic() + TIMEOUT / 1000
+        while len(texts) <= 4 and not server.get("/history").keys() - before:
             texts.add(page.evaluate(TEXT))
-            if len(texts) > 4:
-                return before
             assert time.monotonic() < deadline, f"the node showed only {texts}"
             page.wait_for_timeout(50)
-    pytest.fail("no seed gave a long text")
+        page.evaluate("app.extensionManager.command.execute('Comfy.Interrupt')")
+        kinds = [kind for kind, _ in wait(page, server, before)["status"]["messages"]]
+        if "execution_interrupted" in kinds and len(texts) > 4:
+            return
+        assert "execution_success" in kinds, kinds
+    pytest.fail("no seed gave a text that was long enough to be cancelled")
 
 
 def reload(page) -> None:
+    # The frontend stores a changed graph half a second later. A timer of the page's own comes after that one, however
+    # busy the machine is.
+    page.evaluate("() => new Promise(done => setTimeout(done, 1500))")
     page.reload()
     page.wait_for_function(READY)
     page.wait_for_function(f"!!{THINK}")
 
 
 def test_a_cancelled_text_stays_on_the_node_as_far_as_it_came_and_the_next_job_runs(page, server):
-    before = start_long_text(page, server)
-    page.evaluate("app.extensionManager.command.execute('Comfy.Interrupt')")
-    entry = wait(page, server, before)
-    assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]]
-
+    cancel_long_text(page, server)
     text = page.evaluate(TEXT)
     assert text
     reload(page)

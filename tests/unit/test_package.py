@@ -1,6 +1,7 @@
 """Rules that hold for the tree itself: layers, versions, what is published."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -119,3 +120,11 @@ def test_the_published_files_hold_nothing_that_the_registry_flags():
         pattern = SCANNED.get(name.suffix)
         if pattern:
             assert not re.search(pattern, name.read_text(encoding="utf-8")), name
+
+
+def test_the_readme_lists_the_versions_that_were_tested():
+    spec = importlib.util.spec_from_file_location("make_tested", ROOT / "tests" / "tools" / "make_tested.py")
+    make_tested = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_tested)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == make_tested.filled(readme) and "| 0.3.75 | 3.11" in readme and "| 0.33.0 | 3.12" in readme
