@@ -163,6 +163,7 @@ def test_the_three_branches_are_learnt_in_their_shares(studio):
     assert conditional > 750 and 60 < partial < 140 and 60 < unconditional < 140
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="training needs torch 2.9")
 def test_training_goes_on_where_it_was_left(tmp_path, monkeypatch):
     def options(steps):
         monkeypatch.setattr("sys.argv", ["understand.py", "--tokenizer", str(CHOSEN / "processor"), "--work", "x"])
