@@ -36,7 +36,9 @@ def numbers(version: str) -> list[int]:
 
 
 def table() -> str:
-    """Returns the records as a table in Markdown."""
+    """Returns the records as a table in Markdown, empty without any."""
+    if not read():
+        return ""
     rows = [(*COLUMNS, "passed"), ("---",) * (len(COLUMNS) + 1)]
     rows += [(*(one[column] for column in COLUMNS), str(one["passed"])) for one in read()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
