@@ -503,6 +503,8 @@ def run_pytest(comfyui: Path, *arguments: str, **env: str) -> int:
     """Run pytest and return its exit status."""
     # This folder must not be on sys.path, as with `python -m pytest`: our nodes/ hides ComfyUI's module of that name.
     code = "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())"
+    # The test models are so small that a second thread only waits, and waits long where the machine is busy.
+    env = {"OMP_NUM_THREADS": "1"} | env
     with Child([PYTHON, "-c", code, *arguments], grace=30, INTERNVLU_COMFYUI=str(comfyui), **env) as pytest:
         return pytest.wait()
 

@@ -99,7 +99,7 @@ def run_pytest(session: nox.Session, *default: str, **env: str) -> None:
     record = Path(session.create_tmp()) / "tested.json"
     code = "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())"
     command = ("python", "-c", code, *(arguments or default))
-    session.run(*command, env={"INTERNVLU_TESTED": str(record), "HF_HUB_OFFLINE": "1", **env})
+    session.run(*command, env={"INTERNVLU_TESTED": str(record), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env})
     if len(arguments) < len(session.posargs):
         spec = importlib.util.spec_from_file_location("make_tested", ROOT / "tests" / "tools" / "make_tested.py")
         module = importlib.util.module_from_spec(spec)
