@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy
 import torch
-from pack.internvl_u import mmdit, picture, prompt, sampling
-from pack.internvl_u.pipeline import Drawing, Pipeline
-from pack.internvl_u.writing import Writing
+from pack.internvl_u import images, mmdit, prompt, sampling
+from pack.internvl_u.generation import GenerationConfig
+from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from PIL import Image, ImageDraw
 from random_weights import TEMPLATE
 from report import make_parser, show
@@ -86,20 +86,20 @@ def compute(condition: Condition, model: Path, file: Path) -> None:
         pipeline = Pipeline(model, dtype=getattr(torch, condition.dtype))
         seen = _something()
         for name, text in DRAWINGS.items():
-            drawing = Drawing(text, 64, 64, STEPS, SEED, images=(seen,) if name == "edit" else ())
+            drawing = ImageRequest(text, 64, 64, STEPS, SEED, images=(seen,) if name == "edit" else ())
             if name == "thought":
-                thought = pipeline.think(drawing, writing=Writing(LONGEST))
+                thought = pipeline.think(drawing, config=GenerationConfig(LONGEST))
                 results["text of the thought"] = torch.tensor(thought.ids)
                 drawing = dataclasses.replace(drawing, thought=thought)
-            noise = picture.noise(64, 64, SEED)
-            conditions = pipeline.conditions(drawing)
-            latent = pipeline.sample(conditions, noise, sampling.flow_sigmas(STEPS), drawing.scales)
+            noise = images.noise(64, 64, SEED)
+            conditions = pipeline.encode_prompt(drawing)
+            latent = pipeline.sample(conditions, noise, sampling.flow_sigmas(STEPS), drawing.guidance)
             results[f"context of {name}"] = conditions.conditional[0].float()
             results[f"latent of {name}"] = latent
-            results[f"image of {name}"] = torch.from_numpy(numpy.array(picture.to_image(pipeline.decode(latent)[0])))
+            results[f"image of {name}"] = torch.from_numpy(numpy.array(images.to_image(pipeline.decode(latent)[0])))
         for beams in (1, 3):
-            writing = Writing(LONGEST, beams=beams)
-            written = pipeline.write(QUESTION, (seen,), prompt.SYSTEM_ANSWER, writing)
+            writing = GenerationConfig(LONGEST, beams=beams)
+            written = pipeline.generate(QUESTION, (seen,), prompt.SYSTEM_ANSWER, writing)
             results[f"text of {beams} beams"] = torch.tensor(written)
     torch.save(results, file)
 

@@ -18,9 +18,7 @@ from pathlib import Path
 
 import torch
 from host import use_comfyui
-from pack.internvl_u import mllm
-from pack.internvl_u.pipeline import load_mmdit
-from pack.internvl_u.vae import StandaloneVAE
+from pack.internvl_u.load import load_mllm, load_mmdit, load_vae
 from report import make_parser, show
 from timing import median
 
@@ -30,13 +28,13 @@ Parts = Iterable[torch.nn.Module]
 
 def load_library(root: Path) -> Parts:
     """Returns the three parts as the library loads them."""
-    return load_mmdit(root), mllm.load(root), StandaloneVAE(root)
+    return load_mmdit(root), load_mllm(root), load_vae(root)
 
 
 def make_native(folder: Path) -> Callable[[Path], Parts]:
     """Returns what loads the three parts as the nodes do."""
     use_comfyui(folder)
-    native = importlib.import_module("pack.nodes.native.load")
+    native = importlib.import_module("pack.native.load")
 
     def load(root: Path) -> Parts:
         model, language, vae = native.load(root)

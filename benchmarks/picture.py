@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from pack.internvl_u import picture, sampling
-from pack.internvl_u.pipeline import Drawing, Pipeline
+from pack.internvl_u import images, sampling
+from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from PIL import Image
 from report import add_device, make_parser, resolve_dtype, show
 from timing import median, seconds
@@ -18,17 +18,17 @@ PROMPT = "a red fox reading a newspaper in a sunny kitchen, watercolour"
 GIB = 2**30
 
 
-def draw(pipeline: Pipeline, drawing: Drawing) -> dict[str, float]:
+def draw(pipeline: Pipeline, drawing: ImageRequest) -> dict[str, float]:
     """Returns the seconds that one picture's stages take."""
     kept: dict = {}
 
     def encode():
-        kept["conditions"] = pipeline.conditions(drawing)
+        kept["conditions"] = pipeline.encode_prompt(drawing)
 
     def sample():
-        noise = picture.noise(drawing.width, drawing.height, drawing.seed)
+        noise = images.noise(drawing.width, drawing.height, drawing.seed)
         sigmas = sampling.flow_sigmas(drawing.steps)
-        kept["latent"] = pipeline.sample(kept["conditions"], noise, sigmas, drawing.scales)
+        kept["latent"] = pipeline.sample(kept["conditions"], noise, sigmas, drawing.guidance)
 
     def decode():
         kept["picture"] = pipeline.decode(kept["latent"])
@@ -37,7 +37,7 @@ def draw(pipeline: Pipeline, drawing: Drawing) -> dict[str, float]:
     return {name: seconds(stage, pipeline.device) for name, stage in stages.items()}
 
 
-def measure(pipeline: Pipeline, drawing: Drawing, repeats: int) -> dict[str, float]:
+def measure(pipeline: Pipeline, drawing: ImageRequest, repeats: int) -> dict[str, float]:
     """Returns the medians of several pictures after one to warm up, and what follows from them."""
     draw(pipeline, drawing)
     if pipeline.device.type == "cuda":
@@ -65,7 +65,7 @@ def main() -> None:
     for mode in arguments.modes:
         for size in arguments.sizes:
             images = (Image.new("RGB", (size, size), "orange"),) if mode == "edit" else ()
-            drawing = Drawing(PROMPT, size, size, arguments.steps, images=images)
+            drawing = ImageRequest(PROMPT, size, size, arguments.steps, images=images)
             rows.append({"mode": mode, "pixels": size, **measure(pipeline, drawing, arguments.repeats)})
     show(rows, arguments.json, dtype=str(pipeline.dtype), device=arguments.device, steps=arguments.steps)
 

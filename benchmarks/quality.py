@@ -61,8 +61,8 @@ def draw(choice: Choice, arguments: argparse.Namespace) -> tuple[torch.Tensor, f
     """Returns the picture [1, 3, H, W] in [0, 1] and the median seconds of its sampling, after one to warm up."""
     torch.compiler.reset()
     importlib.import_module("comfy.utils").PROGRESS_BAR_ENABLED = False
-    native = importlib.import_module("pack.nodes.native.load")
-    sampler = importlib.import_module("pack.nodes.native.sampler")
+    native = importlib.import_module("pack.native.load")
+    sampler = importlib.import_module("pack.native.sampler")
     model, language, vae = native.load(arguments.model, choice.precision)
     model = choice.change(model)
     positive, negative, latent = language.encode(PROMPT)

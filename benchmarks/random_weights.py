@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 from pack.internvl_u import mllm
+from pack.internvl_u.checkpoint import Folder
 from pack.internvl_u.config import VisionConfig
 from pack.internvl_u.mmdit import MMDiT
-from pack.internvl_u.prompt import Tokenizer, find_tokenizer
+from pack.internvl_u.tokenizer import Tokenizer
 from report import make_parser, show
 from workload import RELEASED
 
@@ -191,7 +192,7 @@ def write_part(folder: Path, shapes: Shapes, stem: str, shards: int, dtype: str,
 
 def silence(folder: Path) -> None:
     """Zeroes the rows of `lm_head` that would end a text, in the files: such a model writes on and on."""
-    stops = Tokenizer(find_tokenizer(folder)).stops
+    stops = Tokenizer(Folder(folder).tokenizer()).stops
     for file in (folder / "vlm").glob("*.safetensors"):
         with file.open("r+b") as target:
             length = int.from_bytes(target.read(8), "little")

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import torch
 from host import use_comfyui
-from pack.internvl_u import mllm, prompt
-from pack.internvl_u.writing import Writing, write
+from pack.internvl_u import prompt
+from pack.internvl_u.checkpoint import open_checkpoint
+from pack.internvl_u.encoder import Encoder
+from pack.internvl_u.generation import GenerationConfig, generate
+from pack.internvl_u.load import load_mllm
 from random_weights import LANGUAGE, write_checkpoint
 from report import add_device, make_parser, resolve_dtype, show
 from timing import median, take_turns
@@ -42,13 +45,15 @@ def model_folder(arguments: argparse.Namespace) -> Iterator[Path]:
 
 def make_library(root: Path, *, dtype: torch.dtype, device: torch.device) -> dict[str, Write]:
     """Returns our writer and transformers' own generate, on one model in memory."""
-    encoder = mllm.Encoder.read(root)
-    model = mllm.load(root, dtype=dtype, device=device)
-    opening = prompt.opening(encoder.tokenizer, QUESTION, system=SYSTEM)
-    embedded = encoder.embedded(model, opening, (), device=device, dtype=dtype)
+    encoder = Encoder.from_checkpoint(open_checkpoint(root))
+    model = load_mllm(root, dtype=dtype, device=device)
+    opening = prompt.generation_prompt(encoder.tokenizer, QUESTION, system=SYSTEM)
+    embedded = encoder.embed(model, opening, (), device=device, dtype=dtype)
 
     def ours(tokens: int) -> list[int]:
-        return write(encoder, model, opening, writing=Writing(max_new_tokens=tokens), device=device, dtype=dtype)
+        return generate(
+            encoder, model, opening, config=GenerationConfig(max_new_tokens=tokens), device=device, dtype=dtype
+        )
 
     def plain(tokens: int) -> list[int]:
         return model.language_model.generate(
@@ -65,10 +70,10 @@ def make_library(root: Path, *, dtype: torch.dtype, device: torch.device) -> dic
 
 def make_native(root: Path, precision: str) -> Write:
     """Returns our writer in ComfyUI, which must be importable."""
-    _, model, _ = importlib.import_module("pack.nodes.native.load").load(root, precision)
+    _, model, _ = importlib.import_module("pack.native.load").load(root, precision)
 
     def ours(tokens: int) -> list[int]:
-        return model.write(QUESTION, system=SYSTEM, writing=Writing(max_new_tokens=tokens))
+        return model.generate(QUESTION, system=SYSTEM, config=GenerationConfig(max_new_tokens=tokens))
 
     return ours
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from pack.internvl_u.config import MMDiTConfig
-from pack.internvl_u.mmdit import MMDiT, time_embedding
-from pack.internvl_u.positions import Layout, Span
+from pack.internvl_u.defaults import GUIDANCE
+from pack.internvl_u.mmdit import MMDiT
+from pack.internvl_u.rope import Layout, Span
+from pack.internvl_u.sampling import Denoiser, DrawingContexts
 
 RELEASED = MMDiTConfig(
     channels=16, patch_size=2, context_width=4096, layers=20, heads=12, head_dim=128, rope_axes=(16, 56, 56)
@@ -57,26 +59,15 @@ def make_inputs(mode: str, pixels: int, *, dtype: torch.dtype, device: str = "cp
 
 
 def make_step(model: MMDiT, inputs: Inputs) -> Callable[[], list[torch.Tensor]]:
-    """Returns a function that runs our step, as the pipeline does: one velocity [1, 16, n, n] a branch.
-
-    Branches of equal references share a call: two in one for a picture from text; when editing two and then one.
-    """
-    *seeing, blind = range(len(inputs.contexts))
-    groups = [[*seeing, blind]] if inputs.reference is None else [seeing, [blind]]
-    calls = []
-    for group in groups:
-        seen = [inputs.reference] if inputs.reference is not None and blind not in group else []
-        grids = [tuple(one.shape[-2:]) for one in seen]
-        branches = [model.branch(inputs.contexts[i], inputs.layouts[i], inputs.size, grids) for i in group]
-        calls.append((branches, seen))
-    time = time_embedding(inputs.timestep.to(inputs.latents.dtype))
+    """Returns a function that runs our step, as the pipeline does: one velocity [1, 16, n, n] per branch, fp32."""
+    branches = list(zip(inputs.contexts, inputs.layouts, strict=True))
+    partial = branches[1] if inputs.reference is not None else None
+    references = () if inputs.reference is None else (inputs.reference,)
+    contexts = DrawingContexts(branches[0], partial, branches[-1], references)
+    denoiser = Denoiser(model, contexts, inputs.size, GUIDANCE, inputs.latents.dtype)
 
     def run() -> list[torch.Tensor]:
-        velocities = []
-        for branches, seen in calls:
-            count = len(branches)
-            latents, *references = (one.expand(count, -1, -1, -1) for one in (inputs.latents, *seen))
-            velocities += model(latents, time.expand(count, -1), branches, references).split(1)
-        return velocities
+        conditional, partial, unconditional = denoiser.velocities(inputs.latents, inputs.timestep)
+        return [conditional, unconditional] if partial is unconditional else [conditional, partial, unconditional]
 
     return run

@@ -1,4 +1,4 @@
-"""The command line: `python -m internvl_u draw ...` and `python -m internvl_u ask ...`."""
+"""The command line: `python -m internvl_u draw`, `ask` and `convert`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,25 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__
+from .defaults import (
+    ANSWER_TOKENS,
+    FILE_DTYPES,
+    GUIDANCE,
+    GUIDANCE_WITH_THOUGHT,
+    LARGEST,
+    SMALLEST,
+    STEPS,
+    THOUGHT_TOKENS,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from .pipeline import ImageRequest, Pipeline
 
 DTYPES = ("float32", "bfloat16")
 
@@ -31,48 +48,69 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("internvl_u", description="InternVL-U without ComfyUI.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    draw = commands.add_parser("draw", help="draw a picture from a text, or edit pictures")
-    _common(draw, "what to draw or to change; may be empty; <image> marks a picture's place")
-    draw.add_argument("--width", type=int, metavar="W", help="pixels, 16 to 4096 (default: the first picture's)")
-    draw.add_argument("--height", type=int, metavar="H", help="pixels, 16 to 4096 (default: the first picture's)")
-    draw.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default %(default)s)")
-    draw.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the start noise (default %(default)s)")
-    draw.add_argument(
-        "--all-cfg", type=float, metavar="A", help="guidance of the words (default 4.5; 3.5 if it thinks)"
-    )
-    draw.add_argument(
-        "--part-cfg", type=float, metavar="P", help="guidance of pictures (default 2.0; 1.5 if it thinks)"
-    )
-    thought = draw.add_mutually_exclusive_group()
-    thought.add_argument("--think", action="store_true", help="let the model think first; the thought goes to stderr")
-    thought.add_argument("--thought", default="", metavar="TEXT", help="draw from this thought")
-    draw.add_argument(
-        "--max-new-tokens", type=int, default=200, metavar="N", help="longest thought (default %(default)s)"
-    )
-    draw.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
-    draw.set_defaults(run=_draw)
-    ask = commands.add_parser("ask", help="ask about pictures, or chat without any")
-    _common(ask, "the question; <image> marks a picture's place")
-    ask.add_argument(
-        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default %(default)s)"
-    )
-    ask.add_argument("--beams", type=int, default=1, metavar="N", help="beams of the search (default %(default)s)")
-    ask.set_defaults(run=_ask)
-    shrink = commands.add_parser("convert", help="write single files for ComfyUI's model folders, smaller if wished")
-    shrink.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder, released layout")
-    shrink.add_argument("--out", type=Path, required=True, metavar="DIR", help="such as ComfyUI/models")
-    shrink.add_argument(
-        "--dtype",
-        choices=("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old"),
-        default="bfloat16",
-        help="fp8_scaled: a scale a matrix, as recent ComfyUI has it; fp8_scaled_old: its older spelling "
-        "(default %(default)s)",
-    )
-    shrink.set_defaults(run=_convert)
+    _add_draw(commands.add_parser("draw", help="draw a picture from a text, or edit pictures"))
+    _add_ask(commands.add_parser("ask", help="ask about pictures, or chat without any"))
+    _add_convert(commands.add_parser("convert", help="write single files for ComfyUI's model folders"))
     return parser
 
 
-def _common(parser: argparse.ArgumentParser, prompt: str) -> None:
+def _add_draw(parser: argparse.ArgumentParser) -> None:
+    _add_shared(parser, "what to draw or to change; may be empty; <image> marks a picture's place")
+    pixels = f"pixels, {SMALLEST} to {LARGEST} (default: the first picture's)"
+    usual, thinking = GUIDANCE, GUIDANCE_WITH_THOUGHT
+    parser.add_argument("--width", type=int, metavar="W", help=pixels)
+    parser.add_argument("--height", type=int, metavar="H", help=pixels)
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="denoising steps (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the start noise (default %(default)s)"
+    )
+    parser.add_argument(
+        "--all-cfg",
+        type=float,
+        metavar="A",
+        help=f"guidance of the words (default {usual.all_cfg}; {thinking.all_cfg} if it thinks)",
+    )
+    parser.add_argument(
+        "--part-cfg",
+        type=float,
+        metavar="P",
+        help=f"guidance of pictures (default {usual.part_cfg}; {thinking.part_cfg} if it thinks)",
+    )
+    thought = parser.add_mutually_exclusive_group()
+    thought.add_argument("--think", action="store_true", help="let the model think first; the thought goes to stderr")
+    thought.add_argument("--thought", default="", metavar="TEXT", help="draw from this thought")
+    _add_max_new_tokens(parser, THOUGHT_TOKENS, "longest thought")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
+    parser.set_defaults(run=_draw)
+
+
+def _add_ask(parser: argparse.ArgumentParser) -> None:
+    _add_shared(parser, "the question; <image> marks a picture's place")
+    _add_max_new_tokens(parser, ANSWER_TOKENS, "longest answer")
+    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beams of the search (default %(default)s)")
+    parser.set_defaults(run=_ask)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder, released layout")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="such as ComfyUI/models")
+    parser.add_argument(
+        "--dtype",
+        choices=FILE_DTYPES,
+        default="bfloat16",
+        help="fp8_scaled: one scale per matrix, as recent ComfyUI has it; fp8_scaled_old: its older spelling "
+        "(default %(default)s)",
+    )
+    parser.set_defaults(run=_convert)
+
+
+def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int, what: str) -> None:
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=default, metavar="N", help=f"{what} (default %(default)s)"
+    )
+
+
+def _add_shared(parser: argparse.ArgumentParser, prompt: str) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder, released layout")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help=prompt)
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; repeatable")
@@ -86,31 +124,41 @@ def _common(parser: argparse.ArgumentParser, prompt: str) -> None:
 def _draw(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from .pipeline import Drawing
-    from .writing import Writing
+    from .generation import GenerationConfig
+    from .pipeline import ImageRequest
 
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"--out {options.out} found, a name ending in .png expected")
     if not options.out.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {options.out.absolute().parent} for --out. Make it first.")
     pipeline = _open(options)
-    names = {field.name for field in dataclasses.fields(Drawing)} & vars(options).keys()
-    drawing = Drawing(images=_images(options, pipeline), **{name: getattr(options, name) for name in names})
+    request = ImageRequest(
+        options.prompt,
+        options.width,
+        options.height,
+        options.steps,
+        options.seed,
+        all_cfg=options.all_cfg,
+        part_cfg=options.part_cfg,
+        system=options.system,
+        images=_images(options, pipeline),
+        thought=options.thought,
+    )
     if options.think:
-        thought = pipeline.think(drawing, writing=Writing(options.max_new_tokens))
+        thought = pipeline.think(request, GenerationConfig(options.max_new_tokens))
         print(thought, file=sys.stderr)
-        drawing = dataclasses.replace(drawing, thought=thought)
-    with tqdm(total=drawing.steps, unit="step", desc="draw") as bar:
-        image = pipeline.draw(drawing, lambda done: bar.update(done - bar.n))
-    image.save(options.out, pnginfo=_metadata(options, pipeline, drawing))
+        request = dataclasses.replace(request, thought=thought)
+    with tqdm(total=request.steps, unit="step", desc="draw") as bar:
+        image = pipeline.draw(request, lambda done: bar.update(done - bar.n))
+    image.save(options.out, pnginfo=_png_metadata(options, pipeline, request))
 
 
 def _ask(options: argparse.Namespace) -> None:
-    from .writing import Writing
+    from .generation import GenerationConfig
 
     pipeline = _open(options)
-    writing = Writing(options.max_new_tokens, beams=options.beams)
-    print(pipeline.answer(options.prompt, _images(options, pipeline), options.system, writing=writing))
+    config = GenerationConfig(options.max_new_tokens, beams=options.beams)
+    print(pipeline.answer(options.prompt, _images(options, pipeline), options.system, config))
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -124,7 +172,7 @@ def _convert(options: argparse.Namespace) -> None:
         print(file)
 
 
-def _open(options: argparse.Namespace):
+def _open(options: argparse.Namespace) -> Pipeline:
     import torch
 
     from .pipeline import Pipeline
@@ -132,10 +180,10 @@ def _open(options: argparse.Namespace):
     return Pipeline(options.model, dtype=getattr(torch, options.dtype), device=options.device)
 
 
-def _images(options: argparse.Namespace, pipeline) -> tuple:
+def _images(options: argparse.Namespace, pipeline: Pipeline) -> tuple[Image.Image, ...]:
     from PIL import Image, UnidentifiedImageError
 
-    from .picture import remarks, to_rgb
+    from .images import preprocessing_warnings, to_rgb
 
     images = []
     for file in options.image:
@@ -144,18 +192,18 @@ def _images(options: argparse.Namespace, pipeline) -> tuple:
                 image.load()
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"--image {file} is not readable as a picture ({error})") from error
-        for remark in remarks(image, pipeline.encoder.sizes):
-            print(f"internvl_u: {file}: {remark}", file=sys.stderr)
+        for warning in preprocessing_warnings(image, pipeline.encoder.sizes):
+            print(f"internvl_u: {file}: {warning}", file=sys.stderr)
         images.append(to_rgb(image))
     return tuple(images)
 
 
-def _metadata(options: argparse.Namespace, pipeline, drawing):
+def _png_metadata(options: argparse.Namespace, pipeline: Pipeline, request: ImageRequest) -> PngInfo:
     from PIL.PngImagePlugin import PngInfo
 
-    (width, height), (all_cfg, part_cfg) = pipeline.size(drawing), drawing.scales
-    settings = {name: getattr(drawing, name) for name in ("prompt", "system", "thought", "steps", "seed")}
-    settings |= {"width": width, "height": height, "all_cfg": all_cfg, "part_cfg": part_cfg, "dtype": options.dtype}
+    (width, height), guidance = pipeline.size(request), request.guidance
+    settings = {name: getattr(request, name) for name in ("prompt", "system", "thought", "steps", "seed")}
+    settings |= {"width": width, "height": height, **guidance._asdict(), "dtype": options.dtype}
     settings |= {"images": [file.name for file in options.image], "model": options.model.absolute().name}
     info = PngInfo()
     info.add_itxt("internvl_u", json.dumps(settings | {"version": __version__}, ensure_ascii=False))

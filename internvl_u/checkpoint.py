@@ -1,7 +1,8 @@
-"""Reading a checkpoint folder in the released layout: finding its parts, mapping its weights, strict checks.
+"""An opened checkpoint: a folder in the released layout, or single files as `convert` writes them.
 
-Weights are found by listing a part's folder, because mirrors differ in file names and shard counts. They stay
-mapped from disk: nothing here copies a tensor.
+`open_part` reads everything that is known of a part once: its weights, mapped from disk and never copied, its
+configuration, and the scales of quantised layers. Weights are found by listing a part's folder, because mirrors differ
+in file names and shard counts.
 """
 
 from __future__ import annotations
@@ -9,23 +10,194 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .fp8 import split_scales
+
 REPOSITORY = "InternVL-U/InternVL-U"
-LARGEST_HEADER = 100 << 20  # what the safetensors library accepts
-OpenFile = Callable[[Path], dict[str, torch.Tensor]]
 PARTS = ("vlm", "generation_decoder", "vae")
+METADATA = "internvl_u"
+"""Key in a file's metadata: what the folder's JSON files say, as JSON."""
+PADDING = "encoder_padding_token"
+"""A tensor of the released files that only fills padding in training."""
 HOW_TO_GET = (
     f"Download {REPOSITORY} from Hugging Face (or OpenGVLab/InternVL-U from ModelScope) with its subfolders "
     "vlm, generation_decoder, vae, scheduler and processor"
 )
+Weights = dict[str, torch.Tensor]
+OpenFile = Callable[[Path], Weights]
+_LARGEST_HEADER = 100 << 20  # what the safetensors library accepts
+_SAVED_PREFIX = "model.diffusion_model."
+_PREFIXES = {"generation_decoder": ("decoder.", _SAVED_PREFIX)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the three parts, opened.
+
+    `weights` go by the names of our modules (of the VAE: diffusers' or Wan 2.1's, as they are stored); `scales` and
+    `formats` are those of quantised layers, by layer.
+    """
+
+    source: Path
+    name: str
+    weights: Weights
+    config: dict
+    scales: Weights
+    formats: dict[str, dict[str, str]]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The weights' shapes by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
+
+
+class WeightFormat(Protocol):
+    """What a checkpoint's files can be asked for, however they are stored."""
+
+    path: Path
+
+    def config(self, part: str) -> dict:
+        """Returns the configuration of a part.
+
+        Raises:
+            FileNotFoundError, RuntimeError: it is missing, unreadable or of another part.
+        """
+
+    def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, Mapping[str, str]]:
+        """Returns the tensors of a part as they are stored, and the metadata beside them; `open_file` opens one file.
+
+        Raises:
+            FileNotFoundError, RuntimeError: a file is missing or damaged.
+        """
+
+    def transformer_config(self) -> dict:
+        """Returns the transformer's configuration, which tells what is handed on to it."""
+
+    def processor_config(self) -> dict:
+        """Returns how images are prepared; empty where it is not stated."""
+
+    def tokenizer(self) -> Path | str:
+        """Returns the folder of the tokenizer's files, or the text of a tokenizer.json.
+
+        Raises:
+            FileNotFoundError, RuntimeError: there is none.
+        """
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A checkpoint folder in the released layout."""
+
+    path: Path
+
+    def config(self, part: str) -> dict:
+        return read_json(self.path / part / "config.json")
+
+    def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, Mapping[str, str]]:
+        weights: Weights = {}
+        origin: dict[str, str] = {}
+        for file in weight_files(self.path / part):
+            found = _opened(file, open_file)
+            twice = [name for name in found if name in origin]
+            if twice:
+                raise RuntimeError(
+                    f"{self.path / part}: {len(twice)} tensors stand in both {origin[twice[0]]} and {file.name} "
+                    f"({', '.join(twice[:5])}). Keep one of the two."
+                )
+            origin.update(dict.fromkeys(found, file.name))
+            weights.update(found)
+        return weights, {}
+
+    def transformer_config(self) -> dict:
+        return self.config("generation_decoder")
+
+    def processor_config(self) -> dict:
+        file = self.path / "processor" / "processor_config.json"
+        return read_json(file) if file.is_file() else {}
+
+    def tokenizer(self) -> Path:
+        places = [self.path / part for part in ("processor", "vlm")]  # the second in some mirrors
+        for place in places:
+            if (place / "tokenizer.json").is_file() or (place / "vocab.json").is_file():
+                return place
+        raise FileNotFoundError(f"no tokenizer.json or vocab.json in {places[0]} or {places[1]}. {HOW_TO_GET}.")
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A part in a safetensors file of its own, with what the folder's JSON files say in its metadata."""
+
+    path: Path
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The file's metadata, as safetensors has it."""
+        return read_header(self.path)[0].get("__metadata__", {})
+
+    @property
+    def description(self) -> dict:
+        """What `convert` wrote of the part; empty in a file that is not ours."""
+        return json.loads(self.metadata.get(METADATA, "{}"))
+
+    def config(self, part: str) -> dict:
+        found = self.description
+        if found.get("part", part) != part:
+            raise RuntimeError(f"{self.path} holds the {found['part']} of InternVL-U, {part} expected")
+        return found.get("config", {})
+
+    def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, Mapping[str, str]]:
+        return _opened(self.path, open_file), self.metadata
+
+    def transformer_config(self) -> dict:
+        return self.description.get("drawing", {})
+
+    def processor_config(self) -> dict:
+        return self.description.get("processor", {})
+
+    def tokenizer(self) -> str:
+        if "tokenizer" not in self.description:
+            raise RuntimeError(f"{self.path} carries no tokenizer: convert the checkpoint folder again")
+        return self.description["tokenizer"]
+
+
+def open_file(file: Path) -> Weights:
+    """Returns a file's tensors by name, mapped from disk (read when first touched)."""
+    with safe_open(file, framework="pt", device="cpu") as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}
+
+
+def open_checkpoint(source: Path) -> WeightFormat:
+    """Returns the format that a checkpoint folder or a single file is in. Nothing is read yet."""
+    return Folder(source) if source.is_dir() else SingleFile(source)
+
+
+def open_part(source: Path, part: str, open_file: OpenFile = open_file) -> Part:
+    """Returns a part ("vlm", "generation_decoder" or "vae") of a checkpoint folder, or of a single file.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file.
+        RuntimeError: a file is damaged, unreadable, of another part or quantised in an unknown way.
+    """
+    checkpoint = open_checkpoint(source)
+    config = checkpoint.config(part)
+    stored, metadata = checkpoint.weights(part, open_file)
+    for prefix in _PREFIXES.get(part, ()):
+        stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+    if part == "generation_decoder":
+        stored.pop(PADDING, None)
+    quantized = split_scales(stored, metadata, source)
+    return Part(source, part, quantized.weights, config, quantized.scales, quantized.formats)
 
 
 def is_checkpoint(root: Path) -> bool:
-    """Tells whether `root` looks like a released InternVL-U folder (its parts are there; nothing is opened)."""
+    """Returns whether `root` looks like a released InternVL-U folder (its parts are there; nothing is opened)."""
     return all((root / part / "config.json").is_file() for part in PARTS)
 
 
@@ -46,6 +218,25 @@ def check_folder(root: Path) -> None:
     missing = [part for part in PARTS if not (root / part / "config.json").is_file()]
     if missing:
         raise FileNotFoundError(f"{root} has no {', '.join(f'{part}/config.json' for part in missing)}. {HOW_TO_GET}.")
+
+
+def holds_transformer(file: Path) -> bool:
+    """Returns whether a file's header is that of InternVL-U's transformer: its queries come with gates."""
+    try:
+        header = read_header(file)[0]
+    except RuntimeError:
+        return False
+    names = {name.removeprefix(_SAVED_PREFIX): entry for name, entry in header.items()}
+    query, key = (names.get(f"transformer_blocks.0.attn.{name}.weight") for name in ("to_q", "to_k"))
+    return bool(query and key and "txt_norm.weight" in names and query["shape"][0] == 2 * key["shape"][0])
+
+
+def holds_language_model(file: Path) -> bool:
+    """Returns whether a file says in its metadata that `convert` made it of the language model."""
+    try:
+        return SingleFile(file).description.get("part") == "vlm"
+    except (RuntimeError, ValueError):
+        return False
 
 
 def read_json(path: Path) -> dict:
@@ -85,12 +276,6 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def open_file(file: Path) -> dict[str, torch.Tensor]:
-    """Returns a file's tensors by name, mapped from disk (read when first touched)."""
-    with safe_open(file, framework="pt", device="cpu") as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}
-
-
 def read_header(file: Path) -> tuple[dict, int]:
     """Returns a safetensors file's header and where its data begins, in bytes.
 
@@ -100,50 +285,11 @@ def read_header(file: Path) -> tuple[dict, int]:
     try:
         with file.open("rb") as source:
             size = int.from_bytes(source.read(8), "little")
-            if not 2 <= size <= min(LARGEST_HEADER, file.stat().st_size - 8):
+            if not 2 <= size <= min(_LARGEST_HEADER, file.stat().st_size - 8):
                 raise ValueError(f"a header of {size} bytes")
             return json.loads(source.read(size)), 8 + size
     except (OSError, ValueError) as error:
         raise RuntimeError(f"{file} is damaged ({error}). Download it again.") from error
-
-
-def map_file(file: Path, open_file: OpenFile = open_file) -> dict[str, torch.Tensor]:
-    """Returns one file's tensors by name.
-
-    Raises:
-        RuntimeError: the file is damaged.
-    """
-    try:
-        return open_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RuntimeError(f"{file} is damaged ({error}). Download it again.") from error
-
-
-def map_weights(folder: Path, open_file: OpenFile = open_file) -> dict[str, torch.Tensor]:
-    """Returns all tensors of a part's folder by name; `open_file` maps one file.
-
-    Raises:
-        FileNotFoundError: see `weight_files`.
-        RuntimeError: a file is damaged, or two files hold the same tensor.
-    """
-    weights: dict[str, torch.Tensor] = {}
-    origin: dict[str, str] = {}
-    for file in weight_files(folder):
-        found = map_file(file, open_file)
-        twice = [name for name in found if name in origin]
-        if twice:
-            raise RuntimeError(
-                f"{folder}: {len(twice)} tensors stand in both {origin[twice[0]]} and {file.name} "
-                f"({', '.join(twice[:5])}). Keep one of the two."
-            )
-        origin.update(dict.fromkeys(found, file.name))
-        weights.update(found)
-    return weights
-
-
-def strip_prefix(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Returns the weights with `prefix` taken off the names that have it; other names are kept."""
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
 
 def check_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], part: str) -> None:
@@ -152,20 +298,15 @@ def check_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torc
     Raises:
         RuntimeError: with the number of missing, extra and misshapen tensors and the first five of each.
     """
-    problems = []
-    for kind, names in (
-        ("missing", [name for name in expected if name not in found]),
-        ("unexpected", [name for name in found if name not in expected]),
-    ):
-        if names:
-            problems.append(f"{len(names)} {kind} ({', '.join(sorted(names)[:5])})")
-    wrong = [
+    missing = sorted(name for name in expected if name not in found)
+    unexpected = sorted(name for name in found if name not in expected)
+    misshapen = sorted(
         f"{name}: {list(found[name].shape)} found, {list(tensor.shape)} expected"
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
-    ]
-    if wrong:
-        problems.append(f"{len(wrong)} of another shape ({'; '.join(sorted(wrong)[:5])})")
+    )
+    kinds = (("missing", missing, ", "), ("unexpected", unexpected, ", "), ("of another shape", misshapen, "; "))
+    problems = [f"{len(names)} {kind} ({between.join(names[:5])})" for kind, names, between in kinds if names]
     if problems:
         raise RuntimeError(
             f"{part}: {len(found)} tensors found, {len(expected)} expected: {'; '.join(problems)}. "
@@ -173,7 +314,7 @@ def check_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torc
         )
 
 
-def fill(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], part: str) -> None:
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], part: str) -> None:
     """Puts `weights` in place of a meta model's parameters, without a copy.
 
     Raises:
@@ -182,6 +323,13 @@ def fill(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], part: str)
     check_weights(model.state_dict(), weights, part)
     model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(False)
+
+
+def _opened(file: Path, open_file: OpenFile) -> Weights:
+    try:
+        return open_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RuntimeError(f"{file} is damaged ({error}). Download it again.") from error
 
 
 def _siblings(name: str) -> list[str]:

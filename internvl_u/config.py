@@ -25,7 +25,6 @@ class MMDiTConfig:
     head_dim: int
     rope_axes: tuple[int, int, int]
     rope_theta: float = 10000.0
-    latent_scale: float = 1.0
     image_scale: float = 0.25
     select_layers: tuple[int, ...] = (-1, -2)
 
@@ -50,17 +49,35 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Rows (= columns) of the tokens that one picture becomes in the prompt."""
+        """Rows (= columns) of the tokens that one image becomes in the prompt."""
         return int(self.image_size // self.patch_size * self.downsample)
 
 
-def read_mmdit(shapes: Shapes, config: Mapping) -> MMDiTConfig:
+@dataclass(frozen=True)
+class MLLMConfig:
+    """The vision tower's sizes, and the checkpoint's Qwen3 configuration as it stands."""
+
+    vision: VisionConfig
+    language: Mapping
+
+
+def mllm_config(shapes: Shapes, config: Mapping) -> MLLMConfig:
+    """Returns the multimodal model's configuration from its weights' shapes and `vlm/config.json`.
+
+    Raises:
+        RuntimeError: see `vision_config`.
+    """
+    return MLLMConfig(vision_config(shapes, config), config.get("llm_config", {}))
+
+
+def mmdit_config(shapes: Shapes, config: Mapping) -> MMDiTConfig:
     """Returns the transformer's sizes from its weights' shapes and `generation_decoder/config.json`.
 
     Raises:
         RuntimeError: the weights are not an InternVL-U transformer, or contradict the JSON file.
     """
     stated = config.get("decoder_config", {})
+    scales = stated | config  # the official code takes both position scales from the outer level
     width, packed = _shape(shapes, "img_in.weight", 2)
     context_width = _shape(shapes, "txt_in.weight", 2)[1]
     head_dim = _shape(shapes, "transformer_blocks.0.attn.norm_q.weight", 1)[0]
@@ -76,10 +93,10 @@ def read_mmdit(shapes: Shapes, config: Mapping) -> MMDiTConfig:
         heads=width // head_dim,
         head_dim=head_dim,
         rope_axes=tuple(stated.get("axes_dims_rope", (16, 56, 56))),
-        latent_scale=float(stated.get("video_position_scale_factor", 1.0)),
-        image_scale=float(stated.get("vlm_cond_position_scale_factor", 0.25)),
+        image_scale=float(scales.get("vlm_cond_position_scale_factor", 0.25)),
         select_layers=tuple(config.get("vlm_select_layer", (-1, -2))),
     )
+    _agree("generation_decoder", scales, "video_position_scale_factor", 1.0)
     _agree("generation_decoder", stated, "num_layers", result.layers)
     _agree("generation_decoder", stated, "num_attention_heads", result.heads)
     _agree("generation_decoder", stated, "attention_head_dim", result.head_dim)
@@ -92,7 +109,7 @@ def read_mmdit(shapes: Shapes, config: Mapping) -> MMDiTConfig:
     return result
 
 
-def read_vision(shapes: Shapes, config: Mapping) -> VisionConfig:
+def vision_config(shapes: Shapes, config: Mapping) -> VisionConfig:
     """Returns the vision tower's sizes from its weights' shapes and `vlm/config.json`.
 
     Raises:

@@ -1,8 +1,7 @@
 """Single files for ComfyUI's model folders from a checkpoint folder, in a smaller dtype if wished.
 
-A file carries what the folder's JSON files and tokenizer say in its metadata. Scaled fp8 follows ComfyUI's convention:
-one scale a matrix, absmax / 448, named `weight_scale` and listed in the metadata key `_quantization_metadata`; the
-older spelling is `scale_weight` beside a tensor `scaled_fp8`. Weights are read, converted and written piece by piece.
+A file carries what the folder's JSON files and tokenizer say in its metadata. Weights are read, converted and written
+piece by piece, which the safetensors library cannot do: a conversion takes as much memory as `CHUNK` values.
 """
 
 from __future__ import annotations
@@ -17,25 +16,21 @@ from pathlib import Path
 import numpy
 import torch
 
-from . import __version__
-from .checkpoint import check_folder, read_header, read_json, weight_files
-from .prompt import find_tokenizer, tokenizer_text
-from .source import METADATA, PADDING, QUANTIZATION
+from . import __version__, fp8
+from .checkpoint import METADATA, PADDING, Folder, check_folder, read_header, weight_files
+from .defaults import FILE_DTYPES
+from .tokenizer import tokenizer_json
 from .vae import wan_name
 
-CHOICES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old")
-FP8 = torch.float8_e4m3fn
 CHUNK = 8 << 20
 """Values that are converted at once."""
-_KEPT = ("img_in.", "txt_in.", "proj_out.", "norm_out.", "lm_head.", "embed")
-"""Matrices that stay in bfloat16 among fp8 ones: what stands at the ends of a network, and embeddings."""
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", FP8: "F8_E4M3", torch.uint8: "U8"}
+_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", fp8.DTYPE: "F8_E4M3", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: where its bytes are."""
+class SourceTensor:
+    """A tensor to convert: where its bytes are in a file."""
 
     file: Path
     start: int
@@ -57,13 +52,13 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class OutputTensor:
     """A tensor to write: its new name and dtype, and the scale that its values are divided by."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    source: Stored | None
+    source: SourceTensor | None
     scale: float | None = None
 
     def data(self) -> Iterable[bytes]:
@@ -75,32 +70,36 @@ class Wanted:
         for piece in pieces:
             if self.source is not None and self.scale is not None:
                 piece = piece.float() / self.scale
-            if self.dtype == FP8:
-                piece = piece.float().clamp(-448.0, 448.0)
+            if self.dtype == fp8.DTYPE:
+                piece = piece.float().clamp(-fp8.LARGEST, fp8.LARGEST)
             yield piece.to(self.dtype).view(torch.uint8).numpy().tobytes()
 
 
+Plan = tuple[list[OutputTensor], dict[str, str]]
+"""The tensors of a file in their order, and its metadata."""
+
+
 def convert(
-    model: Path, out: Path, choice: str = "bfloat16", on_bytes: Callable[[int], None] | None = None
+    model: Path, out: Path, dtype: str = "bfloat16", on_bytes: Callable[[int], None] | None = None
 ) -> list[Path]:
     """Writes the three files of a checkpoint folder below `out` and returns them.
 
     They go to `diffusion_models`, `text_encoders` and `vae`. Each appears under its name only when it is whole, with
-    its SHA-256 in a file beside it. `on_bytes(n)` hears of each n bytes written.
+    its SHA-256 in a file beside it. `on_bytes(n)` is called after each n bytes written.
 
     Raises:
-        ValueError: the choice is unknown.
+        ValueError: the dtype is unknown.
         FileExistsError: a file is there already.
         FileNotFoundError, RuntimeError: the folder is incomplete, damaged or of another model.
     """
-    if choice not in CHOICES:
-        raise ValueError(f"dtype {choice!r} found, one of {', '.join(CHOICES)} expected")
+    if dtype not in FILE_DTYPES:
+        raise ValueError(f"dtype {dtype!r} found, one of {', '.join(FILE_DTYPES)} expected")
     check_folder(model)
-    suffix = {"bfloat16": "bf16"}.get(choice, choice)
+    suffix, folder = {"bfloat16": "bf16"}.get(dtype, dtype), Folder(model)
     plans = {
-        out / "diffusion_models" / f"internvl_u_{suffix}.safetensors": _drawing(model, choice),
-        out / "text_encoders" / f"internvl_u_mllm_{suffix}.safetensors": _language(model, choice),
-        out / "vae" / "internvl_u_vae_bf16.safetensors": _vae(model),
+        out / "diffusion_models" / f"internvl_u_{suffix}.safetensors": _plan_transformer(folder, dtype),
+        out / "text_encoders" / f"internvl_u_mllm_{suffix}.safetensors": _plan_language_model(folder, dtype),
+        out / "vae" / "internvl_u_vae_bf16.safetensors": _plan_vae(folder),
     }
     there = [str(file) for file in plans if file.exists()]
     if there:
@@ -110,14 +109,14 @@ def convert(
     return list(plans)
 
 
-def write_file(file: Path, tensors: list[Wanted], metadata: dict[str, str], on_bytes=None) -> None:
+def write_file(file: Path, tensors: list[OutputTensor], metadata: dict[str, str], on_bytes=None) -> None:
     """Writes a safetensors file piece by piece, and its SHA-256 to `FILE.sha256`; whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     header, end = {"__metadata__": metadata}, 0
     for tensor in tensors:
         size = int(numpy.prod(tensor.shape, dtype=numpy.int64)) * tensor.dtype.itemsize
         header[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [end, end + size],
         }
@@ -140,78 +139,73 @@ def write_file(file: Path, tensors: list[Wanted], metadata: dict[str, str], on_b
         part.unlink(missing_ok=True)
 
 
-def _pieces(header: bytes, tensors: list[Wanted]) -> Iterator[bytes]:
+def _pieces(header: bytes, tensors: list[OutputTensor]) -> Iterator[bytes]:
     yield len(header).to_bytes(8, "little")
     yield header
     for tensor in tensors:
         yield from tensor.data()
 
 
-def _drawing(model: Path, choice: str) -> tuple[list[Wanted], dict[str, str]]:
-    folder = model / "generation_decoder"
-    stored = {name.removeprefix("decoder."): tensor for name, tensor in _stored(folder).items() if name != PADDING}
-    told = {"part": "generation_decoder", "config": read_json(folder / "config.json")}
-    return _planned(stored, choice, told)
+def _plan_transformer(folder: Folder, dtype: str) -> Plan:
+    tensors = _list_tensors(folder.path / "generation_decoder")
+    sources = {name.removeprefix("decoder."): tensor for name, tensor in tensors.items() if name != PADDING}
+    return _plan_tensors(sources, dtype, {"part": "generation_decoder", "config": folder.config("generation_decoder")})
 
 
-def _language(model: Path, choice: str) -> tuple[list[Wanted], dict[str, str]]:
-    processor = model / "processor" / "processor_config.json"
-    told = {
+def _plan_language_model(folder: Folder, dtype: str) -> Plan:
+    description = {
         "part": "vlm",
-        "config": read_json(model / "vlm" / "config.json"),
-        "drawing": read_json(model / "generation_decoder" / "config.json"),
-        "processor": read_json(processor) if processor.is_file() else {},
-        "tokenizer": tokenizer_text(find_tokenizer(model)),
+        "config": folder.config("vlm"),
+        "drawing": folder.transformer_config(),
+        "processor": folder.processor_config(),
+        "tokenizer": tokenizer_json(folder.tokenizer()),
     }
-    return _planned(_stored(model / "vlm"), choice, told)
+    return _plan_tensors(_list_tensors(folder.path / "vlm"), dtype, description)
 
 
-def _vae(model: Path) -> tuple[list[Wanted], dict[str, str]]:
-    stored = {wan_name(name): tensor for name, tensor in _stored(model / "vae").items()}
-    told = {"part": "vae", "config": read_json(model / "vae" / "config.json")}
-    return _planned(stored, "bfloat16", told)
+def _plan_vae(folder: Folder) -> Plan:
+    sources = {wan_name(name): tensor for name, tensor in _list_tensors(folder.path / "vae").items()}
+    return _plan_tensors(sources, "bfloat16", {"part": "vae", "config": folder.config("vae")})
 
 
-def _planned(stored: dict[str, Stored], choice: str, told: dict) -> tuple[list[Wanted], dict[str, str]]:
-    wanted, layers = [], {}
-    for name in sorted(stored):
-        source = stored[name]
-        shrinks = choice != "bfloat16" and name.endswith(".weight") and len(source.shape) == 2
-        if not shrinks or any(kept in name for kept in _KEPT):
-            wanted.append(Wanted(name, torch.bfloat16, source.shape, source))
-        elif choice == "fp8_e4m3fn":
-            wanted.append(Wanted(name, FP8, source.shape, source))
+def _plan_tensors(sources: dict[str, SourceTensor], dtype: str, description: dict) -> Plan:
+    outputs: list[OutputTensor] = []
+    layers: dict[str, dict[str, str]] = {}
+    for name in sorted(sources):
+        source = sources[name]
+        if dtype == "bfloat16" or not fp8.shrinks(name, source.shape):
+            outputs.append(OutputTensor(name, torch.bfloat16, source.shape, source))
+        elif dtype == "fp8_e4m3fn":
+            outputs.append(OutputTensor(name, fp8.DTYPE, source.shape, source))
         else:
             layer, scale = name.removesuffix(".weight"), _scale(source)
-            scale_name = f"{layer}.scale_weight" if choice == "fp8_scaled_old" else f"{layer}.weight_scale"
-            layers[layer] = {"format": "float8_e4m3fn"}
-            wanted.append(Wanted(name, FP8, source.shape, source, scale))
-            wanted.append(Wanted(scale_name, torch.float32, (), None, scale))
-    metadata = {METADATA: json.dumps(told | {"version": __version__}, ensure_ascii=False), "format": "pt"}
-    if layers and choice == "fp8_scaled":
-        metadata[QUANTIZATION] = json.dumps({"format_version": "1.0", "layers": layers})
-    if layers and choice == "fp8_scaled_old":
-        wanted.append(Wanted("scaled_fp8", FP8, (0,), None))
-    return wanted, metadata
+            scale_name = fp8.SCALE_NAMES[dtype == "fp8_scaled_old"]
+            layers[layer] = {"format": fp8.FORMAT}
+            outputs.append(OutputTensor(name, fp8.DTYPE, source.shape, source, scale))
+            outputs.append(OutputTensor(f"{layer}.{scale_name}", torch.float32, (), None, scale))
+    metadata = {METADATA: json.dumps(description | {"version": __version__}, ensure_ascii=False), "format": "pt"}
+    if layers and dtype == "fp8_scaled":
+        metadata |= fp8.metadata_of(layers)
+    if layers and dtype == "fp8_scaled_old":
+        outputs.append(OutputTensor(fp8.OLD_MARKER, fp8.DTYPE, (0,), None))
+    return outputs, metadata
 
 
-def _scale(source: Stored) -> float:
-    largest = max(chunk.float().abs().max().item() for chunk in source.chunks())
-    return float(torch.tensor(largest / 448.0, dtype=torch.float32)) or 1.0
+def _scale(source: SourceTensor) -> float:
+    return fp8.scale_for(max(chunk.float().abs().max().item() for chunk in source.chunks()))
 
 
-def _stored(folder: Path) -> dict[str, Stored]:
-    result: dict[str, Stored] = {}
+def _list_tensors(folder: Path) -> dict[str, SourceTensor]:
+    result: dict[str, SourceTensor] = {}
     for file in weight_files(folder):
         header, start = read_header(file)
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            if entry["dtype"] not in _DTYPES:
-                raise RuntimeError(f"{file}: {name} is {entry['dtype']}, one of {', '.join(_DTYPES)} expected")
+            if entry["dtype"] not in _TORCH_DTYPES:
+                raise RuntimeError(f"{file}: {name} is {entry['dtype']}, one of {', '.join(_TORCH_DTYPES)} expected")
             if name in result:
                 raise RuntimeError(f"{name} stands in both {result[name].file} and {file}. Keep one of the two.")
-            result[name] = Stored(
-                file, start + entry["data_offsets"][0], tuple(entry["shape"]), _DTYPES[entry["dtype"]]
-            )
+            begin, dtype = start + entry["data_offsets"][0], _TORCH_DTYPES[entry["dtype"]]
+            result[name] = SourceTensor(file, begin, tuple(entry["shape"]), dtype)
     return result

@@ -2,9 +2,9 @@
 
 Source of the arithmetic: github.com/OpenGVLab/InternVL-U at 018a59c. What differs is only the work done: every
 token goes through its own stream's weights alone, samples of different lengths are packed instead of padded,
-and the last block computes nothing but what the picture's tokens need. Attribute names are the checkpoint's keys.
+and the last block computes nothing but what the image's own tokens need. Attribute names are the checkpoint's keys.
 
-Letters in shape comments: B samples, N tokens of the picture and its references, T context tokens of all samples
+Letters in shape comments: B samples, N tokens of the image and its references, T context tokens of all samples
 together, D width, H heads, E head width.
 """
 
@@ -15,22 +15,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import nn
 from torch.nn import functional
 
 from .config import MMDiTConfig
-from .positions import Grid, Layout, position_ids, rotary_table
+from .patches import patchify, token_grid, unpatchify
+from .rope import Grid, Layout, position_ids, rotary_table
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(query, key, value) [B, H, tokens, E] -> [B, tokens, H * E], softmax over all keys, scale E ** -0.5."""
+
+RunBlock = Callable[
+    [int, "Block", torch.Tensor, torch.Tensor, torch.Tensor, "Packing", "int | None"], tuple[torch.Tensor, torch.Tensor]
+]
+"""(index, block, image [B, N, D], text [T, D], modulation [B, D], packing, image_tokens) -> image and text after it."""
 
 EPS = 1e-6
 TIME_WIDTH = 256
 
 
 @dataclass(frozen=True)
-class Branch:
+class BranchInput:
     """One sample's context [tokens, context width] and its rotary table [2, all tokens, E / 2], fp32."""
 
     context: torch.Tensor
@@ -47,7 +52,7 @@ class Packing:
     rotary_text: torch.Tensor  # [2, T, 1, E / 2]
 
     def groups(self) -> list[tuple[slice, slice, int]]:
-        """Returns (samples, context tokens, tokens a sample) of each run of samples of equal length."""
+        """Returns (samples, context tokens, tokens per sample) of each run of samples of equal length."""
         result, first, token = [], 0, 0
         for i, length in enumerate(self.lengths):
             if i + 1 == len(self.lengths) or self.lengths[i + 1] != length:
@@ -55,6 +60,19 @@ class Packing:
                 result.append((slice(first, i + 1), slice(token, end), length))
                 first, token = i + 1, end
         return result
+
+
+def call_block(
+    index: int,
+    block: Block,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    modulation: torch.Tensor,
+    packing: Packing,
+    image_tokens: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs a block with torch's own attention; see `RunBlock`."""
+    return block(image, text, modulation, packing, scaled_dot_product, image_tokens)
 
 
 def scaled_dot_product(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -82,7 +100,7 @@ def time_embedding(timestep: torch.Tensor) -> torch.Tensor:
 
 
 class MMDiT(nn.Module):
-    """The transformer: picture latents, references and context in, velocity of the picture out."""
+    """The transformer: latents, references and context in, velocity of the latents out."""
 
     def __init__(self, config: MMDiTConfig, *, dtype=None, device=None, operations=nn):
         super().__init__()
@@ -100,50 +118,71 @@ class MMDiT(nn.Module):
         self.norm_out = OutputNorm(config.width, operations=operations, **factory)
         self.proj_out = operations.Linear(config.width, packed, **factory)
 
-    def branch(self, context: torch.Tensor, layout: Layout, picture: Grid, references: Sequence[Grid]) -> Branch:
-        """Returns one sample's `Branch`. Made once per picture: nothing in it depends on the noise level.
+    def branch(self, context: torch.Tensor, layout: Layout, image: Grid, references: Sequence[Grid]) -> BranchInput:
+        """Returns one sample's `BranchInput`. Made once per image: nothing in it depends on the noise level.
 
-        `context` is [tokens, context width]; `picture` and `references` are (rows, columns) in latent pixels.
+        `context` is [tokens, context width]; `image` and `references` are (rows, columns) in latent pixels.
         """
         config = self.config
-        tokens = [token_grid(grid, config.patch_size) for grid in (picture, *references)]
+        tokens = [token_grid(grid, config.patch_size) for grid in (image, *references)]
         positions = position_ids(tokens[0], tokens[1:], layout, config.image_scale)
         table = rotary_table(positions, config.rope_axes, config.rope_theta)
-        return Branch(context, table.to(context.device))
+        return BranchInput(context, table.to(context.device))
 
     def forward(
         self,
         latents: torch.Tensor,
         time: torch.Tensor,
-        branches: Sequence[Branch],
+        branches: Sequence[BranchInput],
         references: Sequence[torch.Tensor] = (),
-        attention: Attention = scaled_dot_product,
+        run_block: RunBlock | None = None,
     ) -> torch.Tensor:
         """Returns the velocity [B, channels, height, width] of `latents` [B, channels, height, width].
 
-        `time` is `time_embedding(timestep)`; there is one branch a sample; each reference is a batch of latents
-        [B, channels, h, w]. All tensors but the rotary tables are cast to the dtype of `latents`.
+        `time` is `time_embedding(timestep)`; there is one branch per sample; each reference is a batch of latents
+        [B, channels, h, w]. `run_block` may wrap or replace the call of a block. All tensors but the rotary tables are
+        cast to the dtype of `latents`.
         """
-        image, grid = self.tokens(latents, references)
-        picture = grid[0] * grid[1]
+        image, grid = self.embed_image(latents, references)
         packing = pack(branches, image)
-        text = torch.cat([branch.context.to(image) for branch in branches])
-        text = self.txt_in(self.txt_norm(text))
-
-        modulation = functional.silu(self.time_text_embed(time.to(image.dtype)))
-        last = len(self.transformer_blocks) - 1
-        for i, block in enumerate(self.transformer_blocks):
-            image, text = block(image, text, modulation, packing, attention, picture if i == last else None)
+        text = self.embed_text(torch.cat([branch.context.to(image) for branch in branches]))
+        modulation = self.embed_time(time, image.dtype)
+        image = self.run_blocks(image, text, modulation, packing, grid[0] * grid[1], run_block)
         return self.velocity(image, modulation, grid, latents.shape[-2:])
 
-    def tokens(self, latents: torch.Tensor, references: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Grid]:
-        """Returns the image stream's tokens [B, N, D] and the picture's (rows, columns) of them."""
+    def embed_image(self, latents: torch.Tensor, references: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Grid]:
+        """Returns the image stream's tokens [B, N, D] and the image's (rows, columns) of them."""
         patches = [patchify(x.to(latents.dtype), self.config.patch_size) for x in (latents, *references)]
         image = self.img_in(torch.cat(patches, dim=1))
         return image, token_grid(latents.shape[-2:], self.config.patch_size)
 
+    def embed_text(self, context: torch.Tensor) -> torch.Tensor:
+        """Returns the text stream's tokens [T, D] of contexts [T, context width]."""
+        return self.txt_in(self.txt_norm(context))
+
+    def embed_time(self, time: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Returns what all modulations are made of [B, D], from the sinusoids [B, 256]."""
+        return functional.silu(self.time_text_embed(time.to(dtype)))
+
+    def run_blocks(
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        modulation: torch.Tensor,
+        packing: Packing,
+        image_tokens: int,
+        run_block: RunBlock | None = None,
+    ) -> torch.Tensor:
+        """Returns the first `image_tokens` tokens [B, image_tokens, D] after all blocks: those of the image itself."""
+        run_block = run_block or call_block
+        last = len(self.transformer_blocks) - 1
+        for i, block in enumerate(self.transformer_blocks):
+            kept = image_tokens if i == last else None
+            image, text = run_block(i, block, image, text, modulation, packing, kept)
+        return image
+
     def velocity(self, image: torch.Tensor, modulation: torch.Tensor, grid: Grid, size: Sequence[int]) -> torch.Tensor:
-        """Returns the picture [B, channels, *size] that the picture's tokens [B, rows * columns, D] stand for."""
+        """Returns the velocity [B, channels, *size] that the image's tokens [B, rows * columns, D] stand for."""
         output = self.proj_out(self.norm_out(image, modulation))
         return unpatchify(output, grid, self.config.patch_size)[..., : size[0], : size[1]]
 
@@ -167,7 +206,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """One double-stream block: joint attention, then an MLP a stream, both modulated by the noise level."""
+    """One double-stream block: joint attention, then an MLP per stream, both modulated by the noise level."""
 
     def __init__(self, width: int, heads: int, *, dtype=None, device=None, operations=nn):
         super().__init__()
@@ -185,12 +224,12 @@ class Block(nn.Module):
         modulation: torch.Tensor,
         packing: Packing,
         attention: Attention,
-        picture: int | None = None,
+        image_tokens: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the two streams after the block: image [B, N, D], text [T, D].
 
-        With `picture` set (the last block) only the first `picture` image tokens are carried on; the text comes
-        back as it was.
+        With `image_tokens` set (the last block) only so many image tokens are carried on, and the text comes back as it
+        was.
         """
         img_mod = self.img_mod(modulation)[:, None]  # [B, 1, 6 D]
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, -1)
@@ -198,9 +237,13 @@ class Block(nn.Module):
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, -1)
 
         img_out, txt_out = self.attn(
-            modulate(image, img_shift1, img_scale1), modulate(text, txt_shift1, txt_scale1), packing, attention, picture
+            modulate(image, img_shift1, img_scale1),
+            modulate(text, txt_shift1, txt_scale1),
+            packing,
+            attention,
+            image_tokens,
         )
-        image = image[:, :picture] + img_gate1 * img_out
+        image = image[:, :image_tokens] + img_gate1 * img_out
         image = image + img_gate2 * self.img_mlp(modulate(image, img_shift2, img_scale2))
         if txt_out is None:
             return image, text
@@ -215,26 +258,31 @@ class JointAttention(nn.Module):
         super().__init__()
         factory = {"dtype": dtype, "device": device}
         self.heads = heads
-        for prefix in ("to_{}", "add_{}_proj"):
-            setattr(self, prefix.format("q"), operations.Linear(width, 2 * width, **factory))
-            setattr(self, prefix.format("k"), operations.Linear(width, width, **factory))
-            setattr(self, prefix.format("v"), operations.Linear(width, width, **factory))
+        self.to_q = operations.Linear(width, 2 * width, **factory)  # per head: the query, then its gate
+        self.to_k = operations.Linear(width, width, **factory)
+        self.to_v = operations.Linear(width, width, **factory)
+        self.add_q_proj = operations.Linear(width, 2 * width, **factory)
+        self.add_k_proj = operations.Linear(width, width, **factory)
+        self.add_v_proj = operations.Linear(width, width, **factory)
         self.to_out = nn.ModuleList([operations.Linear(width, width, **factory)])
         self.to_add_out = operations.Linear(width, width, **factory)
-        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            setattr(self, name, operations.RMSNorm(width // heads, eps=EPS, **factory))
+        head_width = width // heads
+        self.norm_q = operations.RMSNorm(head_width, eps=EPS, **factory)
+        self.norm_k = operations.RMSNorm(head_width, eps=EPS, **factory)
+        self.norm_added_q = operations.RMSNorm(head_width, eps=EPS, **factory)
+        self.norm_added_k = operations.RMSNorm(head_width, eps=EPS, **factory)
 
     def forward(
-        self, image: torch.Tensor, text: torch.Tensor, packing: Packing, attention: Attention, picture: int | None
+        self, image: torch.Tensor, text: torch.Tensor, packing: Packing, attention: Attention, image_tokens: int | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the attended image [B, N, D] (or [B, picture, D]) and text [T, D] (or None, with `picture`)."""
+        """Returns image [B, N, D] and text [T, D] attended; with `image_tokens` set so many tokens, and no text."""
         img_k = rotate(self.norm_k(self._split(self.to_k(image))), packing.rotary_image)
         txt_k = rotate(self.norm_added_k(self._split(self.add_k_proj(text))), packing.rotary_text)
         img_v, txt_v = self._split(self.to_v(image)), self._split(self.add_v_proj(text))
-        img_q, img_gate = self._split(self.to_q(image[:, :picture])).chunk(2, -1)
-        img_q = rotate(self.norm_q(img_q), packing.rotary_image[:, :, :picture])
+        img_q, img_gate = self._split(self.to_q(image[:, :image_tokens])).chunk(2, -1)
+        img_q = rotate(self.norm_q(img_q), packing.rotary_image[:, :, :image_tokens])
         txt_q = txt_gate = None
-        if picture is None:
+        if image_tokens is None:
             txt_q, txt_gate = self._split(self.add_q_proj(text)).chunk(2, -1)
             txt_q = rotate(self.norm_added_q(txt_q), packing.rotary_text)
 
@@ -268,13 +316,23 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, *, dtype=None, device=None, operations=nn):
         super().__init__()
-        inner = nn.Module()
-        inner.proj = operations.Linear(width, 4 * width, dtype=dtype, device=device)
-        outer = operations.Linear(4 * width, width, dtype=dtype, device=device)
-        self.net = nn.ModuleList([inner, nn.Identity(), outer])
+        factory = {"dtype": dtype, "device": device}
+        inner = InnerProjection(width, operations=operations, **factory)
+        self.net = nn.ModuleList([inner, nn.Identity(), operations.Linear(4 * width, width, **factory)])
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.net[2](functional.gelu(self.net[0].proj(tokens), approximate="tanh"))
+        return self.net[2](self.net[0](tokens))
+
+
+class InnerProjection(nn.Module):
+    """The first linear layer of an MLP, and its tanh-GELU."""
+
+    def __init__(self, width: int, *, dtype=None, device=None, operations=nn):
+        super().__init__()
+        self.proj = operations.Linear(width, 4 * width, dtype=dtype, device=device)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(self.proj(tokens), approximate="tanh")
 
 
 class OutputNorm(nn.Module):
@@ -289,11 +347,11 @@ class OutputNorm(nn.Module):
         return modulate(image, shift, scale)
 
 
-def pack(branches: Sequence[Branch], image: torch.Tensor) -> Packing:
+def pack(branches: Sequence[BranchInput], image: torch.Tensor) -> Packing:
     """Returns how the branches' contexts are packed beside the image tokens [B, N, D].
 
     Raises:
-        ValueError: not one branch a sample.
+        ValueError: not one branch per sample.
     """
     if len(branches) != image.shape[0]:
         raise ValueError(f"{len(branches)} branches found for {image.shape[0]} samples, one each expected")
@@ -320,24 +378,6 @@ def rotate(heads: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     real, imaginary = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
     return turned.flatten(-2).to(heads.dtype)
-
-
-def token_grid(size: Sequence[int], patch: int) -> Grid:
-    """Returns (rows, columns) of the tokens of a latent of (height, width); an odd edge counts as a whole patch."""
-    return math.ceil(size[0] / patch), math.ceil(size[1] / patch)
-
-
-def patchify(latents: torch.Tensor, patch: int) -> torch.Tensor:
-    """Returns the patches [B, rows * columns, channels * patch ** 2]; an odd edge is repeated outwards."""
-    extra = (-latents.shape[-1] % patch, -latents.shape[-2] % patch)
-    if any(extra):
-        latents = functional.pad(latents, (0, extra[0], 0, extra[1]), mode="replicate")
-    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
-
-
-def unpatchify(patches: torch.Tensor, grid: Grid, patch: int) -> torch.Tensor:
-    """Returns [B, channels, rows * patch, columns * patch] from patches [B, rows * columns, channels * patch ** 2]."""
-    return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch, q=patch)
 
 
 def _join(image: torch.Tensor, text: torch.Tensor | None, length: int) -> torch.Tensor:

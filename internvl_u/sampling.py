@@ -1,4 +1,4 @@
-"""Flow matching: the noise schedule, dual guidance and the DPM-Solver++ (2M) that the official pipeline uses.
+"""Flow matching: noise schedule, dual guidance and DPM-Solver++ (2M) of the official pipeline.
 
 A latent at noise level s is (1 - s) * x0 + s * noise, and the model predicts the velocity noise - x0.
 The solver is arXiv 2211.01095, algorithm 2 (data prediction, order 2, midpoint), with log-SNR
@@ -7,15 +7,20 @@ log(1 - s) - log(s) of the flow schedule, first order at the first and at the la
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy
 import torch
 
+from .defaults import Guidance
+from .mmdit import MMDiT, time_embedding
+from .rope import Layout
+
 TRAIN_STEPS = 1000
 SHIFT = 3.0
-DAMPED_ABOVE = 930
-"""Timestep above which guidance is damped."""
+DAMPED_ABOVE, DAMPING = 930, 0.4
+"""Timestep above which guidance is damped, and the power of the norm that it is divided by."""
 
 
 def flow_sigmas(steps: int) -> torch.Tensor:
@@ -36,14 +41,17 @@ def _sigmas(steps: int) -> numpy.ndarray:
     if steps < 1:
         raise ValueError(f"{steps} steps asked for, at least 1 expected")
     linear = 1.0 - numpy.linspace(1, 1 / TRAIN_STEPS, steps + 1)
-    shifted = SHIFT * linear / (1 + (SHIFT - 1) * linear)
-    return shifted[::-1][:-1].copy()
+    return _shifted(linear)[::-1][:-1].copy()
 
 
 def sigma_table() -> torch.Tensor:
     """Returns the noise level [1000], fp32, of each whole timestep 1..1000, for samplers that take a table."""
     linear = (1 - 1 / TRAIN_STEPS) * torch.arange(1, TRAIN_STEPS + 1, dtype=torch.float64) / TRAIN_STEPS
-    return (SHIFT * linear / (1 + (SHIFT - 1) * linear)).float()
+    return _shifted(linear).float()
+
+
+def _shifted(level):
+    return SHIFT * level / (1 + (SHIFT - 1) * level)
 
 
 def whole_timestep(sigma: torch.Tensor) -> torch.Tensor:
@@ -73,7 +81,55 @@ def dual_guidance(
 
 def _damp(difference: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:
     norm = torch.linalg.vector_norm(difference, dim=1, keepdim=True)
-    return difference / torch.where(damped, norm.clamp(min=1.0) ** 0.4, 1.0)
+    return difference / torch.where(damped, norm.clamp(min=1.0) ** DAMPING, 1.0)
+
+
+class DrawingContexts(NamedTuple):
+    """What the transformer draws from: (context, layout) of each branch, and the references' latents [1, 16, h, w].
+
+    `partial` is None without references: it is the unconditional branch then.
+    """
+
+    conditional: tuple[torch.Tensor, Layout]
+    partial: tuple[torch.Tensor, Layout] | None
+    unconditional: tuple[torch.Tensor, Layout]
+    references: tuple[torch.Tensor, ...] = ()
+
+
+class Denoiser:
+    """The transformer with dual guidance: (latent [1, 16, h, w], sigma) -> the clean latent that it sees.
+
+    Branches of equal references share a call: two in one for an image from text; when editing two and then one.
+    """
+
+    def __init__(
+        self, model: MMDiT, contexts: DrawingContexts, size: Sequence[int], guidance: Guidance, dtype: torch.dtype
+    ):
+        self.model, self.guidance, self.dtype = model, guidance, dtype
+        references = contexts.references
+        grids = [reference.shape[-2:] for reference in references]
+        seeing = [branch for branch in (contexts.conditional, contexts.partial) if branch is not None]
+        groups = [([model.branch(*branch, size, grids) for branch in seeing], references)]
+        groups.append(([model.branch(*contexts.unconditional, size, ())], ()))
+        self.groups = groups if references else [([*groups[0][0], *groups[1][0]], ())]
+
+    def __call__(self, latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        timestep = whole_timestep(sigma).reshape(1)
+        conditional, partial, unconditional = self.velocities(latent, timestep)
+        return latent - sigma * dual_guidance(conditional, partial, unconditional, *self.guidance, timestep)
+
+    def velocities(
+        self, latent: torch.Tensor, timestep: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the velocities, fp32, of the conditional, partial and unconditional branch."""
+        time = time_embedding(timestep.to(self.dtype))
+        velocities: list[torch.Tensor] = []
+        for branches, references in self.groups:
+            count = len(branches)
+            latents, *seen = (one.to(self.dtype).expand(count, -1, -1, -1) for one in (latent, *references))
+            velocities += self.model(latents, time.expand(count, -1), branches, seen).float().split(1)
+        conditional, *partial, unconditional = velocities
+        return conditional, partial[0] if partial else unconditional, unconditional
 
 
 def sample(

@@ -6,13 +6,12 @@ ComfyUI knows the same network under Wan 2.1's names. The table is a pure renami
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from .checkpoint import OpenFile, fill, map_file, map_weights, open_file, read_json
+from .checkpoint import Part
 
 _TO_WAN = (
     (r"^quant_conv\.", "conv1."),
@@ -32,7 +31,7 @@ _IN_RESNET = (
     (".conv2.", ".residual.6."),
     (".conv_shortcut.", ".shortcut."),
 )
-_BLOCKS_A_LEVEL = 4  # three residual blocks and one upsampler
+_BLOCKS_PER_LEVEL = 4  # three residual blocks and one upsampler
 
 
 def wan_name(name: str) -> str:
@@ -42,7 +41,7 @@ def wan_name(name: str) -> str:
     level = re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", name)
     if level:
         block, kind, number = int(level[1]), level[2], int(level[3])
-        index = _BLOCKS_A_LEVEL * block + (number if kind == "resnets" else _BLOCKS_A_LEVEL - 1)
+        index = _BLOCKS_PER_LEVEL * block + (number if kind == "resnets" else _BLOCKS_PER_LEVEL - 1)
         name = f"decoder.upsamples.{index}.{name[level.end() :]}"
     if re.match(r"(encoder\.(downsamples|middle)|decoder\.(upsamples|middle))\.", name):
         for old, new in _IN_RESNET:
@@ -55,64 +54,48 @@ def to_wan(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {wan_name(name): tensor for name, tensor in weights.items()}
 
 
-def map_wan(source: Path, open_file: OpenFile = open_file) -> dict[str, torch.Tensor]:
-    """Returns the VAE's tensors under Wan 2.1's names, of a checkpoint folder or a single file in either naming.
+def check_vae_config(part: Part) -> None:
+    """Makes sure that an opened VAE of a checkpoint folder is the Qwen-Image VAE.
 
     Raises:
-        FileNotFoundError, RuntimeError: see `map_vae`.
+        RuntimeError: it is another one.
     """
-    return to_wan(map_vae(source, open_file) if source.is_dir() else map_file(source, open_file))
-
-
-def map_vae(root: Path, open_file: OpenFile = open_file) -> dict[str, torch.Tensor]:
-    """Returns the VAE's tensors of a checkpoint folder under their diffusers names, mapped from disk.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        RuntimeError: a file is damaged or the folder holds another VAE.
-    """
-    name = read_json(root / "vae" / "config.json").get("_class_name")
+    name = part.config.get("_class_name")
     if name != "AutoencoderKLQwenImage":
-        raise RuntimeError(f"{root / 'vae'} holds a {name}, AutoencoderKLQwenImage expected")
-    return map_weights(root / "vae", open_file)
+        raise RuntimeError(f"{part.source / part.name} holds a {name}, AutoencoderKLQwenImage expected")
 
 
 class StandaloneVAE(nn.Module):
     """The VAE through diffusers, for use without ComfyUI. Latents are the transformer's, normalised."""
 
-    def __init__(self, root: Path, *, dtype: torch.dtype | None = None, device="cpu"):
-        """Loads the VAE of a checkpoint folder.
+    def __init__(self, config: Mapping):
+        """Makes the network of a configuration, with weights on the meta device.
 
         Raises:
             ModuleNotFoundError: diffusers is not installed.
-            FileNotFoundError, RuntimeError: see `map_vae`; also where tensors are missing or misshapen.
         """
         super().__init__()
         from diffusers import AutoencoderKLQwenImage
 
-        weights = map_vae(root)
         with torch.device("meta"):
-            self.model = AutoencoderKLQwenImage.from_config(read_json(root / "vae" / "config.json"))
-        fill(self.model, weights, "vae")
-        # diffusers' own `to` warns of a choice that this VAE does not have.
-        nn.Module.to(self.model, device=device, dtype=dtype).eval()
+            self.model = AutoencoderKLQwenImage.from_config(config)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Returns pictures [B, 3, 8 h, 8 w] in [-1, 1] from latents [B, 16, h, w]."""
+        """Returns images [B, 3, 8 h, 8 w] in [-1, 1] from latents [B, 16, h, w]."""
         mean, std = self._statistics(latents)
         latents = (latents * std + mean).to(self.model.device, self.model.dtype)
         return self.model.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
 
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Returns latents [B, 16, h, w] (the mode) of pictures [B, 3, 8 h, 8 w] in [-1, 1]."""
-        pictures = pictures.to(self.model.device, self.model.dtype)
-        latents = self.model.encode(pictures[:, :, None]).latent_dist.mode()[:, :, 0]
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns latents [B, 16, h, w] (the mode) of images [B, 3, 8 h, 8 w] in [-1, 1]."""
+        images = images.to(self.model.device, self.model.dtype)
+        latents = self.model.encode(images[:, :, None]).latent_dist.mode()[:, :, 0]
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
     def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def like(values: Sequence[float]) -> torch.Tensor:
+            return torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+
         config = self.model.config
-        return tuple(
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
+        return like(config.latents_mean), like(config.latents_std)

@@ -7,7 +7,6 @@ from .decode import DecodeLatent
 from .encode import EncodePrompt
 from .latent import CreateLatent
 from .load import LoadModel
-from .native import host
 from .sample import CreateGuider, SampleLatent, ScheduleSteps, SelectSampler
 from .think import AnswerQuestion, WriteThought
 
@@ -24,7 +23,6 @@ NODES = [
     AnswerQuestion,
 ]
 
-host.check()
 model_folders.register()
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..internvl_u.picture import LARGEST
+from ..internvl_u.defaults import LARGEST
+from ..native.vae import decode
 
 
 class DecodeLatent(io.ComfyNode):
     """A LATENT to pictures, value for value as the official pipeline hands them out."""
 
     @classmethod
-    def define_schema(cls):
-        side = {"default": 0, "min": 0, "max": LARGEST}
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="InternVLU_DecodeLatent",
             display_name="InternVL-U Decode",
@@ -22,14 +22,16 @@ class DecodeLatent(io.ComfyNode):
             inputs=[
                 io.Vae.Input("vae"),
                 io.Latent.Input("samples"),
-                io.Int.Input("width", **side, tooltip="Final width in pixels, Lanczos. 0: as drawn."),
-                io.Int.Input("height", **side, tooltip="Final height in pixels, Lanczos. 0: as drawn."),
+                io.Int.Input(
+                    "width", default=0, min=0, max=LARGEST, tooltip="Final width in pixels, Lanczos. 0: as drawn."
+                ),
+                io.Int.Input(
+                    "height", default=0, min=0, max=LARGEST, tooltip="Final height in pixels, Lanczos. 0: as drawn."
+                ),
             ],
             outputs=[io.Image.Output()],
         )
 
     @classmethod
-    def execute(cls, vae, samples, width, height) -> io.NodeOutput:
-        from .native.vae import decode
-
+    def execute(cls, vae: io.Vae.Type, samples: io.Latent.Type, width: int, height: int) -> io.NodeOutput:
         return io.NodeOutput(decode(vae, samples["samples"], width, height))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..native.images import to_pil_images
+from ..native.mllm import NativeMLLM
+from .inputs import IMAGES, image_inputs, system_input
 from .load import MLLM
-from .text import PICTURES, picture_inputs, system_input
 
 
 class EncodePrompt(io.ComfyNode):
     """A text, pictures to edit and a thought to the conditionings of a picture."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="InternVLU_EncodePrompt",
             display_name="InternVL-U Encode",
@@ -31,7 +33,7 @@ class EncodePrompt(io.ComfyNode):
                 ),
                 system_input("drawing or editing"),
                 io.Vae.Input("vae", optional=True, tooltip="Needed with pictures: from Load InternVL-U."),
-                *picture_inputs(),
+                *image_inputs(),
                 io.String.Input(
                     "thought",
                     optional=True,
@@ -51,10 +53,14 @@ class EncodePrompt(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, mllm, prompt, system_prompt="", vae=None, thought="", **pictures) -> io.NodeOutput:
-        from .native.pictures import rgb_pictures
-
-        images = rgb_pictures([pictures.get(name) for name in PICTURES], mllm.encoder.sizes)
-        return io.NodeOutput(
-            *mllm.encode(prompt, system=system_prompt or None, images=images, vae=vae, thought=thought)
-        )
+    def execute(
+        cls,
+        mllm: NativeMLLM,
+        prompt: str,
+        system_prompt: str = "",
+        vae: io.Vae.Type | None = None,
+        thought: str = "",
+        **images: io.Image.Type,
+    ) -> io.NodeOutput:
+        given = to_pil_images([images.get(name) for name in IMAGES], mllm.encoder.sizes)
+        return io.NodeOutput(*mllm.encode(prompt, system=system_prompt or None, images=given, vae=vae, thought=thought))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..native.dtypes import PRECISIONS
+from ..native.load import load
 from . import model_folders
 from .model_folders import AUTO
 
 MLLM = io.Custom("INTERNVL_U_MLLM")
 NONE_FOUND = "no model found"
-PRECISIONS = ("auto", "fp32", "bf16", "fp8_e4m3fn")
 
 
 class LoadModel(io.ComfyNode):
     """A checkpoint folder or single files to MODEL, MLLM and VAE."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="InternVLU_LoadModel",
             display_name="Load InternVL-U",
@@ -62,7 +63,7 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name, mllm_name=AUTO, vae_name=AUTO):
+    def validate_inputs(cls, model_name: str, mllm_name: str = AUTO, vae_name: str = AUTO) -> bool | str:
         try:
             model_folders.find(model_name, mllm_name, vae_name)
         except FileNotFoundError as error:
@@ -70,15 +71,15 @@ class LoadModel(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, precision, mllm_name=AUTO, vae_name=AUTO):
+    def fingerprint_inputs(
+        cls, model_name: str, precision: str, mllm_name: str = AUTO, vae_name: str = AUTO
+    ) -> list[tuple[str, int, int]]:
         places = dict.fromkeys(model_folders.find(model_name, mllm_name, vae_name))
         files = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*.*")))]
         stats = [(str(file), file.stat()) for file in files if file.is_file()]
         return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
 
     @classmethod
-    def execute(cls, model_name, precision, mllm_name=AUTO, vae_name=AUTO) -> io.NodeOutput:
-        from .native.load import load
-
-        drawing, language, vae = model_folders.find(model_name, mllm_name, vae_name)
-        return io.NodeOutput(*load(drawing, precision, language, vae))
+    def execute(cls, model_name: str, precision: str, mllm_name: str = AUTO, vae_name: str = AUTO) -> io.NodeOutput:
+        found = model_folders.find(model_name, mllm_name, vae_name)
+        return io.NodeOutput(*load(found.transformer, precision, found.language, found.vae))

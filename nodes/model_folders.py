@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import folder_paths
 
-from ..internvl_u.checkpoint import HOW_TO_GET, PARTS, is_checkpoint
-from ..internvl_u.source import is_mmdit_file, is_part_file
+from ..internvl_u.checkpoint import HOW_TO_GET, PARTS, holds_language_model, holds_transformer, is_checkpoint
 
 KEY = "InternVL-U"
 SHARED_KEY = "diffusers"
-DRAWING_KEY, LANGUAGE_KEY, VAE_KEY = "diffusion_models", "text_encoders", "vae"
+TRANSFORMER_KEY, LANGUAGE_KEY, VAE_KEY = "diffusion_models", "text_encoders", "vae"
 AUTO = "auto"
 QWEN_VAE = "qwen_image_vae.safetensors"
 
@@ -21,7 +20,7 @@ QWEN_VAE = "qwen_image_vae.safetensors"
 class Found(NamedTuple):
     """Where the three parts are: all in one folder, or a file each."""
 
-    drawing: Path
+    transformer: Path
     language: Path
     vae: Path
 
@@ -58,19 +57,19 @@ def files(key: str) -> dict[str, Path]:
     return {name: Path(folder_paths.get_full_path_or_raise(key, name)) for name in names}
 
 
-def drawing_files() -> dict[str, Path]:
+def transformer_files() -> dict[str, Path]:
     """Returns the files in `diffusion_models` that hold InternVL-U's transformer."""
-    return {name: file for name, file in files(DRAWING_KEY).items() if _is_drawing(*_state(file))}
+    return {name: file for name, file in files(TRANSFORMER_KEY).items() if _holds_transformer(*_state(file))}
 
 
 def language_files() -> dict[str, Path]:
     """Returns the files in `text_encoders` that hold InternVL-U's language model."""
-    return {name: file for name, file in files(LANGUAGE_KEY).items() if _is_language(*_state(file))}
+    return {name: file for name, file in files(LANGUAGE_KEY).items() if _holds_language_model(*_state(file))}
 
 
 def available() -> list[str]:
     """Returns what the node offers: checkpoint folders, then single files."""
-    return [*folders(), *drawing_files()]
+    return [*folders(), *transformer_files()]
 
 
 def find(name: str, language: str = AUTO, vae: str = AUTO) -> Found:
@@ -80,11 +79,11 @@ def find(name: str, language: str = AUTO, vae: str = AUTO) -> Found:
         FileNotFoundError: there is none of this name; tells where it was looked for and how to get one.
     """
     inside = folders().get(name)
-    drawing = inside or drawing_files().get(name)
-    if drawing is None:
+    transformer = inside or transformer_files().get(name)
+    if transformer is None:
         raise FileNotFoundError(_missing(name))
     return Found(
-        drawing,
+        transformer,
         inside if inside and language == AUTO else _language_of(name, language),
         inside if inside and vae == AUTO else _vae_of(name, vae),
     )
@@ -118,7 +117,7 @@ def _vae_of(name: str, wanted: str) -> Path:
 
 
 def _missing(name: str) -> str:
-    searched = [*map(str, roots()), *folder_paths.get_folder_paths(DRAWING_KEY)]
+    searched = [*map(str, roots()), *folder_paths.get_folder_paths(TRANSFORMER_KEY)]
     others = f" Found there: {', '.join(available())}." if available() else ""
     return (
         f"no InternVL-U model {name!r}. Searched: {', '.join(searched)}.{others} "
@@ -136,10 +135,10 @@ def _state(file: Path) -> tuple[Path, int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_drawing(file: Path, mtime: int, size: int) -> bool:
-    return is_mmdit_file(file)
+def _holds_transformer(file: Path, mtime: int, size: int) -> bool:
+    return holds_transformer(file)
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_language(file: Path, mtime: int, size: int) -> bool:
-    return is_part_file(file, "vlm")
+def _holds_language_model(file: Path, mtime: int, size: int) -> bool:
+    return holds_language_model(file)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..internvl_u.defaults import GUIDANCE, STEPS
+from ..native.guidance import DualGuider
+from ..native.sampler import dpmpp_2m_flow, flow_sigmas, sample_latent
+from .inputs import seed_input
+
 ALL_CFG_TIP = (
     "How strongly the words are followed. Higher: closer to the prompt, harder contrast. 4.5 is the official value."
 )
@@ -15,19 +20,27 @@ STEPS_TIP = "Denoising steps. More: finer and slower. 20 is the official value."
 DENOISE_TIP = "1 draws from pure noise. Below 1 keeps that much less of the way: the incoming latent shows through."
 
 
-def _scale(name: str, default: float, tooltip: str):
+def _all_cfg() -> io.Float.Input:
+    return _scale("all_cfg", GUIDANCE.all_cfg, ALL_CFG_TIP)
+
+
+def _part_cfg() -> io.Float.Input:
+    return _scale("part_cfg", GUIDANCE.part_cfg, PART_CFG_TIP)
+
+
+def _scale(name: str, default: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input(name, default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
 
 
-def _steps():
-    return io.Int.Input("steps", default=20, min=1, max=1000, tooltip=STEPS_TIP)
+def _steps() -> io.Int.Input:
+    return io.Int.Input("steps", default=STEPS, min=1, max=1000, tooltip=STEPS_TIP)
 
 
-def _denoise():
+def _denoise() -> io.Float.Input:
     return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=DENOISE_TIP)
 
 
-def _conditionings():
+def _conditionings() -> list[io.Input]:
     return [
         io.Model.Input("model"),
         io.Conditioning.Input("positive", tooltip="From InternVL-U Encode."),
@@ -39,7 +52,7 @@ class SampleLatent(io.ComfyNode):
     """Official solver, schedule and guidance in one node."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="InternVLU_SampleLatent",
             display_name="InternVL-U Sampler",
@@ -49,27 +62,32 @@ class SampleLatent(io.ComfyNode):
             inputs=[
                 *_conditionings(),
                 io.Latent.Input("latent_image"),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Seed of the start noise, which is made on the CPU: a GPU draws from the same noise. "
-                    "The same seed and settings give the same picture on the same machine.",
+                seed_input(
+                    "Seed of the start noise, which is made on the CPU: a GPU draws from the same noise. The same seed "
+                    "and settings give the same picture on the same machine."
                 ),
                 _steps(),
-                _scale("all_cfg", 4.5, ALL_CFG_TIP),
-                _scale("part_cfg", 2.0, PART_CFG_TIP),
+                _all_cfg(),
+                _part_cfg(),
                 _denoise(),
             ],
             outputs=[io.Latent.Output()],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent_image, **settings) -> io.NodeOutput:
-        from .native.sampler import sample_latent
-
+    def execute(
+        cls,
+        model: io.Model.Type,
+        positive: io.Conditioning.Type,
+        negative: io.Conditioning.Type,
+        latent_image: io.Latent.Type,
+        seed: int,
+        steps: int,
+        all_cfg: float,
+        part_cfg: float,
+        denoise: float,
+    ) -> io.NodeOutput:
+        settings = {"seed": seed, "steps": steps, "all_cfg": all_cfg, "part_cfg": part_cfg, "denoise": denoise}
         return io.NodeOutput(sample_latent(model, positive, negative, latent_image, **settings))
 
 
@@ -77,20 +95,25 @@ class CreateGuider(io.ComfyNode):
     """Dual guidance for SamplerCustomAdvanced."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="InternVLU_CreateGuider",
             display_name="InternVL-U Guider",
             category="InternVL-U/custom sampling",
             description="Dual guidance with both strengths, for SamplerCustomAdvanced.",
-            inputs=[*_conditionings(), _scale("all_cfg", 4.5, ALL_CFG_TIP), _scale("part_cfg", 2.0, PART_CFG_TIP)],
+            inputs=[*_conditionings(), _all_cfg(), _part_cfg()],
             outputs=[io.Guider.Output()],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, all_cfg, part_cfg) -> io.NodeOutput:
-        from .native.guidance import DualGuider
-
+    def execute(
+        cls,
+        model: io.Model.Type,
+        positive: io.Conditioning.Type,
+        negative: io.Conditioning.Type,
+        all_cfg: float,
+        part_cfg: float,
+    ) -> io.NodeOutput:
         guider = DualGuider(model)
         guider.set_conds(positive, negative)
         guider.set_scales(all_cfg, part_cfg)
@@ -101,7 +124,7 @@ class SelectSampler(io.ComfyNode):
     """The official solver as a SAMPLER."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="InternVLU_SelectSampler",
             display_name="InternVL-U Solver",
@@ -113,8 +136,6 @@ class SelectSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        from .native.sampler import dpmpp_2m_flow
-
         return io.NodeOutput(dpmpp_2m_flow())
 
 
@@ -122,7 +143,7 @@ class ScheduleSteps(io.ComfyNode):
     """The official schedule as SIGMAS."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="InternVLU_ScheduleSteps",
             display_name="InternVL-U Scheduler",
@@ -133,7 +154,5 @@ class ScheduleSteps(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, steps, denoise) -> io.NodeOutput:
-        from .native.sampler import flow_sigmas
-
+    def execute(cls, steps: int, denoise: float) -> io.NodeOutput:
         return io.NodeOutput(flow_sigmas(steps, denoise))

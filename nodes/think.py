@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..internvl_u.defaults import ANSWER_TOKENS, THOUGHT_TOKENS
 from ..internvl_u.prompt import SYSTEM_ANSWER
+from ..native.generate import answer, think
+from ..native.mllm import NativeMLLM
+from .inputs import IMAGES, generation_config, generation_inputs, image_inputs, system_input
 from .load import MLLM
-from .text import PICTURES, picture_inputs, system_input, writing_inputs
 
 
 class WriteThought(io.ComfyNode):
     """What the model thinks before it draws, as text."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="InternVLU_WriteThought",
             display_name="InternVL-U Think",
@@ -29,9 +32,9 @@ class WriteThought(io.ComfyNode):
                     dynamic_prompts=True,
                     tooltip="The same prompt as in InternVL-U Encode.",
                 ),
-                *writing_inputs(200),
+                *generation_inputs(THOUGHT_TOKENS),
                 system_input("drawing or editing"),
-                *picture_inputs(),
+                *image_inputs(),
             ],
             outputs=[io.String.Output(display_name="thought")],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
@@ -39,11 +42,22 @@ class WriteThought(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, mllm, prompt, system_prompt="", **inputs) -> io.NodeOutput:
-        from .native.writer import think
-
-        images = [inputs.pop(name, None) for name in PICTURES]
-        thought = think(mllm, prompt, system_prompt or None, images, cls.hidden, **inputs)
+    def execute(
+        cls,
+        mllm: NativeMLLM,
+        prompt: str,
+        max_new_tokens: int,
+        how: str,
+        temperature: float,
+        top_p: float,
+        beams: int,
+        seed: int,
+        system_prompt: str = "",
+        **images: io.Image.Type,
+    ) -> io.NodeOutput:
+        config = generation_config(max_new_tokens, how, temperature, top_p, beams, seed)
+        given = [images.get(name) for name in IMAGES]
+        thought = think(mllm, prompt, system_prompt or None, given, config, cls.hidden)
         return io.NodeOutput(thought, ui={"text": [str(thought)]})
 
 
@@ -51,7 +65,7 @@ class AnswerQuestion(io.ComfyNode):
     """An answer to a question about any number of pictures."""
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="InternVLU_AnswerQuestion",
             display_name="InternVL-U Answer",
@@ -67,9 +81,9 @@ class AnswerQuestion(io.ComfyNode):
                     dynamic_prompts=True,
                     tooltip="What to ask, in English or Chinese. A full stop is added if the text does not end in one.",
                 ),
-                *writing_inputs(512),
+                *generation_inputs(ANSWER_TOKENS),
                 system_input("answering"),
-                *picture_inputs(),
+                *image_inputs(),
             ],
             outputs=[io.String.Output(display_name="answer")],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
@@ -77,9 +91,20 @@ class AnswerQuestion(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, mllm, question, system_prompt="", **inputs) -> io.NodeOutput:
-        from .native.writer import answer
-
-        images = [inputs.pop(name, None) for name in PICTURES]
-        text = answer(mllm, question, system_prompt or SYSTEM_ANSWER, images, cls.hidden, **inputs)
+    def execute(
+        cls,
+        mllm: NativeMLLM,
+        question: str,
+        max_new_tokens: int,
+        how: str,
+        temperature: float,
+        top_p: float,
+        beams: int,
+        seed: int,
+        system_prompt: str = "",
+        **images: io.Image.Type,
+    ) -> io.NodeOutput:
+        config = generation_config(max_new_tokens, how, temperature, top_p, beams, seed)
+        given = [images.get(name) for name in IMAGES]
+        text = answer(mllm, question, system_prompt or SYSTEM_ANSWER, given, config, cls.hidden)
         return io.NodeOutput(text, ui={"text": [text]})

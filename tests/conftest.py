@@ -42,7 +42,7 @@ TEXT_CASES = ("qa_one", "qa_two", "qa_text_only", "qa_beam")
 pack = types.ModuleType("pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["pack"] = pack
-Span = importlib.import_module("pack.internvl_u.positions").Span
+Span = importlib.import_module("pack.internvl_u.rope").Span
 
 
 def versions():
@@ -205,7 +205,7 @@ def comfyui():
 
 @pytest.fixture(scope="session")
 def native(comfyui):
-    return importlib.import_module("pack.nodes.native.load")
+    return importlib.import_module("pack.native.load")
 
 
 class Server:

@@ -20,8 +20,8 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from pack.internvl_u.config import MMDiTConfig
 from pack.internvl_u.mmdit import MLP, MMDiT, time_embedding
-from pack.internvl_u.prompt import Tokenizer
 from pack.internvl_u.sampling import SHIFT, whole_timestep
+from pack.internvl_u.tokenizer import Tokenizer
 from pack.training import tokenizer, understand, world
 from pack.training.layouts import THINGS, centres, grounds, shares
 from pack.training.log import Log, load_state, save_state
@@ -175,17 +175,21 @@ def velocity(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the velocity [B, 16, h, w], and the picture's tokens [2, B, N, D] early and midway in the transformer.
 
-    The same arithmetic as `MMDiT.forward`, for contexts that are filled up.
+    As `MMDiT.forward`, for contexts that are filled up.
     """
-    image, grid = model.tokens(noisy, data.references)
+    image, grid = model.embed_image(noisy, data.references)
     picture = grid[0] * grid[1]
-    text = model.txt_in(model.txt_norm(data.context.flatten(0, 1).to(noisy)))
-    modulation = functional.silu(model.time_text_embed(time_embedding(timestep)))
-    rotary, last, told = (data.rotary_image, data.rotary_text), len(model.transformer_blocks) - 1, []
-    for i, block in enumerate(model.transformer_blocks):
-        image, text = run(block, image, text, modulation, rotary, data.bias, picture if i == last else None)
-        if i + 1 in (PLACED_AFTER, TOLD_AFTER):
+    text = model.embed_text(data.context.flatten(0, 1).to(noisy))
+    modulation = model.embed_time(time_embedding(timestep), noisy.dtype)
+    rotary, told = (data.rotary_image, data.rotary_text), []
+
+    def run_padded(index, block, image, text, modulation, packing, image_tokens):
+        image, text = run(block, image, text, modulation, rotary, data.bias, image_tokens)
+        if index + 1 in (PLACED_AFTER, TOLD_AFTER):
             told.append(image[:, :picture])
+        return image, text
+
+    image = model.run_blocks(image, text, modulation, None, picture, run_padded)
     return model.velocity(image, modulation, grid, noisy.shape[-2:]), torch.stack(told)
 
 

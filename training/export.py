@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pack.internvl_u.prompt import Tokenizer
+from pack.internvl_u.tokenizer import Tokenizer
 from pack.training import draw, tokenizer, understand
 from pack.training.log import load_state
 from pack.training.studies import DRAWN
@@ -129,7 +129,7 @@ def decoder_config() -> dict:
             "num_layers": config.layers,
             "out_channels": config.channels,
             "patch_size": config.patch_size,
-            "video_position_scale_factor": config.latent_scale,
+            "video_position_scale_factor": 1.0,
             "vlm_cond_position_scale_factor": config.image_scale,
         },
         "decoder_projector_type": "identity",
@@ -157,7 +157,7 @@ def decoder_config() -> dict:
         "vae_downsample_factor": 8,
         "vae_input_hidden_size": packed,
         "vae_projector_type": "identity",
-        "video_position_scale_factor": config.latent_scale,
+        "video_position_scale_factor": 1.0,
         "visual_input_hidden_size": packed,
         "vlm_cond_position_scale_factor": config.image_scale,
         "vlm_select_layer": list(config.select_layers),

@@ -9,7 +9,7 @@ import argparse
 import textwrap
 from pathlib import Path
 
-from pack.internvl_u.pipeline import Drawing, Pipeline
+from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from pack.training import world
 from pack.training.score import MODEL, ROOT
 from pack.training.world import Scene, Thing
@@ -46,12 +46,12 @@ RIDDLES = (
 
 def gallery(pipeline: Pipeline) -> Image.Image:
     """Returns all pictures in rows, each over what was asked for."""
-    cells = [(pipeline.draw(Drawing(text, seed=SEED)), text) for text in DRAWN]
+    cells = [(pipeline.draw(ImageRequest(text, seed=SEED)), text) for text in DRAWN]
     before = world.draw(BEFORE)
-    cells += [(pipeline.draw(Drawing(text, images=(before,), seed=SEED)), f"> {text}") for text in EDITED]
+    cells += [(pipeline.draw(ImageRequest(text, images=(before,), seed=SEED)), f"> {text}") for text in EDITED]
     for text in RIDDLES:
-        thought = pipeline.think(Drawing(text, seed=SEED))
-        cells.append((pipeline.draw(Drawing(text, seed=SEED, thought=thought)), f"{text} ({thought})"))
+        thought = pipeline.think(ImageRequest(text, seed=SEED))
+        cells.append((pipeline.draw(ImageRequest(text, seed=SEED, thought=thought)), f"{text} ({thought})"))
     cells = [(picture, textwrap.fill(text, 24)) for picture, text in cells]
     rows = [cells[first : first + COLUMNS] for first in range(0, len(cells), COLUMNS)]
     heights = [SIDE + GAP + LINE * max(1 + text.count("\n") for _, text in row) for row in rows]

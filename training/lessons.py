@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from pack.internvl_u import prompt
-from pack.internvl_u.picture import vision_pixels
-from pack.internvl_u.prompt import TokenIds, Tokenizer
+from pack.internvl_u.images import vision_pixels
+from pack.internvl_u.prompt import TokenizedPrompt
+from pack.internvl_u.tokenizer import IM_END, Tokenizer, TokenRange
 from pack.training import edits, questions, riddles, words, world
 from pack.training.world import Scene
 from PIL import Image
@@ -39,7 +40,7 @@ class Lesson:
     """A shared beginning with its scenes' pictures, and its endings."""
 
     shared: tuple[int, ...]
-    places: tuple[prompt.Place, ...]
+    places: tuple[TokenRange, ...]
     scenes: tuple[Scene, ...]
     endings: tuple[Ending, ...]
 
@@ -89,15 +90,15 @@ class Teacher:
     def _lesson(self, system: str, scenes: tuple[Scene, ...], said: Sequence[tuple[str, str, str]]) -> Lesson:
         opened = [self._opening(text, system, len(scenes)) for text, _, _ in said]
         first = opened[0]
-        cut = first.pictures[-1].stop + 1 if scenes else first.user
+        cut = first.images[-1].stop + 1 if scenes else first.user_start
         endings = tuple(
-            Ending(one.ids[cut:], (*self.tokenizer.encode([target])[0], self.tokenizer.special[prompt.IM_END]), kind)
+            Ending(one.ids[cut:], (*self.tokenizer.encode([target])[0], self.tokenizer.special[IM_END]), kind)
             for one, (_, target, kind) in zip(opened, said, strict=True)
         )
-        return Lesson(first.ids[:cut], first.pictures, scenes, endings)
+        return Lesson(first.ids[:cut], first.images, scenes, endings)
 
-    def _opening(self, text: str, system: str, pictures: int) -> TokenIds:
-        return prompt.opening(self.tokenizer, text, system=system, pictures=pictures, grid=self.grid)
+    def _opening(self, text: str, system: str, pictures: int) -> TokenizedPrompt:
+        return prompt.generation_prompt(self.tokenizer, text, system=system, images=pictures, grid=self.grid)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from pack.internvl_u.pipeline import Drawing, Pipeline
+from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from pack.training import edits, judge, questions, riddles, words, world
 from pack.training.world import Scene
 from PIL import Image
@@ -72,7 +72,7 @@ def edit(pipeline: Pipeline, rng: random.Random) -> Outcome:
     """An edit: what was asked must have happened, and all the rest must still be as it was."""
     wanted = edits.random_edit(rng)
     before = world.draw(wanted.before)
-    picture = pipeline.draw(Drawing(wanted.instruction, images=(before,), seed=rng.randrange(1 << 30)))
+    picture = pipeline.draw(ImageRequest(wanted.instruction, images=(before,), seed=rng.randrange(1 << 30)))
     found = judge.read(picture)
     return Outcome(_edited(found, wanted), wanted.instruction, _said(wanted.after), _told(found))
 
@@ -93,9 +93,9 @@ def ask_two(pipeline: Pipeline, rng: random.Random) -> Outcome:
 def riddle(pipeline: Pipeline, rng: random.Random, think: bool = True) -> Outcome:
     """A riddle, thought over first: the picture must show what was meant."""
     asked = riddles.random_riddle(rng)
-    drawing = Drawing(asked.text, seed=rng.randrange(1 << 30))
+    drawing = ImageRequest(asked.text, seed=rng.randrange(1 << 30))
     thought = pipeline.think(drawing) if think else ""
-    picture = pipeline.draw(Drawing(asked.text, seed=drawing.seed, thought=thought))
+    picture = pipeline.draw(ImageRequest(asked.text, seed=drawing.seed, thought=thought))
     found = judge.read(picture)
     return Outcome(_shown(found, asked.scene), asked.text, _said(asked.scene), f"{_told(found)} <- {thought}")
 
@@ -120,7 +120,7 @@ TASKS: dict[str, tuple[Task, float | None]] = {
 
 
 def _drawn(pipeline: Pipeline, rng: random.Random, scene: Scene, caption: str, related: bool = True) -> Outcome:
-    found = judge.read(pipeline.draw(Drawing(caption, seed=rng.randrange(1 << 30))))
+    found = judge.read(pipeline.draw(ImageRequest(caption, seed=rng.randrange(1 << 30))))
     return Outcome(_shown(found, scene, related), caption, _said(scene), _told(found))
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from diffusers import AutoencoderKLQwenImage
 from pack.internvl_u import prompt
+from pack.internvl_u.images import ReferenceSizes, reference_pixels
 from pack.internvl_u.mllm import MLLM
-from pack.internvl_u.picture import ReferenceSizes, reference_pixels
-from pack.internvl_u.positions import Layout
-from pack.internvl_u.prompt import TokenIds, Tokenizer
+from pack.internvl_u.prompt import TokenizedPrompt
+from pack.internvl_u.rope import Layout
+from pack.internvl_u.tokenizer import Tokenizer
 from pack.training import edits, riddles, words, world
 from pack.training.codec import LATENTS_MEAN, LATENTS_STD, encode_flat
 from pack.training.lessons import Ending, Lesson, batch
@@ -53,7 +54,7 @@ class Study:
 class Plan:
     """A sample before anything is computed: its prompt, and its scenes."""
 
-    ids: TokenIds
+    ids: TokenizedPrompt
     scene: Scene
     before: Scene | None = None
 
@@ -108,14 +109,14 @@ class Studio:
         for edit in edits.edits_of(rng, scene)[:3]:
             thought = edits.thought(edit) if rng.random() < 0.2 else ""
             ids = self._prompt(rng, edit.instruction, thought, pictures=1)
-            plans.append(Plan(ids, edit.after, edit.before if ids.pictures else None))
+            plans.append(Plan(ids, edit.after, edit.before if ids.images else None))
         return plans
 
-    def _prompt(self, rng: random.Random, text: str, thought: str = "", pictures: int = 0) -> TokenIds:
+    def _prompt(self, rng: random.Random, text: str, thought: str = "", pictures: int = 0) -> TokenizedPrompt:
         """Returns the conditional prompt, or at the chance of `DROP` one of the others."""
         # What is handed on of a thought lacks its last token.
         ids = self.tokenizer.encode([thought])[0][:-1] if thought else None
-        branches = prompt.branches(self.tokenizer, text, pictures=pictures, grid=self.grid, thought=ids)
+        branches = prompt.branch_prompts(self.tokenizer, text, images=pictures, grid=self.grid, thought=ids)
         chance = rng.random()
         if chance < DROP:
             return branches.unconditional
@@ -132,7 +133,7 @@ class Studio:
             for row, (lesson, plans) in enumerate(some):
                 start = len(lesson.shared)
                 for plan, ending in zip(plans, lesson.endings, strict=True):
-                    shared = hidden[row, plan.ids.user : len(lesson.shared)]
+                    shared = hidden[row, plan.ids.user_start : len(lesson.shared)]
                     found[id(plan)] = torch.cat([shared, hidden[row, start : start + len(ending.rest)]])
                     start += len(ending.rest)
         return [found[id(plan)] for group in groups for plan in group]
@@ -144,7 +145,7 @@ class Studio:
         for group in groups:
             for plan in group:
                 # Equal beginnings: the same system turn, and the very same picture.
-                key = (plan.ids.ids[: plan.ids.user], plan.before if plan.ids.pictures else None)
+                key = (plan.ids.ids[: plan.ids.user_start], plan.before if plan.ids.images else None)
                 row = open_rows.get(key)
                 cut = _cut(plan.ids)
                 if row is None or cut + sum(len(p.ids.ids) - cut for p in (*row, plan)) > ROW:
@@ -156,9 +157,9 @@ class Studio:
     def _lesson(self, plans: Sequence[Plan]) -> tuple[Lesson, Sequence[Plan]]:
         first = plans[0]
         cut = _cut(first.ids)
-        scenes = (first.before,) if first.ids.pictures else ()
+        scenes = (first.before,) if first.ids.images else ()
         endings = tuple(Ending(plan.ids.ids[cut:], (), "") for plan in plans)
-        return Lesson(first.ids.ids[:cut], first.ids.pictures, scenes, endings), plans
+        return Lesson(first.ids.ids[:cut], first.ids.images, scenes, endings), plans
 
     def _hidden(self, data) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
@@ -190,5 +191,5 @@ class Studio:
         return result
 
 
-def _cut(ids: TokenIds) -> int:
-    return ids.pictures[-1].stop + 1 if ids.pictures else ids.user
+def _cut(ids: TokenizedPrompt) -> int:
+    return ids.images[-1].stop + 1 if ids.images else ids.user_start

@@ -7,7 +7,8 @@ import json
 import random
 from pathlib import Path
 
-from pack.internvl_u import prompt
+from pack.internvl_u import tokenizer as special
+from pack.internvl_u.prompt import PARTIAL_PROMPT
 from pack.training import edits, questions, riddles, words, world
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -19,16 +20,16 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """How Qwen's tokenizer cuts text into words."""
-END, PAD = prompt.IM_END, "<|endoftext|>"
+END, PAD = special.IM_END, special.PAD
 SPECIAL = (
-    (END, PAD, prompt.IM_START, prompt.IMG, prompt.END_IMG, prompt.IMG_CONTEXT)
+    (END, PAD, special.IM_START, special.IMG, special.END_IMG, special.IMG_CONTEXT)
     + ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-    + (prompt.IMG_UNCOND,)
+    + (special.IMG_UNCOND,)
 )
 CORPUS = 8000
 SENTENCES = (
     "Here is a random image :",
-    prompt.WITHOUT_WORDS,
+    PARTIAL_PROMPT,
     "user\nWhat",
     "assistant\n",
     "The quick brown fox jumps over the lazy dog, isn't it? 0123456789",
@@ -46,7 +47,7 @@ def corpus(seed: int = 0):
         for text in (*said, *(part for question in asked for part in (question.text, question.answer))):
             yield text
             yield text[:1].upper() + text[1:] + "."
-        for system in (prompt.SYSTEM_ANSWER, prompt.SYSTEM_DRAW, prompt.SYSTEM_EDIT):
+        for system in (special.SYSTEM_ANSWER, special.SYSTEM_DRAW, special.SYSTEM_EDIT):
             yield f"system\n{system}"
         yield from SENTENCES
 

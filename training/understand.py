@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pack.internvl_u.config import VisionConfig
-from pack.internvl_u.mllm import MLLM, MLLMConfig
-from pack.internvl_u.prompt import ROW_TOKENS, Tokenizer
+from pack.internvl_u.config import MLLMConfig, VisionConfig
+from pack.internvl_u.mllm import MLLM
+from pack.internvl_u.tokenizer import ROW_TOKENS, Tokenizer
 from pack.training import world
 from pack.training.layouts import COLOURS, SHAPES, THINGS, grounds, shares
 from pack.training.lessons import Batch, Teacher, batch, pixels_of

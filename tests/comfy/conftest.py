@@ -27,7 +27,7 @@ def loaded(native, checkpoint):
 def parts(native):
     """The modules of the native layer."""
     names = ("guidance", "mllm", "model", "sampler", "vae")
-    return SimpleNamespace(**{name: importlib.import_module(f"pack.nodes.native.{name}") for name in names})
+    return SimpleNamespace(**{name: importlib.import_module(f"pack.native.{name}") for name in names})
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from pack.internvl_u.convert import CHOICES, convert
+from pack.internvl_u.convert import convert
+from pack.internvl_u.defaults import FILE_DTYPES
 from safetensors.torch import load_file, save_file
 
 TOLERANCE = {"bfloat16": 0.02, "fp8_e4m3fn": 0.12, "fp8_scaled": 0.12, "fp8_scaled_old": 0.12}
 
 
-@pytest.fixture(scope="module", params=CHOICES)
+@pytest.fixture(scope="module", params=FILE_DTYPES)
 def converted(request, checkpoint, tmp_path_factory):
     return request.param, convert(checkpoint, tmp_path_factory.mktemp(request.param), request.param)
 
@@ -44,11 +45,11 @@ def test_scaled_files_are_small_and_never_widened(native, converted):
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_text_is_written_from_any_stored_dtype(native, converted, beams):
-    from pack.internvl_u.writing import Writing
+    from pack.internvl_u.generation import GenerationConfig
 
     _, (drawing, language, vae) = converted
     _, mllm, _ = native.load(drawing, "auto", language, vae)
-    assert len(mllm.write("hello", system="x", writing=Writing(6, beams=beams))) > 1
+    assert len(mllm.generate("hello", system="x", config=GenerationConfig(6, beams=beams))) > 1
 
 
 def test_a_lora_works_on_scaled_weights(native, converted, draw, golden):
@@ -87,12 +88,14 @@ def test_comfyuis_own_loader_reads_the_converted_vae(native, checkpoint, tmp_pat
 def test_a_model_saved_by_comfyui_loads_again(native, loaded, tmp_path):
     """ModelSave writes no configuration; the sizes come from the shapes, the rest from the release."""
     import comfy.sd
-    from pack.internvl_u.source import is_mmdit_file, map_mmdit
+    from pack.internvl_u.checkpoint import holds_transformer, open_part
 
     file = tmp_path / "saved.safetensors"
     comfy.sd.save_checkpoint(str(file), loaded.model)
-    assert is_mmdit_file(file)
-    assert map_mmdit(file).keys() == loaded.model.model.diffusion_model.state_dict().keys()
+    assert holds_transformer(file)
+    assert (
+        open_part(file, "generation_decoder").weights.keys() == loaded.model.model.diffusion_model.state_dict().keys()
+    )
 
 
 def test_parts_that_do_not_belong_together_are_refused(native, checkpoint, tmp_path):

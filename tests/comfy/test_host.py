@@ -14,12 +14,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
+HOSTED = sorted(file for folder in ("nodes", "native") for file in (ROOT / folder).glob("*.py"))
 MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "server"}
 
 
 @pytest.fixture(scope="module")
 def host(comfyui):
-    return importlib.import_module("pack.nodes.native.host")
+    return importlib.import_module("pack.native.host")
 
 
 def used(file):
@@ -42,10 +43,14 @@ def used(file):
         base = dotted(node.value) if isinstance(node, ast.Attribute) else None
         return f"{base}.{node.attr}" if base else None
 
+    hints = [getattr(node, "annotation", None) or getattr(node, "returns", None) for node in ast.walk(tree)]
+    unevaluated = {id(part) for hint in hints if hint is not None for part in ast.walk(hint)}
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
-        name = dotted(node) if isinstance(node, ast.Attribute | ast.Name) and id(node) not in inner else None
+        if id(node) in inner | unevaluated or not isinstance(node, ast.Attribute | ast.Name):
+            continue
+        name = dotted(node)
         if name:
             call = calls.get(id(node))
             if call is None:
@@ -62,7 +67,7 @@ def test_this_comfyui_has_all_that_the_pack_uses(host):
 def test_the_table_lists_all_that_the_code_uses(host):
     listed = {*host.NAMES, *host.CALLS, *host.OPTIONAL}
     missing = set()
-    for file in (ROOT / "nodes").rglob("*.py"):
+    for file in HOSTED:
         for name, places, words in used(file):
             if not any(
                 entry == name or entry.startswith(f"{name}.") or name.startswith(f"{entry}.") for entry in listed
@@ -75,9 +80,7 @@ def test_the_table_lists_all_that_the_code_uses(host):
 
 
 def test_the_table_lists_nothing_that_the_code_does_not_use(host):
-    code = "\n".join(
-        file.read_text(encoding="utf-8") for file in (ROOT / "nodes").rglob("*.py") if file.name != "host.py"
-    )
+    code = "\n".join(file.read_text(encoding="utf-8") for file in HOSTED if file.name != "host.py")
     unused = [name for name in (*host.NAMES, *host.CALLS, *host.OPTIONAL) if name.split(".")[-1] not in code]
     assert not unused
 
@@ -107,8 +110,8 @@ def test_a_comfyui_that_lacks_something_is_told_of_in_one_line(host, monkeypatch
 def test_what_we_override_takes_all_that_comfyui_gives(comfyui):
     """A new argument of ComfyUI's method must have a place in ours."""
     checked = 0
-    for file in (ROOT / "nodes" / "native").glob("*.py"):
-        module = importlib.import_module(f"pack.nodes.native.{file.stem}")
+    for file in (ROOT / "native").glob("*.py"):
+        module = importlib.import_module(f"pack.native.{file.stem}")
         for ours in vars(module).values():
             if not inspect.isclass(ours) or ours.__module__ != module.__name__:
                 continue
@@ -133,7 +136,7 @@ def test_an_empty_latent_of_another_model_draws_the_size_that_it_was_made_for(lo
     import comfy.sample
 
     knows = "downscale_ratio_spacial" in inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
-    compat = importlib.import_module("pack.nodes.native.compat")
+    compat = importlib.import_module("pack.native.compat")
     latent = {"samples": torch.zeros(1, 32, 4, 6)}
     if ratio is not None:
         latent["downscale_ratio_spacial"] = ratio
@@ -156,7 +159,7 @@ def test_live_text_of_a_node_that_a_loop_copied_is_for_the_node_that_is_shown(co
     import server as comfy_server
     from comfy_execution.graph import DynamicPrompt
 
-    text = importlib.import_module("pack.nodes.native.text")
+    text = importlib.import_module("pack.native.progress")
     prompt = DynamicPrompt({"7": {"class_type": "InternVLU_WriteThought", "inputs": {}}})
     shown, ids = "7", ["7"]
     for i in range(copies):
@@ -176,13 +179,13 @@ def test_live_text_of_a_node_that_a_loop_copied_is_for_the_node_that_is_shown(co
     "value, level, remark", [(5.0, 255, "go up to 5"), (math.inf, 255, "go up to"), (math.nan, 0, "NaN"), (-3.0, 0, "")]
 )
 def test_values_that_no_8_bit_picture_has_are_cut_off_and_told(parts, caplog, value, level, remark):
-    from pack.internvl_u.picture import ReferenceSizes
+    from pack.internvl_u.images import ReferenceSizes
 
-    pictures = importlib.import_module("pack.nodes.native.pictures")
+    pictures = importlib.import_module("pack.native.images")
     image = torch.full((1, 64, 64, 3), 0.5)
     image[0, :8] = value
     with caplog.at_level(logging.WARNING, "internvl_u"):
-        (picture,) = pictures.rgb_pictures([image], ReferenceSizes(16, 10**6, None))
+        (picture,) = pictures.to_pil_images([image], ReferenceSizes(16, 10**6, None))
     assert picture.getpixel((0, 0)) == (level,) * 3 and picture.getpixel((0, 60)) == (128,) * 3
     assert len(caplog.messages) == bool(remark) and remark in "".join(caplog.messages)
 
@@ -197,7 +200,7 @@ def test_weights_on_a_fast_disk_are_told_to_comfyui_where_it_asks(loaded, monkey
     """Read in ComfyUI of about 0.38: the patcher takes `fast_disk`, and `comfy.storage` tells it of a state dict."""
     import comfy.model_patcher
 
-    compat = importlib.import_module("pack.nodes.native.compat")
+    compat = importlib.import_module("pack.native.compat")
     weights, cpu = {"a": torch.zeros(1)}, torch.device("cpu")
 
     class Patcher:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pack.internvl_u.writing import Writing
+from pack.internvl_u.generation import GenerationConfig
 from safetensors.torch import load_file
 
 
@@ -103,8 +103,8 @@ def test_pictures_and_writing_give_the_same_with_weights_offloaded(loaded, golde
         if what == "edit":
             positive, negative, _ = loaded.mllm.encode(case.prompt, images=pictures, vae=loaded.vae)
             return [positive[0][0], negative[0][0], positive[0][1]["internvl_u_partial"][0][0]]
-        writing = Writing(8, beams=3 if what == "beams" else 1)
-        return loaded.mllm.write(case.prompt, system="x", images=pictures, writing=writing)
+        config = GenerationConfig(8, beams=3 if what == "beams" else 1)
+        return loaded.mllm.generate(case.prompt, system="x", images=pictures, config=config)
 
     whole = run()
     mm.unload_all_models()
@@ -421,11 +421,11 @@ def test_cancelling_stops_the_writing_within_a_token(loaded):
         if len(ids) == 3:
             mm.interrupt_current_processing()
 
-    writing = Writing(500, temperature=2.0, seed=1)
+    config = GenerationConfig(500, temperature=2.0, seed=1)
     with pytest.raises(mm.InterruptProcessingException):
-        loaded.mllm.write("tell me everything", system="x", writing=writing, on_token=on_token)
+        loaded.mllm.generate("tell me everything", system="x", config=config, on_token=on_token)
     assert heard == [1, 2, 3]
-    assert loaded.mllm.write("hi", system="x", writing=Writing(2))
+    assert loaded.mllm.generate("hi", system="x", config=GenerationConfig(2))
 
 
 def test_a_batch_of_edits_equals_single_edits(loaded, parts, golden, near):

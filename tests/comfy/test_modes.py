@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from pack.internvl_u.pipeline import Drawing, Pipeline
+from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from pack.internvl_u.sampling import flow_sigmas
 from PIL import Image
 
@@ -103,8 +103,8 @@ def test_a_thought_of_another_node_draws_as_in_the_library(
     assert "a green leaf" in thought
     pipeline = Pipeline(checkpoint)
     images = tuple(Image.open(file).convert("RGB") for file in case.images)
-    wish = Drawing(case.prompt, case.width, case.height, case.steps, 1234, system=system or None, images=images)
-    conditions = pipeline.conditions(replace(wish, thought=thought))
+    wish = ImageRequest(case.prompt, case.width, case.height, case.steps, 1234, system=system or None, images=images)
+    conditions = pipeline.encode_prompt(replace(wish, thought=thought))
     expected = pipeline.sample(conditions, case["noise"], flow_sigmas(case.steps), (3.5, 1.5))
     near(normalised(server.latent(entry)), expected, 1e-5)
 

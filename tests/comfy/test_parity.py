@@ -100,9 +100,9 @@ def test_vae_equals_the_official_one_and_keeps_a_batch_apart(loaded, checkpoint,
 
 
 def test_vae_equals_diffusers_at_another_size(loaded, checkpoint, near):
-    from pack.internvl_u.vae import StandaloneVAE
+    from pack.internvl_u.load import load_vae
 
-    other = StandaloneVAE(checkpoint)
+    other = load_vae(checkpoint)
     mean, std = other._statistics(torch.zeros(1))
     latents = torch.randn(1, 16, 5, 11, generator=torch.Generator().manual_seed(2))
     pictures = other.decode(latents).clamp(-1, 1)

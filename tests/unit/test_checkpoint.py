@@ -5,8 +5,10 @@ import shutil
 import pytest
 import torch
 from pack.internvl_u import checkpoint as module
-from pack.internvl_u import mllm
-from pack.internvl_u.pipeline import Pipeline, load_mmdit
+from pack.internvl_u.config import mllm_config
+from pack.internvl_u.load import load_mllm, load_mmdit
+from pack.internvl_u.mllm import MLLM
+from pack.internvl_u.pipeline import Pipeline
 from safetensors.torch import load_file, save_file
 
 
@@ -49,7 +51,7 @@ def test_a_missing_shard_is_named(broken, with_index):
     if not with_index:
         (broken / "vlm" / "model.safetensors.index.json").unlink()
     with pytest.raises(FileNotFoundError, match="1 of 3 weight files are missing: model-00002-of-00003.safetensors"):
-        mllm.load(broken)
+        load_mllm(broken)
 
 
 def test_no_weights_at_all_are_refused(broken):
@@ -105,19 +107,19 @@ def test_a_configuration_that_contradicts_the_weights_is_refused(broken):
 
 def test_other_file_names_and_one_shard_load_alike(broken, checkpoint):
     folder = broken / "vlm"
-    weights = module.map_weights(checkpoint / "vlm")
+    weights = module.open_part(checkpoint, "vlm").weights
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     save_file(weights, folder / "weights.safetensors")
-    loaded = mllm.load(broken).state_dict()
+    loaded = load_mllm(broken).state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
 
 
 def test_weights_stay_mapped_and_are_not_copied(checkpoint):
-    weights = module.map_weights(checkpoint / "vlm")
-    model = mllm.MLLM(mllm.read_config(checkpoint, {k: tuple(v.shape) for k, v in weights.items()}), device="meta")
-    module.fill(model, weights, "vlm")
-    assert all(tensor.data_ptr() == weights[name].data_ptr() for name, tensor in model.state_dict().items())
+    part = module.open_part(checkpoint, "vlm")
+    model = MLLM(mllm_config(part.shapes, part.config), device="meta")
+    module.load_weights(model, part.weights, "vlm")
+    assert all(tensor.data_ptr() == part.weights[name].data_ptr() for name, tensor in model.state_dict().items())
     with open("/proc/self/maps") as maps:
         assert "model-00001-of-00003.safetensors" in maps.read()

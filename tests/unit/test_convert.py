@@ -8,17 +8,18 @@ import time
 import pytest
 import torch
 from pack.internvl_u import convert as module
-from pack.internvl_u import source
+from pack.internvl_u import fp8
 from pack.internvl_u.__main__ import main
-from pack.internvl_u.checkpoint import map_weights
-from pack.internvl_u.mllm import Encoder
-from pack.internvl_u.prompt import branches
+from pack.internvl_u.checkpoint import SingleFile, open_checkpoint, open_part
+from pack.internvl_u.defaults import FILE_DTYPES
+from pack.internvl_u.encoder import Encoder
+from pack.internvl_u.prompt import branch_prompts
 from pack.internvl_u.vae import to_wan, wan_name
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 
-@pytest.fixture(scope="module", params=module.CHOICES)
+@pytest.fixture(scope="module", params=FILE_DTYPES)
 def converted(request, checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("converted")
     return request.param, dict(zip(("drawing", "language", "vae"), module.convert(checkpoint, out, request.param)))
@@ -26,22 +27,22 @@ def converted(request, checkpoint, tmp_path_factory):
 
 def originals(checkpoint):
     return {
-        "drawing": source.map_mmdit(checkpoint),
-        "language": map_weights(checkpoint / "vlm"),
-        "vae": to_wan(map_weights(checkpoint / "vae")),
+        "drawing": open_part(checkpoint, "generation_decoder").weights,
+        "language": open_part(checkpoint, "vlm").weights,
+        "vae": to_wan(open_part(checkpoint, "vae").weights),
     }
 
 
 def test_values_are_the_nearest_that_the_dtype_has(checkpoint, converted):
     choice, files = converted
     for part, original in originals(checkpoint).items():
-        weights, scales, _ = source.take_scales(files[part], load_file(files[part]))
+        weights, scales, _ = fp8.split_scales(load_file(files[part]), SingleFile(files[part]).metadata, part)
         assert weights.keys() == original.keys()
         assert bool(scales) == (choice.startswith("fp8_scaled") and part != "vae")
         for name, tensor in weights.items():
             scale = scales.get(name.removesuffix(".weight"), torch.tensor(1.0))
             expected = (
-                (original[name].float() / scale).clamp(-448, 448) if tensor.dtype == module.FP8 else original[name]
+                (original[name].float() / scale).clamp(-448, 448) if tensor.dtype == fp8.DTYPE else original[name]
             )
             assert torch.equal(tensor.float(), expected.to(tensor.dtype).float()), name
 
@@ -49,7 +50,7 @@ def test_values_are_the_nearest_that_the_dtype_has(checkpoint, converted):
 @pytest.mark.parametrize("choice", ["fp8_scaled", "fp8_scaled_old"])
 def test_scaled_fp8_uses_the_whole_range(checkpoint, tmp_path, choice):
     file, *_ = module.convert(checkpoint, tmp_path, choice)
-    weights, scales, formats = source.take_scales(file, load_file(file))
+    weights, scales, formats = fp8.split_scales(load_file(file), SingleFile(file).metadata, file)
     assert len(scales) == 28 and formats.keys() == scales.keys()
     for layer in scales:
         assert weights[f"{layer}.weight"].float().abs().max() == 448
@@ -57,9 +58,12 @@ def test_scaled_fp8_uses_the_whole_range(checkpoint, tmp_path, choice):
 
 def test_files_carry_configuration_and_tokenizer(checkpoint, converted):
     _, files = converted
-    ours, theirs = Encoder.read(files["language"]), Encoder.read(checkpoint)
+    ours, theirs = (
+        Encoder.from_checkpoint(open_checkpoint(files["language"])),
+        Encoder.from_checkpoint(open_checkpoint(checkpoint)),
+    )
     text = "A red circle, 一个 <img> test!"
-    assert branches(ours.tokenizer, text) == branches(theirs.tokenizer, text)
+    assert branch_prompts(ours.tokenizer, text) == branch_prompts(theirs.tokenizer, text)
     assert (ours.layers, ours.sizes, ours.mean, ours.default_size) == (
         theirs.layers,
         theirs.sizes,
@@ -67,7 +71,7 @@ def test_files_carry_configuration_and_tokenizer(checkpoint, converted):
         theirs.default_size,
     )
     stated = json.loads((checkpoint / "generation_decoder" / "config.json").read_text())
-    assert source.read_part(files["drawing"], "generation_decoder") == stated
+    assert open_part(files["drawing"], "generation_decoder").config == stated
 
 
 def test_checksums_are_right_and_nothing_half_is_left(converted):
@@ -157,5 +161,5 @@ def test_command_line_converts(checkpoint, tmp_path, capsys):
 
 
 def test_wan_names_are_left_alone(checkpoint):
-    names = to_wan(map_weights(checkpoint / "vae")).keys()
+    names = to_wan(open_part(checkpoint, "vae").weights).keys()
     assert {wan_name(name) for name in names} == set(names)

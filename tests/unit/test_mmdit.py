@@ -1,9 +1,9 @@
 import pytest
 import torch
 from pack.internvl_u import mmdit
+from pack.internvl_u.load import load_mmdit
 from pack.internvl_u.mmdit import scaled_dot_product, time_embedding
-from pack.internvl_u.pipeline import load_mmdit
-from pack.internvl_u.positions import Span
+from pack.internvl_u.rope import Span
 from safetensors.torch import load_file
 
 
@@ -126,17 +126,20 @@ def test_odd_latents_come_back_in_their_size(model):
 
 
 def test_each_token_meets_its_own_stream_only(model, case):
-    """The last block needs no query of the context: only the picture goes on."""
+    """The last block needs no query of the context: only the image goes on."""
     asked = []
 
     def attention(query, key, value):
         asked.append((query.shape[2], key.shape[2]))
         return scaled_dot_product(query, key, value)
 
+    def run_block(index, block, image, text, modulation, packing, image_tokens):
+        return block(image, text, modulation, packing, attention, image_tokens)
+
     size = case["noise"].shape[-2:]
     branch = model.branch(case.context(0), (Span(len(case.context(0))),), size, ())
     with torch.inference_mode():
-        model(case["noise"], time_embedding(torch.tensor([999.0])), [branch], attention=attention)
+        model(case["noise"], time_embedding(torch.tensor([999.0])), [branch], run_block=run_block)
     picture = size[0] * size[1] // 4
     whole = picture + len(case.context(0))
     assert asked == [(whole, whole), (picture, whole)]

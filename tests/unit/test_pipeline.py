@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from pack.internvl_u import picture, sampling
+from pack.internvl_u import images, sampling
 from pack.internvl_u.__main__ import main
-from pack.internvl_u.pipeline import Drawing, Pipeline
-from pack.internvl_u.writing import Writing
+from pack.internvl_u.generation import GenerationConfig
+from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from PIL import Image
 
 
@@ -22,12 +22,12 @@ def pipeline(checkpoint):
 
 
 def drawing(case):
-    return Drawing(case.prompt, case.width, case.height, case.steps, seed=1234)
+    return ImageRequest(case.prompt, case.width, case.height, case.steps, seed=1234)
 
 
 def test_noise_equals_the_official_noise(case, near):
     """torch's normal numbers differ in their last bit between processors with and without AVX2."""
-    noise = picture.noise(*picture.drawn_size(case.width, case.height), 1234)
+    noise = images.noise(*images.drawn_size(case.width, case.height), 1234)
     near(noise, case["noise"], 1e-6)
     generator = torch.Generator().manual_seed(1234)
     assert torch.equal(noise, torch.randn(case["noise"].shape, generator=generator))
@@ -35,7 +35,9 @@ def test_noise_equals_the_official_noise(case, near):
 
 def test_final_latent_and_decoded_picture_equal_the_official_ones(pipeline, case, near):
     wish = drawing(case)
-    latent = pipeline.sample(pipeline.conditions(wish), case["noise"], sampling.flow_sigmas(case.steps), wish.scales)
+    latent = pipeline.sample(
+        pipeline.encode_prompt(wish), case["noise"], sampling.flow_sigmas(case.steps), wish.guidance
+    )
     near(latent, case["final_latents"])
     near(pipeline.decode(latent), case["decoded"])
 
@@ -48,29 +50,29 @@ def test_the_picture_equals_the_official_one(pipeline, case, same_picture):
 
 
 def pictures(case):
-    return tuple(picture.to_rgb(Image.open(file)) for file in case.images)
+    return tuple(images.to_rgb(Image.open(file)) for file in case.images)
 
 
 def test_edits_equal_the_official_ones(pipeline, edit, near, same_picture):
     wish = replace(drawing(edit), images=pictures(edit))
-    conditions = pipeline.conditions(wish)
-    for i, (context, _) in enumerate((conditions.conditional, conditions.partial, conditions.unconditional)):
+    contexts = pipeline.encode_prompt(wish)
+    for i, (context, _) in enumerate((contexts.conditional, contexts.partial, contexts.unconditional)):
         near(context, edit.context(i), 1e-5)
-    near(conditions.references[0], edit["ref_latents_0"], 1e-5)
-    latent = pipeline.sample(conditions, edit["noise"], sampling.flow_sigmas(edit.steps), wish.scales)
+    near(contexts.references[0], edit["ref_latents_0"], 1e-5)
+    latent = pipeline.sample(contexts, edit["noise"], sampling.flow_sigmas(edit.steps), wish.guidance)
     near(latent, edit["final_latents"])
     same_picture(pipeline.draw(wish), edit["image_u8"])
 
 
 def test_pictures_after_a_thought_equal_the_official_ones(pipeline, thinking, near, same_picture):
     wish = replace(drawing(thinking), images=pictures(thinking))
-    wish = replace(wish, thought=pipeline.think(wish, writing=Writing(thinking.new)))
-    assert wish.scales == (3.5, 1.5)
-    conditions = pipeline.conditions(wish)
-    for i, branch in enumerate((conditions.conditional, conditions.partial, conditions.unconditional)):
+    wish = replace(wish, thought=pipeline.think(wish, config=GenerationConfig(thinking.new)))
+    assert wish.guidance == (3.5, 1.5)
+    contexts = pipeline.encode_prompt(wish)
+    for i, branch in enumerate((contexts.conditional, contexts.partial, contexts.unconditional)):
         if branch is not None:
             near(branch[0], thinking.context(i), 1e-5)
-    latent = pipeline.sample(conditions, thinking["noise"], sampling.flow_sigmas(thinking.steps), wish.scales)
+    latent = pipeline.sample(contexts, thinking["noise"], sampling.flow_sigmas(thinking.steps), wish.guidance)
     near(latent, thinking["final_latents"])
     same_picture(pipeline.draw(wish), thinking["image_u8"])
 
@@ -79,35 +81,35 @@ def test_pictures_after_a_thought_equal_the_official_ones(pipeline, thinking, ne
 def test_several_references_have_frames_of_their_own_and_all_count(pipeline, golden, count):
     case = golden("edit_one")
     seen = (pictures(case) + pictures(golden("edit_placeholder")) + pictures(golden("edit_large_ref")))[:count]
-    wish = Drawing("put them together", 64, 64, 2, images=seen)
-    conditions = pipeline.conditions(wish)
-    assert [span.is_image for span in conditions.conditional[1]].count(True) == count
-    assert len(conditions.references) == count
-    sigmas, noise = sampling.flow_sigmas(2), picture.noise(64, 64, 0)
-    whole = pipeline.sample(conditions, noise, sigmas, wish.scales)
+    wish = ImageRequest("put them together", 64, 64, 2, images=seen)
+    contexts = pipeline.encode_prompt(wish)
+    assert [span.is_image for span in contexts.conditional[1]].count(True) == count
+    assert len(contexts.references) == count
+    sigmas, noise = sampling.flow_sigmas(2), images.noise(64, 64, 0)
+    whole = pipeline.sample(contexts, noise, sigmas, wish.guidance)
     for i in range(count):
-        changed = tuple(r + (j == i) for j, r in enumerate(conditions.references))
-        other = pipeline.sample(replace(conditions, references=changed), noise, sigmas, wish.scales)
+        changed = tuple(r + (j == i) for j, r in enumerate(contexts.references))
+        other = pipeline.sample(contexts._replace(references=changed), noise, sigmas, wish.guidance)
         assert not torch.allclose(other, whole)
 
 
 def test_the_size_of_an_edit_is_the_first_pictures_by_default(pipeline, golden):
     case = golden("edit_placeholder")
-    assert pipeline.size(Drawing("x", images=pictures(case))) == (case.width, case.height)
-    assert pipeline.size(Drawing("x", width=32, images=pictures(case))) == (32, case.height)
+    assert pipeline.size(ImageRequest("x", images=pictures(case))) == (case.width, case.height)
+    assert pipeline.size(ImageRequest("x", width=32, images=pictures(case))) == (32, case.height)
 
 
 def test_more_placeholders_than_pictures_are_refused(pipeline, golden):
     with pytest.raises(ValueError, match="2 <image> placeholders for 1 pictures"):
-        pipeline.draw(Drawing("<image> and <image>", 32, 32, 1, images=pictures(golden("edit_one"))))
+        pipeline.draw(ImageRequest("<image> and <image>", 32, 32, 1, images=pictures(golden("edit_one"))))
     with pytest.raises(ValueError, match="1 <image> placeholders for 0 pictures"):
-        pipeline.draw(Drawing("a cat like <image>", 32, 32, 1))
+        pipeline.draw(ImageRequest("a cat like <image>", 32, 32, 1))
 
 
 @pytest.mark.parametrize("width, height", [(15, 64), (64, 4097), (0, 0), (-16, 64)])
 def test_sizes_out_of_range_are_refused(pipeline, width, height):
     with pytest.raises(ValueError, match="found, 16 to 4096 pixels expected"):
-        pipeline.draw(Drawing("a cat", width, height, steps=1))
+        pipeline.draw(ImageRequest("a cat", width, height, steps=1))
 
 
 def test_bfloat16_draws_nearly_the_same(checkpoint, golden):

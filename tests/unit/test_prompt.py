@@ -3,56 +3,58 @@ import shutil
 
 import pytest
 from pack.internvl_u import prompt
-from pack.internvl_u.prompt import Tokenizer, branches, find_tokenizer
+from pack.internvl_u.checkpoint import Folder
+from pack.internvl_u.prompt import branch_prompts
+from pack.internvl_u.tokenizer import IM_END, IM_START, IMG, PAD, Special, Tokenizer, trim_thought
 
 
 @pytest.fixture(scope="module")
 def tokenizer(checkpoint):
-    return Tokenizer(find_tokenizer(checkpoint))
+    return Tokenizer(Folder(checkpoint).tokenizer())
 
 
 def test_ids_of_the_three_branches_equal_the_official_ones(tokenizer, case):
-    made = branches(tokenizer, case.prompt)
+    made = branch_prompts(tokenizer, case.prompt)
     for i, tokens in enumerate((made.conditional, made.partial, made.unconditional)):
         assert list(tokens.ids) == case["input_ids"][i][case["attention_mask"][i].bool()].tolist()
-        assert len(tokens.ids) - tokens.user == len(case.context(i))
+        assert len(tokens.ids) - tokens.user_start == len(case.context(i))
 
 
 def test_ids_after_a_thought_equal_the_official_ones(tokenizer, thinking):
     """With the padding of the conditional branch, to which the official code attends."""
-    thought = prompt.handed_on(thinking["generated_ids"][0].tolist(), tokenizer.stops)
-    made = branches(tokenizer, thinking.prompt, pictures=len(thinking.images), grid=4, thought=thought)
-    drawn = tokenizer.special[prompt.IMG]
+    thought = trim_thought(thinking["generated_ids"][0].tolist(), tokenizer.stops)
+    made = branch_prompts(tokenizer, thinking.prompt, images=len(thinking.images), grid=4, thought=thought)
+    drawn = tokenizer.special[IMG]
     assert list(made.conditional.ids) == [*thinking["input_ids"][0].tolist(), *thought, drawn]
     for i, tokens in ((1, made.partial), (2, made.unconditional)):
         ids = thinking["input_ids"][i][thinking["attention_mask"][i].bool()].tolist()
         assert list(tokens.ids) == [*ids, drawn]
     for i, tokens in enumerate((made.conditional, made.partial, made.unconditional)):
-        assert len(tokens.ids) - tokens.user == len(thinking.context(i))
+        assert len(tokens.ids) - tokens.user_start == len(thinking.context(i))
 
 
 @pytest.mark.parametrize("system", [None, "", "Draw.", "Draw well. " * 40])
-@pytest.mark.parametrize("pictures", [0, 1, 3])
+@pytest.mark.parametrize("images", [0, 1, 3])
 @pytest.mark.parametrize("text", ["", "a", "blue", "a cat " * 30])
 @pytest.mark.parametrize("thought", [(), (5, 6)])
-def test_only_a_prompt_that_has_a_thought_and_is_not_the_longest_is_padded(tokenizer, text, pictures, system, thought):
-    plain = branches(tokenizer, text, pictures=pictures, grid=4, system=system)
-    made = branches(tokenizer, text, pictures=pictures, grid=4, system=system, thought=thought)
+def test_only_a_prompt_that_has_a_thought_and_is_not_the_longest_is_padded(tokenizer, text, images, system, thought):
+    plain = branch_prompts(tokenizer, text, images=images, grid=4, system=system)
+    made = branch_prompts(tokenizer, text, images=images, grid=4, system=system, thought=thought)
     lengths = [len(tokens.ids) for tokens in (plain.conditional, plain.partial, plain.unconditional)]
     pads = max(lengths) - lengths[0]
     assert (pads > 0) == (len(text) < 10)
-    assert plain.conditional.ids.count(tokenizer.special[prompt.PAD]) == 0
+    assert plain.conditional.ids.count(tokenizer.special[PAD]) == 0
     before, drawn = plain.conditional.ids[:-1], plain.conditional.ids[-1:]
-    assert made.conditional.ids == (tokenizer.special[prompt.PAD],) * pads + before + thought + drawn
+    assert made.conditional.ids == (tokenizer.special[PAD],) * pads + before + thought + drawn
     assert (made.partial, made.unconditional) == (plain.partial, plain.unconditional)
-    for place, moved in zip(plain.conditional.pictures, made.conditional.pictures, strict=True):
+    for place, moved in zip(plain.conditional.images, made.conditional.images, strict=True):
         assert made.conditional.ids[slice(*moved)] == plain.conditional.ids[slice(*place)]
     *spans, last = plain.conditional.layout
     assert made.conditional.layout == (*spans, last._replace(count=last.count + len(thought)))
 
 
 def test_partial_and_unconditional_prompt_of_text_to_image_are_one(tokenizer):
-    made = branches(tokenizer, "a cat")
+    made = branch_prompts(tokenizer, "a cat")
     assert made.partial is made.unconditional
 
 
@@ -66,20 +68,20 @@ def test_special_tokens_have_the_checkpoints_ids(tokenizer, manifest):
 )
 @pytest.mark.parametrize("where", ["prompt", "system"])
 def test_typed_special_tokens_are_plain_text(tokenizer, typed, where):
-    plain = branches(tokenizer, "a cat", system="draw").conditional.ids
+    plain = branch_prompts(tokenizer, "a cat", system="draw").conditional.ids
     text, system = ("a cat" + typed, "draw") if where == "prompt" else ("a cat", "draw" + typed)
-    ids = branches(tokenizer, text, system=system).conditional.ids
+    ids = branch_prompts(tokenizer, text, system=system).conditional.ids
     special = set(tokenizer.special.values())
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
     assert len(ids) > len(plain)
 
 
 def test_an_empty_prompt_is_an_empty_turn(tokenizer):
-    tokens = branches(tokenizer, "  \n").conditional
-    turn = [prompt.Special(prompt.IM_START), "user\n", prompt.Special(prompt.IM_END)]
+    tokens = branch_prompts(tokenizer, "  \n").conditional
+    turn = [Special(IM_START), "user\n", Special(IM_END)]
     expected = tuple(tokenizer.encode(turn)[0])
-    assert tokens.ids[tokens.user :][: len(expected)] == expected
-    assert tokens.ids.count(tokenizer.special[prompt.IM_END]) == 2
+    assert tokens.ids[tokens.user_start :][: len(expected)] == expected
+    assert tokens.ids.count(tokenizer.special[IM_END]) == 2
 
 
 @pytest.mark.parametrize(
@@ -95,16 +97,16 @@ def test_a_mirror_with_the_older_tokenizer_files_in_vlm_gives_the_same_ids(token
     for file in list((broken / "processor").iterdir()):
         if file.name != "processor_config.json":
             shutil.move(file, broken / "vlm" / file.name)
-    assert find_tokenizer(broken) == broken / "vlm"
+    assert Folder(broken).tokenizer() == broken / "vlm"
     text = "A red circle, 一个 <img> test!"
     older = Tokenizer(broken / "vlm")
-    assert branches(older, text).conditional == branches(tokenizer, text).conditional
+    assert branch_prompts(older, text).conditional == branch_prompts(tokenizer, text).conditional
 
 
 def test_a_missing_tokenizer_is_named(broken):
     shutil.rmtree(broken / "processor")
     with pytest.raises(FileNotFoundError, match=r"no tokenizer.json or vocab.json in .*processor"):
-        find_tokenizer(broken)
+        Folder(broken).tokenizer()
 
 
 def test_a_tokenizer_of_another_model_is_refused(broken):

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 pytest.importorskip("diffusers")
 
 from pack.internvl_u import prompt
-from pack.internvl_u.mllm import Encoder
+from pack.internvl_u.encoder import Encoder
+from pack.internvl_u.images import ReferenceSizes, reference_pixels
 from pack.internvl_u.mmdit import time_embedding
-from pack.internvl_u.picture import ReferenceSizes, reference_pixels
-from pack.internvl_u.pipeline import Drawing, Pipeline
-from pack.internvl_u.prompt import Tokenizer
+from pack.internvl_u.pipeline import ImageRequest, Pipeline
+from pack.internvl_u.tokenizer import Tokenizer
 from pack.training import (
     codec,
     draw,
@@ -85,7 +85,7 @@ def studio(model, words_of):
 
 
 def test_contexts_are_those_of_the_shipped_encoder(studio, model, words_of):
-    encoder = Encoder.made(words_of, export.decoder_config(), export.PROCESSOR)
+    encoder = Encoder.from_config(words_of, export.decoder_config(), export.PROCESSOR)
     rng, where = random.Random(4), {"device": torch.device("cpu"), "dtype": torch.float32}
     edit = edits.random_edit(rng, picture=(64, 64))
     scene = world.random_scene(rng)
@@ -98,15 +98,15 @@ def test_contexts_are_those_of_the_shipped_encoder(studio, model, words_of):
         ("go", edits.thought(edit), 1),  # shorter than the partial prompt: padded
     ):
         ids = words_of.encode([thought])[0][:-1] if thought else None
-        made = prompt.branches(words_of, text, pictures=pictures, grid=understand.VISION.grid, thought=ids)
+        made = prompt.branch_prompts(words_of, text, images=pictures, grid=understand.VISION.grid, thought=ids)
         for one in (made.conditional, made.partial, made.unconditional):
-            plans.append(studies.Plan(one, edit.after, edit.before if one.pictures else None))
+            plans.append(studies.Plan(one, edit.after, edit.before if one.images else None))
     found = studio.contexts([plans], rng)
     for plan, context in zip(plans, found, strict=True):
-        pictures = [world.draw(plan.before)] if plan.ids.pictures else []
+        pictures = [world.draw(plan.before)] if plan.ids.images else []
         with torch.inference_mode():
-            features = encoder.features(model, pictures, **where)
-            expected = encoder.contexts(model, [(plan.ids, features)], **where)[0]
+            features = encoder.image_features(model, pictures, **where)
+            expected = encoder.encode(model, [(plan.ids, features)], **where)[0]
         assert context.shape == expected.shape
         # Training computes in bf16.
         assert torch.linalg.vector_norm(context - expected) / torch.linalg.vector_norm(expected) < 0.03
@@ -115,7 +115,7 @@ def test_contexts_are_those_of_the_shipped_encoder(studio, model, words_of):
 def test_latents_are_those_that_references_of_the_shipped_inference_have(studio):
     scenes = [world.random_scene(random.Random(i), 2, size) for i, size in enumerate(world.PICTURES)]
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (codec.LATENTS_MEAN, codec.LATENTS_STD))
-    sizes = ReferenceSizes.read(export.PROCESSOR)
+    sizes = ReferenceSizes.from_config(export.PROCESSOR)
     for scene, latent in zip(scenes, studio.latents(scenes), strict=True):
         pixels = reference_pixels(world.draw(scene), sizes)
         assert min(pixels.shape[-2:]) <= 64 and pixels.shape[-2] * pixels.shape[-1] <= 64 * 96
@@ -155,7 +155,7 @@ def test_the_three_branches_are_learnt_in_their_shares(studio):
     rng = random.Random(0)
     for _ in range(1000):
         ids = studio._prompt(rng, "make it red", pictures=1)
-        text = studio.tokenizer.decode(ids.ids[ids.user :])
+        text = studio.tokenizer.decode(ids.ids[ids.user_start :])
         counts[text] = counts.get(text, 0) + 1
     conditional, partial, unconditional = (
         next(number for text, number in counts.items() if part in text) for part in ("make it", "based on", "random")
@@ -231,9 +231,9 @@ def test_what_is_exported_opens_and_draws(tmp_path, words_of, model):
         (out / "vae" / name).write_bytes((folder / name).read_bytes())
     export.export(tmp_path / "work", out)
     pipeline = Pipeline(out)
-    picture = pipeline.draw(Drawing("a red circle", steps=1))
+    picture = pipeline.draw(ImageRequest("a red circle", steps=1))
     assert picture.size == (export.SIDE, export.SIDE)
-    edited = pipeline.draw(Drawing("make it blue", steps=1, images=(Image.new("RGB", (96, 64)),)))
+    edited = pipeline.draw(ImageRequest("make it blue", steps=1, images=(Image.new("RGB", (96, 64)),)))
     assert edited.size == (96, 64)
     for file in (folder.parent / "processor").iterdir():
         if file.name != "processor_config.json":

@@ -4,7 +4,7 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const NODES = new Set(["InternVLU_WriteThought", "InternVLU_AnswerQuestion"]);
-const EVENT = "internvl_u.text"; // nodes/native/text.py
+const EVENT = "internvl_u.text"; // native/progress.py
 const PROPERTY = "internvl_u_text";
 const WIDGET = "live_text";
 const MIN_HEIGHT = 120;

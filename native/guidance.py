@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
-import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
-from comfy.patcher_extension import WrappersMP
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.samplers import CFGGuider
 
-from ...internvl_u.sampling import dual_guidance, whole_timestep
+from ..internvl_u.defaults import GUIDANCE
+from ..internvl_u.sampling import dual_guidance, whole_timestep
 
 KEY = "internvl_u"
 PARTIAL = "internvl_u_partial"
 """Key in a positive conditioning entry: the conditioning of the partial branch."""
-ALL_CFG, PART_CFG = 4.5, 2.0
+Options = dict[str, Any]
+Conds = dict[str, list[Options]]
 _SHARED = ("area", "strength", "mask", "mask_strength", "set_area_to_bounds", "start_percent", "end_percent", "hooks")
 
 
-class DualGuider(comfy.samplers.CFGGuider):
+class DualGuider(CFGGuider):
     """A GUIDER with both strengths; without it `cfg` of a sampler node is `all_cfg`, and `part_cfg` is 2.0."""
 
-    part_cfg = PART_CFG
+    part_cfg = GUIDANCE.part_cfg
 
     def set_scales(self, all_cfg: float, part_cfg: float) -> None:
         """Sets the guidance of the words and the guidance of the references."""
@@ -34,21 +40,21 @@ class DualGuider(comfy.samplers.CFGGuider):
         self.part_cfg = part_cfg
 
 
-def install(patcher) -> None:
+def install(patcher: ModelPatcher) -> None:
     """Puts dual guidance on a MODEL."""
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample)
 
 
-def sample(executor, *args, **kwargs):
+def sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Runs a sampling with dual guidance; a guider with a guidance of its own is left alone.
 
     The guidance takes the place of the guider's own method for this run and is no wrapper: it ends the chain, and what
     other nodes wrap around it (step caches, say) has to stay around it.
     """
     guider = executor.class_obj
-    if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
+    if type(guider).predict_noise is not CFGGuider.predict_noise:
         return executor(*args, **kwargs)
-    middle = _partial(guider.conds)
+    middle = _partial_conds(guider.conds)
     if middle:
         guider.conds["middle"] = middle
     guider.predict_noise = functools.partial(predict, guider)
@@ -58,7 +64,7 @@ def sample(executor, *args, **kwargs):
         del guider.predict_noise
 
 
-def _partial(conds: dict) -> list:
+def _partial_conds(conds: Conds) -> list[Options]:
     middle = []
     for entry in conds.get("positive", ()) if "negative" in conds else ():
         for partial in comfy.sampler_helpers.convert_cond(entry.get(PARTIAL, ())):
@@ -66,8 +72,17 @@ def _partial(conds: dict) -> list:
     return middle
 
 
-def predict(guider, x, sigma, model_options=None, seed=None):
-    """Returns the guided clean latent of a guider's conditions."""
+def predict(
+    guider: CFGGuider,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    model_options: Options | None = None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Returns the guided clean latent of a guider's conditions.
+
+    Follows `comfy.samplers.sampling_function`, with three conditions instead of two.
+    """
     conds, model_options = guider.conds, model_options or {}
     middle = conds.get("middle")
     only_positive = (
@@ -79,21 +94,26 @@ def predict(guider, x, sigma, model_options=None, seed=None):
     model, branches = guider.inner_model, [conds["positive"], conds["negative"]]
     if middle is not None:
         branches.append(middle)
-    out = _evaluate(model, branches, x, sigma, guider.cfg, model_options)
+    out = _evaluate_branches(model, branches, x, sigma, guider.cfg, model_options)
     if "sampler_cfg_function" not in model_options:
         model_options = model_options | {
-            "sampler_cfg_function": _combine(out[2] if middle is not None else None, guider.cfg, _part_cfg(guider))
+            "sampler_cfg_function": _guidance_function(
+                out[2] if middle is not None else None, guider.cfg, _part_cfg(guider)
+            )
         }
     return comfy.samplers.cfg_function(
         model, out[0], out[1], guider.cfg, x, sigma, model_options=model_options, cond=branches[0], uncond=branches[1]
     )
 
 
-def _part_cfg(guider) -> float:
-    return getattr(guider, "part_cfg", PART_CFG)
+def _part_cfg(guider: CFGGuider) -> float:
+    return getattr(guider, "part_cfg", GUIDANCE.part_cfg)
 
 
-def _evaluate(model, branches, x, sigma, cfg, model_options):
+def _evaluate_branches(
+    model: Any, branches: list[list[Options]], x: torch.Tensor, sigma: torch.Tensor, cfg: float, model_options: Options
+) -> list[torch.Tensor]:
+    """Returns the clean latent of each branch, as `comfy.samplers.sampling_function` evaluates its two."""
     batch = model_options.get("sampler_calc_cond_batch_function")
     if batch is None:
         out = comfy.samplers.calc_cond_batch(model, branches, x, sigma, model_options)
@@ -115,8 +135,12 @@ def _evaluate(model, branches, x, sigma, cfg, model_options):
     return out
 
 
-def _combine(partial, all_cfg, part_cfg):
-    def combine(args):
+def _guidance_function(
+    partial: torch.Tensor | None, all_cfg: float, part_cfg: float
+) -> Callable[[Options], torch.Tensor]:
+    """Returns the `sampler_cfg_function` of dual guidance; see `comfy.samplers.cfg_function`."""
+
+    def combine(args: Options) -> torch.Tensor:
         x, sigma = args["input"], args["sigma"]
         level = sigma.reshape(-1, *[1] * (x.ndim - 1))
         # ComfyUI hands over clean latents; guidance is on velocities.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import NamedTuple
 
 import comfy.cli_args
 import comfy.model_management as mm
@@ -10,11 +12,38 @@ import comfy.ops
 import comfy.utils
 import torch
 
+from ..internvl_u.checkpoint import Part, Weights
+
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def stored(weights: Mapping[str, torch.Tensor], precision: torch.dtype | None, scales: Mapping) -> dict:
+class WeightPlan(NamedTuple):
+    """The transformer's weights as they are kept, their dtype, and that of the arithmetic (None: the same)."""
+
+    weights: Weights
+    storage: torch.dtype
+    compute: torch.dtype | None
+
+
+def plan_transformer(
+    part: Part, precision: torch.dtype | None, supported: Sequence[torch.dtype], device: torch.device
+) -> WeightPlan:
+    """Returns how the transformer is kept and computed; `precision` None lets ComfyUI choose.
+
+    Raises:
+        ValueError: the file is scaled fp8, which has its precision already.
+    """
+    weights = cast_weights(part, precision)
+    stored = None if part.scales else precision or comfy.utils.weight_dtype(weights)
+    storage = precision or storage_dtype(weights, stored, supported)
+    compute = mm.unet_manual_cast(None if part.scales else storage, device, list(supported))
+    if not part.scales and precision is None and storage != stored:
+        weights = cast_weights(part, storage)
+    return WeightPlan(weights, storage, compute)
+
+
+def cast_weights(part: Part, precision: torch.dtype | None) -> Weights:
     """Returns the weights as they are kept; None leaves them as they are.
 
     In fp8 only matrices shrink: norms, biases and embeddings are small and suffer most.
@@ -22,9 +51,10 @@ def stored(weights: Mapping[str, torch.Tensor], precision: torch.dtype | None, s
     Raises:
         ValueError: the file is scaled fp8, which has its precision already.
     """
+    weights = part.weights
     if precision is None:
         return dict(weights)
-    if scales:
+    if part.scales:
         raise ValueError(f"precision {precision} found for a file of scaled fp8, auto expected")
     if precision not in _FP8:
         return {name: tensor.to(precision) for name, tensor in weights.items()}
@@ -34,28 +64,30 @@ def stored(weights: Mapping[str, torch.Tensor], precision: torch.dtype | None, s
     }
 
 
-def storage_dtype(weights: Mapping[str, torch.Tensor], kept: torch.dtype | None, supported: list) -> torch.dtype:
+def storage_dtype(
+    weights: Mapping[str, torch.Tensor], stored: torch.dtype | None, supported: Sequence[torch.dtype]
+) -> torch.dtype:
     """Returns the dtype that ComfyUI would keep the transformer's weights in, but never a wider one than the file's.
 
     Where bf16 arithmetic is missing, ComfyUI would keep bf16 and fp8 weights as fp32, which is two and four times the
     memory; they are cast when they are used instead.
     """
     chosen = mm.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(weights), supported_dtypes=list(supported), weight_dtype=kept
+        model_params=comfy.utils.calculate_parameters(weights), supported_dtypes=list(supported), weight_dtype=stored
     )
-    if chosen == torch.float32 and kept is not None and not comfy.cli_args.args.fp32_unet:
-        return kept
+    if chosen == torch.float32 and stored is not None and not comfy.cli_args.args.fp32_unet:
+        return stored
     return chosen
 
 
-def arithmetic(weights: Mapping[str, torch.Tensor], device: torch.device) -> torch.dtype:
+def compute_dtype(weights: Mapping[str, torch.Tensor], device: torch.device) -> torch.dtype:
     """Returns the dtype to compute in: fp32 for fp32 weights and where bf16 is slow or missing, else bf16."""
     if all(tensor.dtype == torch.float32 for tensor in weights.values()) or not mm.should_use_bf16(device):
         return torch.float32
     return torch.bfloat16
 
 
-def operations(weights: Mapping[str, torch.Tensor], compute: torch.dtype):
+def operations_for(weights: Mapping[str, torch.Tensor], compute: torch.dtype) -> type | ModuleType:
     """Returns ComfyUI's operations: those that cast weights at use only where any weight needs it."""
     if all(tensor.dtype == compute for tensor in weights.values()):
         return comfy.ops.disable_weight_init

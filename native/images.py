@@ -1,38 +1,39 @@
-"""ComfyUI's IMAGE to the pictures that the model reads."""
+"""ComfyUI's IMAGE to the RGB images that the model reads."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy
 import torch
 from PIL import Image
 
-from ...internvl_u.picture import ReferenceSizes, remarks, to_rgb
+from ..internvl_u.images import ReferenceSizes, preprocessing_warnings, to_rgb
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 HALF_A_LEVEL = 0.5 / 255
 _logger = logging.getLogger("internvl_u")
 
 
-def rgb_pictures(inputs: list[torch.Tensor | None], sizes: ReferenceSizes) -> list[Image.Image]:
-    """Returns the RGB pictures of IMAGE inputs [B, H, W, channels] in [0, 1]; a batch counts as several.
+def to_pil_images(inputs: Sequence[torch.Tensor | None], sizes: ReferenceSizes) -> list[Image.Image]:
+    """Returns the RGB images of IMAGE inputs [B, H, W, channels] in [0, 1]; a batch counts as several.
 
     Raises:
         ValueError: an image has neither 1, 3 nor 4 channels.
     """
-    pictures = []
-    for images in inputs:
-        for image in images if images is not None else ():
-            picture = _eight_bit(image)
-            for remark in (*_range_remarks(image), *remarks(picture, sizes)):
-                _logger.warning("InternVL-U, picture %d: %s", len(pictures) + 1, remark)
-            pictures.append(to_rgb(picture))
-    return pictures
+    result: list[Image.Image] = []
+    for batch in inputs:
+        for values in batch if batch is not None else ():
+            image = _eight_bit(values)
+            for warning in (*_range_warnings(values), *preprocessing_warnings(image, sizes)):
+                _logger.warning("InternVL-U, picture %d: %s", len(result) + 1, warning)
+            result.append(to_rgb(image))
+    return result
 
 
-def _range_remarks(image: torch.Tensor) -> list[str]:
-    """Returns what a user should know of a picture whose values are out of [0, 1], as those of HDR files are."""
+def _range_warnings(image: torch.Tensor) -> list[str]:
+    """Returns what a user should know of an image whose values are out of [0, 1], as those of HDR files are."""
     said, brightest = [], float(image.nan_to_num(nan=0.0).max())
     if brightest > 1.0 + HALF_A_LEVEL:
         said.append(f"its values go up to {brightest:.3g}: what is above 1 becomes white, so tone-map it before")

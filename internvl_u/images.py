@@ -1,4 +1,4 @@
-"""Sizes and pixels of the pictures that the model draws."""
+"""Sizes and pixels of the images that the model draws and reads."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from .defaults import LARGEST, SMALLEST
+
 STRIDE = 16
 """Width and height of what is drawn are multiples of this many pixels (VAE 8 x patch 2)."""
-SMALLEST, LARGEST = 16, 4096
 LATENT_STRIDE = 8
 
 
@@ -50,7 +51,7 @@ def to_unit(decoded: torch.Tensor) -> torch.Tensor:
 
 
 def to_image(decoded: torch.Tensor) -> Image.Image:
-    """Returns one decoded picture [3, height, width] in [-1, 1] as an 8-bit image."""
+    """Returns one decoded image [3, height, width] in [-1, 1] as 8 bits a channel."""
     values = to_unit(decoded.float()).movedim(0, -1).cpu().numpy()  # CHW -> HWC
     return Image.fromarray((values * 255).astype(numpy.uint8))
 
@@ -62,14 +63,14 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class ReferenceSizes:
-    """The range of sizes, in pixels, that reference pictures are brought into."""
+    """The range of sizes, in pixels, that reference images are brought into."""
 
     smallest_area: int = 4096 * 64
     largest_area: int = 16384 * 64
     longest_side: int | None = 1024
 
     @classmethod
-    def read(cls, config: Mapping) -> ReferenceSizes:
+    def from_config(cls, config: Mapping) -> ReferenceSizes:
         """Returns the range that a checkpoint's `processor_config.json` states."""
         stated = config.get("image_gen_processor_kwargs", {})
         area = int(stated.get("vae_downsample_factor", LATENT_STRIDE)) ** 2
@@ -80,7 +81,7 @@ class ReferenceSizes:
         )
 
     def fit(self, width: int, height: int) -> tuple[int, int]:
-        """Returns the (width, height) for a picture: multiples of 16, aspect kept as nearly as the range allows."""
+        """Returns the (width, height) for an image: multiples of 16, aspect kept as nearly as the range allows."""
         sides, longest = (height, width), self.longest_side or sys.maxsize
         if max(sides) > longest:
             sides = tuple(max(1, int(side * (longest / max(sides)))) for side in sides)
@@ -95,7 +96,7 @@ class ReferenceSizes:
         if max(fitted) > longest:
             scale = longest / max(fitted)
             fitted = tuple(math.floor(side * scale / STRIDE) * STRIDE for side in fitted)
-        # The official rule fails for pictures thinner than 16 pixels; one patch is the least that can be drawn.
+        # The official rule fails for images thinner than 16 pixels; one patch is the least that can be drawn.
         height, width = (max(side, STRIDE) for side in fitted)
         return width, height
 
@@ -109,8 +110,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def remarks(image: Image.Image, sizes: ReferenceSizes) -> list[str]:
-    """Returns what a user should know of how an unusual picture, still in its own mode, is taken."""
+def preprocessing_warnings(image: Image.Image, sizes: ReferenceSizes) -> list[str]:
+    """Returns what a user should know of how an unusual image, still in its own mode, is taken."""
     said = []
     if "A" in image.getbands() or "transparency" in image.info:
         said.append("its transparent parts are laid on white")
@@ -124,7 +125,7 @@ def remarks(image: Image.Image, sizes: ReferenceSizes) -> list[str]:
 
 
 def vision_pixels(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Returns what the vision tower sees [1, 3, size, size]: the whole picture, its aspect not kept."""
+    """Returns what the vision tower sees [1, 3, size, size]: the whole image, its aspect not kept."""
     levels = torch.from_numpy(numpy.array(image)).movedim(-1, 0)[None]  # HWC -> BCHW
     levels = functional.interpolate(levels, size=(size, size), mode="bicubic", antialias=True)
     centre, spread = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))

@@ -1,7 +1,7 @@
 """Positions of a sample's tokens on three axes (frame, row, column) and their rotary tables.
 
-A sample is [picture, references, context]. The pictures form one block around the origin of the row and column
-axes; the context follows on the diagonal, and a picture inside the context spreads over a plane of its own.
+A sample is [image, references, context]. Image and references form one block around the origin of the row and column
+axes; the context follows on the diagonal, and an image inside the context spreads over a plane of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Grid = tuple[int, int]
 
 
 class Span(NamedTuple):
-    """A run of context tokens: `count` words, or (`rows`, `columns`) of one picture's features."""
+    """A run of context tokens: `count` words, or (`rows`, `columns`) of one image's features."""
 
     count: int
     rows: int = 0
@@ -29,13 +29,13 @@ class Span(NamedTuple):
 Layout = tuple[Span, ...]
 
 
-def position_ids(picture: Grid, references: Sequence[Grid], layout: Layout, image_scale: float) -> torch.Tensor:
-    """Returns the positions [tokens, 3], fp32, of picture, references and context, in this order.
+def position_ids(image: Grid, references: Sequence[Grid], layout: Layout, image_scale: float) -> torch.Tensor:
+    """Returns the positions [tokens, 3], fp32, of image, references and context, in this order.
 
-    `picture` and `references` are (rows, columns) in tokens; `image_scale` is the position scale of a picture's
+    `image` and `references` are (rows, columns) in tokens; `image_scale` is the position scale of an image's
     features in the context: they are spread over 1 / `image_scale` times their own range.
     """
-    blocks = [_block(frame, rows, columns) for frame, (rows, columns) in enumerate([picture, *references])]
+    blocks = [_block(frame, rows, columns) for frame, (rows, columns) in enumerate([image, *references])]
     following = int(torch.cat(blocks).max()) + 1
     for span in layout:
         if span.is_image:

@@ -1,8 +1,8 @@
 import numpy
 import pytest
 import torch
-from pack.internvl_u import picture
-from pack.internvl_u.picture import ReferenceSizes
+from pack.internvl_u import images
+from pack.internvl_u.images import ReferenceSizes
 from PIL import Image
 
 
@@ -22,12 +22,12 @@ def test_any_picture_gets_a_size_that_can_be_drawn(size):
 def test_pixels_equal_the_official_ones(golden, checkpoint):
     import json
 
-    sizes = ReferenceSizes.read(json.loads((checkpoint / "processor" / "processor_config.json").read_text()))
+    sizes = ReferenceSizes.from_config(json.loads((checkpoint / "processor" / "processor_config.json").read_text()))
     for name in ("edit_one", "edit_placeholder", "edit_large_ref"):
         case = golden(name)
         with Image.open(case.images[0]) as image:
-            seen = picture.vision_pixels(image, 112, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-            reference = picture.reference_pixels(image, sizes)
+            seen = images.vision_pixels(image, 112, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            reference = images.reference_pixels(image, sizes)
         assert torch.allclose(seen[0], case["pixel_values"][0], atol=1e-6)
         assert torch.equal(reference[0], case["pixel_values_gen"][0])
 
@@ -35,17 +35,17 @@ def test_pixels_equal_the_official_ones(golden, checkpoint):
 def test_what_is_transparent_lies_on_white():
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
-    assert numpy.asarray(picture.to_rgb(image)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
-    assert any("white" in remark for remark in picture.remarks(image, ReferenceSizes()))
+    assert numpy.asarray(images.to_rgb(image)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    assert any("white" in remark for remark in images.preprocessing_warnings(image, ReferenceSizes()))
 
 
 @pytest.mark.parametrize("mode, colour", [("L", 128), ("1", 1), ("P", 0), ("I;16", 40000), ("CMYK", (0, 0, 0, 0))])
 def test_other_modes_become_rgb(mode, colour):
-    assert picture.to_rgb(Image.new(mode, (4, 4), colour)).mode == "RGB"
+    assert images.to_rgb(Image.new(mode, (4, 4), colour)).mode == "RGB"
 
 
 def test_unusual_pictures_are_remarked_on_and_usual_ones_not():
     sizes = ReferenceSizes()
-    assert picture.remarks(Image.new("RGB", (640, 480)), sizes) == []
-    assert "stretched" in picture.remarks(Image.new("RGB", (1, 300)), sizes)[0]
-    assert "scaled down" in picture.remarks(Image.new("RGB", (8000, 6000)), sizes)[0]
+    assert images.preprocessing_warnings(Image.new("RGB", (640, 480)), sizes) == []
+    assert "stretched" in images.preprocessing_warnings(Image.new("RGB", (1, 300)), sizes)[0]
+    assert "scaled down" in images.preprocessing_warnings(Image.new("RGB", (8000, 6000)), sizes)[0]

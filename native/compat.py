@@ -8,6 +8,7 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -15,6 +16,10 @@ import comfy.sample
 import comfy.supported_models_base
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.supported_models_base import BASE
+
+from ..internvl_u import fp8
 
 LATENT_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 """Keys of an empty LATENT: pixels a side, and frames, for each of its values. ComfyUI's samplers take them away."""
@@ -26,7 +31,7 @@ def make_patcher(
     load_device: torch.device,
     offload_device: torch.device,
     dynamic: bool = True,
-):
+) -> ModelPatcher:
     """Returns ComfyUI's patcher over `model`: the one that streams weights where there is one and `dynamic` allows.
 
     `weights` are those that the model was filled with: newer versions read them again from a fast disk when they are
@@ -41,17 +46,17 @@ def make_patcher(
     return cls(model, load_device=load_device, offload_device=offload_device, **more)
 
 
-def is_dynamic(patcher) -> bool:
-    """Tells whether a patcher streams its weights from disk (0.33 and newer)."""
+def is_dynamic(patcher: ModelPatcher) -> bool:
+    """Returns whether a patcher streams its weights from disk (0.33 and newer)."""
     return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
 
 
-def reload_with(patcher, factory: Callable, *arguments) -> None:
+def reload_with(patcher: ModelPatcher, factory: Callable[..., ModelPatcher], *arguments: object) -> None:
     """Tells ComfyUI how to make the patcher again (`factory(*arguments, disable_dynamic=...)`)."""
     patcher.cached_patcher_init = (factory, arguments)
 
 
-def set_dtypes(config, storage: torch.dtype, compute: torch.dtype | None, device: torch.device) -> None:
+def set_dtypes(config: BASE, storage: torch.dtype, compute: torch.dtype | None, device: torch.device) -> None:
     """Sets a model configuration's storage dtype and, where it differs, the dtype of the arithmetic."""
     if "device" in inspect.signature(config.set_inference_dtype).parameters:
         config.set_inference_dtype(storage, compute, device=device)
@@ -59,9 +64,13 @@ def set_dtypes(config, storage: torch.dtype, compute: torch.dtype | None, device
         config.set_inference_dtype(storage, compute)
 
 
-def quantize(config, scales: dict[str, torch.Tensor], formats: dict[str, dict]) -> dict[str, torch.Tensor]:
+def quantize(
+    config: BASE, scales: dict[str, torch.Tensor], formats: dict[str, dict[str, str]]
+) -> dict[str, torch.Tensor]:
     """Tells a model configuration which layers are scaled fp8; returns the tensors that loading them takes."""
-    extra = {f"{layer}.weight_scale": scale for layer, scale in scales.items()}
+    if not scales:
+        return {}
+    extra = {f"{layer}.{fp8.SCALE_NAMES[0]}": scale for layer, scale in scales.items()}
     if "quant_config" not in vars(comfy.supported_models_base.BASE):
         config.layer_quant_config = formats
         return extra
@@ -84,7 +93,7 @@ def device_context(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if context is None else context(device)
 
 
-def fitted_latent(model, latent: dict) -> torch.Tensor:
+def fitted_latent(model: ModelPatcher, latent: dict[str, Any]) -> torch.Tensor:
     """Returns the samples of a LATENT; an empty one that was made for another model gets the channels and size of ours.
 
     Since 0.33 an empty LATENT says how many pixels a side each of its values stands for.

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import comfy.ldm.wan.vae
+import comfy.model_patcher
 import comfy.sd
+import numpy
 import torch
+from PIL import Image
 
-from ...internvl_u.checkpoint import check_weights
-from ...internvl_u.picture import resize
-from ...internvl_u.vae import map_wan
+from ..internvl_u.checkpoint import check_weights, open_part
+from ..internvl_u.images import resize
+from ..internvl_u.vae import check_vae_config, to_wan
 from . import compat
 
 
 def load_vae(source: str) -> comfy.sd.VAE:
-    """Returns the VAE of a checkpoint folder or a single file. A batch of pictures stays a batch and is no video.
+    """Returns the VAE of a checkpoint folder or a single file. A batch of images stays a batch and is no video.
 
     Raises:
         FileNotFoundError: a file is missing.
         RuntimeError: the files are damaged or of another model.
     """
-    weights = map_wan(Path(source), compat.open_weights)
-    check_weights(_expected(weights), weights, "vae")
+    part = open_part(Path(source), "vae", compat.open_weights)
+    if part.source.is_dir():
+        check_vae_config(part)
+    weights = to_wan(part.weights)
+    check_weights(_expected(weights), weights, part.name)
     vae = comfy.sd.VAE(sd=weights)
     vae.throw_exception_if_invalid()
     vae.not_video = True
@@ -30,30 +37,27 @@ def load_vae(source: str) -> comfy.sd.VAE:
 
 
 def decode(vae: comfy.sd.VAE, latent: torch.Tensor, width: int = 0, height: int = 0) -> torch.Tensor:
-    """Returns pictures [B, height, width, 3] in [0, 1], at a size in pixels (0: as drawn; Lanczos otherwise).
+    """Returns images [B, height, width, 3] in [0, 1], at a size in pixels (0: as drawn; Lanczos otherwise).
 
     ComfyUI centres a level on its value, the official pipeline is half a level brighter; this is the latter.
     """
-    pictures = vae.decode(latent)
-    if pictures.ndim == 5:
-        pictures = pictures.flatten(0, 1)  # [B, frames, H, W, 3]
-    pictures = (pictures + 0.5 / 255).clamp(0.0, 1.0)
-    size = (width or pictures.shape[2], height or pictures.shape[1])
-    if size == (pictures.shape[2], pictures.shape[1]):
-        return pictures
-    return torch.stack([_resized(picture, *size) for picture in pictures])
+    images = vae.decode(latent)
+    if images.ndim == 5:
+        images = images.flatten(0, 1)  # [B, frames, H, W, 3]
+    images = (images + 0.5 / 255).clamp(0.0, 1.0)
+    size = (width or images.shape[2], height or images.shape[1])
+    if size == (images.shape[2], images.shape[1]):
+        return images
+    return torch.stack([_resized(image, *size) for image in images])
 
 
-def _resized(picture: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    import numpy
-    from PIL import Image
-
-    levels = (picture.cpu().float().numpy() * 255).astype(numpy.uint8)
+def _resized(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    levels = (image.cpu().float().numpy() * 255).astype(numpy.uint8)
     scaled = numpy.asarray(resize(Image.fromarray(levels), width, height))
     return torch.from_numpy(scaled.astype(numpy.float32) / 255)
 
 
-def _load_patcher(source: str, disable_dynamic: bool = False):
+def _load_patcher(source: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     vae = load_vae(source)
     if disable_dynamic and compat.is_dynamic(vae.patcher):
         return vae.patcher.clone(disable_dynamic=True)
@@ -61,8 +65,6 @@ def _load_patcher(source: str, disable_dynamic: bool = False):
 
 
 def _expected(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    import comfy.ldm.wan.vae
-
     width = weights.get("decoder.head.0.gamma")
     if width is None:
         raise RuntimeError("vae: no decoder.norm_out.gamma found: this is not the Qwen-Image VAE")

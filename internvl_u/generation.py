@@ -6,18 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from .mllm import MLLM, Encoder, cache_name
-from .prompt import TokenIds
+from .defaults import THOUGHT_TOKENS
+from .encoder import Encoder
+from .mllm import MLLM, cache_name
+from .prompt import TokenizedPrompt
 
 OnToken = Callable[[list[int]], None]
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How text is written. `temperature` 0 always takes the likeliest token; above, it samples with `seed`."""
+class GenerationConfig:
+    """How text is generated. `temperature` 0 always takes the likeliest token; above, it samples with `seed`."""
 
-    max_new_tokens: int = 200
+    max_new_tokens: int = THOUGHT_TOKENS
     beams: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
@@ -36,12 +39,12 @@ class Writing:
             )
 
 
-def write(
+def generate(
     encoder: Encoder,
     model: MLLM,
-    prompt: TokenIds,
+    prompt: TokenizedPrompt,
     features: Sequence[torch.Tensor] = (),
-    writing: Writing | None = None,
+    config: GenerationConfig | None = None,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -49,44 +52,49 @@ def write(
 ) -> list[int]:
     """Returns the ids that the model writes after `prompt`, with the one that ended it, if one did.
 
-    `features` are those of the prompt's pictures. `on_token(ids)` hears all ids so far after each one (with beams those
-    of the first beam); what it raises ends the writing.
+    `features` are those of the prompt's images. `on_token(ids)` is called with all ids so far after each one (with
+    beams those of the first beam); what it raises ends the generation.
     """
-    writing = writing or Writing()
-    embedded = encoder.embedded(model, prompt, features, device=device, dtype=dtype)
-    follow = _search if writing.beams > 1 else _choose
-    return follow(model.language_model, embedded, writing, encoder.tokenizer.stops, on_token or (lambda ids: None))
+    config = config or GenerationConfig()
+    embedded = encoder.embed(model, prompt, features, device=device, dtype=dtype)
+    strategy = beam_search if config.beams > 1 else sample_tokens
+    return strategy(model.language_model, embedded, config, encoder.tokenizer.stops, on_token or (lambda ids: None))
 
 
-def _choose(language, embedded: torch.Tensor, writing: Writing, stops: Sequence[int], on_token: OnToken) -> list[int]:
-    """One token after the other. What transformers' generate does besides costs more than the choice itself."""
-    generator = torch.Generator().manual_seed(writing.seed)
+def sample_tokens(
+    language: nn.Module, embedded: torch.Tensor, config: GenerationConfig, stops: Sequence[int], on_token: OnToken
+) -> list[int]:
+    """Returns one token after the other. What transformers' generate does besides costs more than the choice itself."""
+    generator = torch.Generator().manual_seed(config.seed)
     cache = cache_name(language)
     given, past, ids = {"inputs_embeds": embedded}, None, []
     while True:
         output = language.model(**given, use_cache=True, **{cache: past})
         past = output[cache]
         logits = language.lm_head(output.last_hidden_state[:, -1])
-        ids.append(_pick(logits[0], writing, generator))
+        ids.append(sample_token(logits[0], config, generator))
         on_token(ids.copy())
-        if ids[-1] in stops or len(ids) == writing.max_new_tokens:
+        if ids[-1] in stops or len(ids) == config.max_new_tokens:
             return ids
         given = {"input_ids": torch.tensor([ids[-1:]], device=embedded.device)}
         given["position_ids"] = torch.tensor([[embedded.shape[1] + len(ids) - 1]], device=embedded.device)
 
 
-def _pick(logits: torch.Tensor, writing: Writing, generator: torch.Generator) -> int:
-    if writing.temperature == 0:
+def sample_token(logits: torch.Tensor, config: GenerationConfig, generator: torch.Generator) -> int:
+    """Returns a token of logits [vocabulary]: the likeliest, or at temperature above 0 one by chance."""
+    if config.temperature == 0:
         return int(logits.argmax())
     # Chance comes from the CPU, so that a seed does not depend on the device and no global generator is touched.
-    odds = torch.softmax(logits.float().cpu() / writing.temperature, dim=-1)
+    odds = torch.softmax(logits.float().cpu() / config.temperature, dim=-1)
     odds, tokens = odds.sort(descending=True, stable=True)  # bf16 logits are often equal
-    odds[odds.cumsum(0) - odds >= writing.top_p] = 0.0
+    odds[odds.cumsum(0) - odds >= config.top_p] = 0.0
     return int(tokens[torch.multinomial(odds, 1, generator=generator)])
 
 
-def _search(language, embedded: torch.Tensor, writing: Writing, stops: Sequence[int], on_token: OnToken) -> list[int]:
-    """Beam search, as transformers has it."""
+def beam_search(
+    language: nn.Module, embedded: torch.Tensor, config: GenerationConfig, stops: Sequence[int], on_token: OnToken
+) -> list[int]:
+    """Returns the ids of the best beam, as transformers finds it."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     class Listen(StoppingCriteria):
@@ -97,8 +105,8 @@ def _search(language, embedded: torch.Tensor, writing: Writing, stops: Sequence[
     ids = language.generate(
         inputs_embeds=embedded,
         attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device),
-        max_new_tokens=writing.max_new_tokens,
-        num_beams=writing.beams,
+        max_new_tokens=config.max_new_tokens,
+        num_beams=config.beams,
         do_sample=False,
         eos_token_id=list(stops),
         pad_token_id=stops[0],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import comfy.latent_formats
 import comfy.model_management
 import comfy.sample
@@ -9,12 +12,18 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from comfy.model_patcher import ModelPatcher
 from tqdm.auto import tqdm
 
-from ...internvl_u import sampling
-from ...internvl_u.picture import LATENT_STRIDE, latent_size
+from ..internvl_u import sampling
+from ..internvl_u.images import LATENT_STRIDE, latent_size
 from . import compat
 from .guidance import DualGuider
+
+Conditioning = list[list[Any]]
+"""ComfyUI's CONDITIONING: entries of [context [1, tokens, width], options]."""
+Latent = dict[str, Any]
+"""ComfyUI's LATENT: `samples` [B, channels, (frames,) h, w] and what goes with them."""
 
 
 def dpmpp_2m_flow() -> comfy.samplers.KSAMPLER:
@@ -35,7 +44,7 @@ def flow_sigmas(steps: int, denoise: float = 1.0) -> torch.Tensor:
     return sampling.flow_sigmas(int(steps / denoise))[-(steps + 1) :]
 
 
-def empty_latent(width: int, height: int, batch: int = 1) -> dict:
+def empty_latent(width: int, height: int, batch: int = 1) -> Latent:
     """Returns an empty LATENT [batch, 16, 1, height / 8, width / 8] of a drawn size in pixels."""
     size = latent_size(width, height)
     device = comfy.model_management.intermediate_device()
@@ -43,7 +52,18 @@ def empty_latent(width: int, height: int, batch: int = 1) -> dict:
     return {"samples": samples, compat.LATENT_RATIOS[0]: LATENT_STRIDE}
 
 
-def sample_latent(model, positive, negative, latent: dict, *, seed, steps, all_cfg, part_cfg, denoise=1.0) -> dict:
+def sample_latent(
+    model: ModelPatcher,
+    positive: Conditioning,
+    negative: Conditioning,
+    latent: Latent,
+    *,
+    seed: int,
+    steps: int,
+    all_cfg: float,
+    part_cfg: float,
+    denoise: float = 1.0,
+) -> Latent:
     """Returns the drawn LATENT: official solver, schedule and guidance."""
     guider = DualGuider(model)
     guider.set_conds(positive, negative)
@@ -66,15 +86,22 @@ def sample_latent(model, positive, negative, latent: dict, *, seed, steps, all_c
 
 
 @torch.no_grad()
-def _sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+def _sample(
+    model: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+) -> torch.Tensor:
     ones = x.new_ones([x.shape[0]])
 
-    def denoise(latent, sigma):
+    def denoise(latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return model(latent, sigma * ones, **(extra_args or {}))
 
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
 
-        def on_step(index, latent, sigma, clean):
+        def on_step(index: int, latent: torch.Tensor, sigma: torch.Tensor, clean: torch.Tensor) -> None:
             if callback is not None:
                 callback({"x": latent, "i": index, "sigma": sigma, "sigma_hat": sigma, "denoised": clean})
             bar.update()

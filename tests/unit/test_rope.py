@@ -1,5 +1,5 @@
 import torch
-from pack.internvl_u.positions import Span, position_ids, rotary_table
+from pack.internvl_u.rope import Span, position_ids, rotary_table
 
 
 def test_positions_of_text_to_image_equal_the_official_ones(case):

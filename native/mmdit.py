@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import comfy.patcher_extension
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from torch.nn import functional
 
-from ...internvl_u.mmdit import MMDiT, pack
+from ..internvl_u.mmdit import Block, MMDiT, Packing
+
+if TYPE_CHECKING:
+    from .model import PromptContext
+
+Options = dict[str, Any]
 
 
 class NativeMMDiT(MMDiT):
     """`MMDiT` called as ComfyUI calls a diffusion model; block patches, wrappers and attention choices work."""
 
     def forward(
-        self, x, timesteps, context=None, control=None, transformer_options=None, contexts=(), ref_latents=(), **_
-    ):
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | None = None,
+        control: object = None,
+        transformer_options: Options | None = None,
+        contexts: Sequence[PromptContext] = (),
+        ref_latents: Sequence[torch.Tensor] = (),
+        **_: object,
+    ) -> torch.Tensor:
         """Returns the velocity of `x` [B, 16, h, w] or [B, 16, 1, h, w], in its shape.
 
         `timesteps` are the sinusoids [B, 256] that `InternVLU.process_timestep` makes; `contexts` holds one
-        `PromptContext` a sample.
+        `PromptContext` per sample.
 
         Raises:
             ValueError: `x` is a video, or a ControlNet is attached.
@@ -33,28 +47,27 @@ class NativeMMDiT(MMDiT):
             comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options),
         ).execute(x, timesteps, context, control, contexts, ref_latents, options)
 
-    def _forward(self, x, timesteps, context, control, contexts, ref_latents, transformer_options):
+    def _forward(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | None,
+        control: object,
+        contexts: Sequence[PromptContext],
+        ref_latents: Sequence[torch.Tensor],
+        transformer_options: Options,
+    ) -> torch.Tensor:
         if control is not None:
             raise ValueError(
                 "a ControlNet is attached, but none exists for InternVL-U: use it on another model of a chain"
             )
         latents = single_frame(x)
-        image, grid = self.tokens(latents, [single_frame(reference) for reference in ref_latents])
-        picture = grid[0] * grid[1]
-        branches = [one.at(tuple(latents.shape[-2:])) for one in contexts]
-        packing = pack(branches, image)
-        text = torch.cat([branch.context.to(image) for branch in branches])
-        text = self.txt_in(self.txt_norm(text))
-
-        modulation = functional.silu(self.time_text_embed(timesteps.to(image.dtype)))
+        branches = [one.branch_for(tuple(latents.shape[-2:])) for one in contexts]
+        references = [single_frame(reference) for reference in ref_latents]
         options = transformer_options.copy()
         options["total_blocks"], options["block_type"] = len(self.transformer_blocks), "double"
-        attention = functools.partial(_attention, options=options)
-        for i, block in enumerate(self.transformer_blocks):
-            options["block_index"] = i
-            last = picture if i + 1 == len(self.transformer_blocks) else None
-            image, text = _run(i, block, image, text, modulation, packing, attention, last, options)
-        return self.velocity(image, modulation, grid, latents.shape[-2:]).reshape(x.shape)
+        run_block = functools.partial(_run_block, options)
+        return super().forward(latents, timesteps, branches, references, run_block).reshape(x.shape)
 
 
 def single_frame(latents: torch.Tensor) -> torch.Tensor:
@@ -70,14 +83,24 @@ def single_frame(latents: torch.Tensor) -> torch.Tensor:
     return latents
 
 
-def _attention(query, key, value, options):
-    heads = query.shape[1]
-    return optimized_attention(query, key, value, heads, skip_reshape=True, transformer_options=options)
+def _run_block(
+    options: Options,
+    index: int,
+    block: Block,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    modulation: torch.Tensor,
+    packing: Packing,
+    image_tokens: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs a block as ComfyUI's double blocks are run: it may be replaced, and patched after; see `RunBlock`."""
+    options["block_index"] = index
 
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return optimized_attention(query, key, value, query.shape[1], skip_reshape=True, transformer_options=options)
 
-def _run(index, block, image, text, modulation, packing, attention, last, options):
-    def original(args):
-        img, txt = block(args["img"], args["txt"], args["vec"], args["pe"], attention, last)
+    def original(args: Options) -> Options:
+        img, txt = block(args["img"], args["txt"], args["vec"], args["pe"], attention, image_tokens)
         return {"img": img, "txt": txt}
 
     args = {"img": image, "txt": text, "vec": modulation, "pe": packing, "transformer_options": options}

@@ -1,22 +1,26 @@
-"""Text while it is written: progress bar, live text on the node, cancelling."""
+"""Text while it is generated: progress bar, live text on the node, cancelling."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import comfy.model_management
 import comfy.utils
 from server import PromptServer
+
+if TYPE_CHECKING:
+    from comfy_api.latest._io import HiddenHolder
 
 EVENT = "internvl_u.text"
 SECONDS_BETWEEN = 0.1
 
 
 class LiveText:
-    """Hears each token: stops when the job is cancelled, moves the node's progress bar, and shows the text so far."""
+    """Called with each token: stops a cancelled job, moves the node's progress bar, and shows the text so far."""
 
-    def __init__(self, hidden, total: int, decode: Callable[[list[int]], str]):
+    def __init__(self, hidden: HiddenHolder, total: int, decode: Callable[[list[int]], str]):
         self.hidden, self.decode = hidden, decode
         self.bar = comfy.utils.ProgressBar(total)
         self.shown = 0.0
@@ -35,7 +39,7 @@ class LiveText:
             show(self.hidden, self.decode(ids))
 
 
-def show(hidden, text: str) -> None:
+def show(hidden: HiddenHolder, text: str) -> None:
     """Shows a text on a node in the browser that queued the job; `hidden` are the node's hidden inputs.
 
     The workflow's id goes with it, because node ids repeat in the workflows of other tabs. A node inside a loop is run

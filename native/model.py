@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management as mm
+import comfy.model_patcher
 import comfy.model_sampling
 import comfy.supported_models_base
-import comfy.utils
 import torch
 
-from ...internvl_u import sampling
-from ...internvl_u.checkpoint import check_weights
-from ...internvl_u.config import read_mmdit
-from ...internvl_u.mmdit import Branch, MMDiT, time_embedding
-from ...internvl_u.positions import Grid, Layout, Span
-from ...internvl_u.source import map_mmdit, read_part, take_scales
+from ..internvl_u import sampling
+from ..internvl_u.checkpoint import check_weights, open_part
+from ..internvl_u.config import mmdit_config
+from ..internvl_u.mmdit import BranchInput, MMDiT, time_embedding
+from ..internvl_u.rope import Grid, Layout, Span
 from . import compat, guidance
+from .dtypes import plan_transformer
 from .mmdit import NativeMMDiT
-from .precision import storage_dtype, stored
 
 LAYOUT = "internvl_u_layout"
-"""Key in a conditioning entry: the context's spans of words and pictures."""
+"""Key in a conditioning entry: the context's spans of words and images."""
 
 
 class InternVLUConfig(comfy.supported_models_base.BASE):
@@ -36,42 +37,57 @@ class InternVLUConfig(comfy.supported_models_base.BASE):
     supported_inference_dtypes = [torch.bfloat16, torch.float32]
     memory_usage_factor = 1.0
 
-    def inpaint_model(self):
+    def inpaint_model(self) -> bool:
         return False
 
-    def get_model(self, state_dict, prefix="", device=None):
+    def get_model(
+        self, state_dict: dict[str, torch.Tensor], prefix: str = "", device: torch.device | str | None = None
+    ) -> InternVLU:
         return InternVLU(self, device=device)
 
 
 class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
     """Noise levels as the official scheduler has them: the highest is 0.99967, and a start is pure noise."""
 
-    def set_parameters(self, shift=sampling.SHIFT, timesteps=sampling.TRAIN_STEPS, multiplier=sampling.TRAIN_STEPS):
+    def set_parameters(
+        self,
+        shift: float = sampling.SHIFT,
+        timesteps: int = sampling.TRAIN_STEPS,
+        multiplier: int = sampling.TRAIN_STEPS,
+    ) -> None:
         super().set_parameters(shift=shift, timesteps=timesteps, multiplier=multiplier)
         self.sigmas = sampling.sigma_table()
 
-    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+    def noise_scaling(
+        self, sigma: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor, max_denoise: bool = False
+    ) -> torch.Tensor:
         return noise if max_denoise else super().noise_scaling(sigma, noise, latent_image, max_denoise)
 
 
 class InternVLU(comfy.model_base.QwenImage):
     """Derived from QwenImage for the one test that ComfyUI makes of it: the names that LoRA files may use."""
 
-    def __init__(self, model_config, device=None):
+    def __init__(self, model_config: InternVLUConfig, device: torch.device | str | None = None):
         comfy.model_base.BaseModel.__init__(
             self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=NativeMMDiT
         )
         self.memory_usage_factor_conds = ("ref_latents",)
         self.model_sampling = FlowSampling(model_config)
 
-    def process_timestep(self, timestep, x=None, contexts=(), **kwargs):
+    def process_timestep(
+        self,
+        timestep: torch.Tensor,
+        x: torch.Tensor | None = None,
+        contexts: Sequence[PromptContext] = (),
+        **kwargs: object,
+    ) -> torch.Tensor:
         """Returns the time sinusoids [B, 256]. They and the rotary tables are made here, out of reach of a compiler."""
         for context in contexts:
-            context.at(tuple(x.shape[-2:]))
+            context.branch_for(tuple(x.shape[-2:]))
         compute = self.manual_cast_dtype or self.get_dtype()
         return time_embedding(torch.floor(timestep).to(compute))
 
-    def extra_conds(self, **kwargs):
+    def extra_conds(self, **kwargs: Any) -> dict[str, comfy.conds.CONDRegular]:
         """Returns the conditions of one conditioning entry: its context with positions, and reference latents.
 
         Raises:
@@ -79,7 +95,7 @@ class InternVLU(comfy.model_base.QwenImage):
         """
         out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
         out.pop("c_crossattn", None)
-        references = [_five_axes(latent) for latent in kwargs.get("reference_latents") or ()]
+        references = [_with_frame(latent) for latent in kwargs.get("reference_latents") or ()]
         if references:
             out["ref_latents"] = comfy.conds.CONDList([self.process_latent_in(latent) for latent in references])
         context = kwargs.get("cross_attn")
@@ -97,40 +113,42 @@ class InternVLU(comfy.model_base.QwenImage):
 
 
 class PromptContext:
-    """One prompt's context of exact length, with its positions in a picture of any size.
+    """One prompt's context of exact length, with its positions in an image of any size.
 
-    The size is known only when the model is called: areas, tiles and the like take parts of a picture.
+    The size is known only when the model is called: areas, tiles and the like take parts of an image.
     """
 
-    def __init__(self, model: MMDiT, context: torch.Tensor, layout: Layout, references: list[Grid]):
+    def __init__(self, model: MMDiT, context: torch.Tensor, layout: Layout, references: Sequence[Grid]):
         self.model, self.context, self.layout, self.references = model, context, layout, references
-        self.made: dict[Grid, Branch] = {}
+        self._branches: dict[Grid, BranchInput] = {}
 
-    def at(self, size: Grid) -> Branch:
+    def branch_for(self, size: Grid) -> BranchInput:
         """Returns the branch for latents of (height, width), made when first asked for."""
-        if size not in self.made:
-            self.made[size] = self.model.branch(self.context, self.layout, size, self.references)
-        return self.made[size]
+        if size not in self._branches:
+            self._branches[size] = self.model.branch(self.context, self.layout, size, self.references)
+        return self._branches[size]
 
 
 class CONDContexts(comfy.conds.CONDRegular):
-    """Prompt contexts, one a sample. Any lengths go together in a batch, unpadded."""
+    """Prompt contexts, one per sample. Any lengths go together in a batch, unpadded."""
 
-    def process_cond(self, batch_size, **kwargs):
+    def process_cond(self, batch_size: int, **kwargs: object) -> CONDContexts:
         repeats = -(-batch_size // len(self.cond))
         return self._copy_with((self.cond * repeats)[:batch_size])
 
-    def can_concat(self, other):
+    def can_concat(self, other: comfy.conds.CONDRegular) -> bool:
         return True
 
-    def concat(self, others):
+    def concat(self, others: Sequence[CONDContexts]) -> list[PromptContext]:
         return [context for conds in (self, *others) for context in conds.cond]
 
-    def size(self):
+    def size(self) -> list[int]:
         return [1]
 
 
-def load_model(source: str, precision: torch.dtype | None = None, disable_dynamic: bool = False):
+def load_model(
+    source: str, precision: torch.dtype | None = None, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
     """Returns the MODEL of a checkpoint folder or a single file; `precision` None lets ComfyUI choose the storage.
 
     Raises:
@@ -138,23 +156,15 @@ def load_model(source: str, precision: torch.dtype | None = None, disable_dynami
         RuntimeError: the files are damaged, of another model, or do not fit each other.
         ValueError: the precision does not fit the file.
     """
-    weights, scales, formats = take_scales(Path(source), map_mmdit(Path(source), compat.open_weights))
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    settings = read_mmdit(shapes, read_part(Path(source), "generation_decoder"))
-    check_weights(MMDiT(settings, device="meta").state_dict(), weights, "generation_decoder")
-    weights = stored(weights, precision, scales)
-
+    part = open_part(Path(source), "generation_decoder", compat.open_weights)
+    settings = mmdit_config(part.shapes, part.config)
+    check_weights(MMDiT(settings, device="meta").state_dict(), part.weights, part.name)
     config = InternVLUConfig({"config": settings})
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
-    kept = None if scales else precision or comfy.utils.weight_dtype(weights)
-    storage = precision or storage_dtype(weights, kept, config.supported_inference_dtypes)
-    compute = mm.unet_manual_cast(None if scales else storage, load_device, config.supported_inference_dtypes)
-    compat.set_dtypes(config, storage, compute, load_device)
-    if scales:
-        weights |= compat.quantize(config, scales, formats)
-    elif precision is None and storage != kept:
-        weights = stored(weights, storage, scales)
-    model = config.get_model(weights, device=offload_device if scales else "meta")
+    plan = plan_transformer(part, precision, config.supported_inference_dtypes, load_device)
+    compat.set_dtypes(config, plan.storage, plan.compute, load_device)
+    weights = plan.weights | compat.quantize(config, part.scales, part.formats)
+    model = config.get_model(weights, device=offload_device if part.scales else "meta")
     model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False)
     model.device = offload_device
@@ -165,11 +175,11 @@ def load_model(source: str, precision: torch.dtype | None = None, disable_dynami
     return patcher
 
 
-def _five_axes(latent: torch.Tensor) -> torch.Tensor:
+def _with_frame(latent: torch.Tensor) -> torch.Tensor:
     return latent.unsqueeze(2) if latent.ndim == 4 else latent  # [B, 16, h, w] -> [B, 16, 1, h, w]
 
 
-def _spans(layout, tokens: int):
+def _spans(layout: Layout | None, tokens: int) -> Layout:
     known = sum(span.count for span in layout or ())
     if known > tokens:
         raise ValueError(f"conditioning of {tokens} tokens found, {known} expected: it was cut by another node")

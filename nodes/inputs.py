@@ -1,21 +1,23 @@
-"""What the nodes that read pictures and write text share: their inputs."""
+"""Inputs that several nodes share."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-PICTURES = ("image1", "image2", "image3", "image4")
+from ..internvl_u.generation import GenerationConfig
+
+IMAGES = ("image1", "image2", "image3", "image4")
 HOW = ("greedy", "sampling", "beams")
 
 
-def picture_inputs() -> list:
-    """Returns the four optional picture inputs."""
+def image_inputs() -> list[io.Image.Input]:
+    """Returns the four optional image inputs: core's growing list has another name in each version of ComfyUI."""
     tip = "A picture, or a batch that counts as several. <image> in the prompt marks its place in the text."
-    return [io.Image.Input(name, optional=True, tooltip=tip) for name in PICTURES]
+    return [io.Image.Input(name, optional=True, tooltip=tip) for name in IMAGES]
 
 
-def writing_inputs(max_new_tokens: int) -> list:
-    """Returns the inputs that say how text is written."""
+def generation_inputs(max_new_tokens: int) -> list[io.Input]:
+    """Returns the inputs that say how text is generated."""
     return [
         io.Int.Input(
             "max_new_tokens",
@@ -50,18 +52,30 @@ def writing_inputs(max_new_tokens: int) -> list:
         io.Int.Input(
             "beams", default=3, min=2, max=16, tooltip="For beams: how many texts are followed. More: slower."
         ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
-            tooltip="For sampling. The same seed gives the same text on the same machine.",
-        ),
+        seed_input("For sampling. The same seed gives the same text on the same machine."),
     ]
 
 
-def system_input(what: str):
+def generation_config(
+    max_new_tokens: int, how: str, temperature: float, top_p: float, beams: int, seed: int
+) -> GenerationConfig:
+    """Returns what the values of `generation_inputs` mean."""
+    sampling = how == "sampling"
+    return GenerationConfig(
+        max_new_tokens,
+        beams=beams if how == "beams" else 1,
+        temperature=temperature if sampling else 0.0,
+        top_p=top_p if sampling else 1.0,
+        seed=seed,
+    )
+
+
+def seed_input(tooltip: str) -> io.Int.Input:
+    """Returns a seed with ComfyUI's control of what it becomes after a run."""
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
+
+
+def system_input(what: str) -> io.String.Input:
     """Returns the optional system prompt."""
     return io.String.Input(
         "system_prompt",

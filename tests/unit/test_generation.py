@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 from pack.internvl_u import prompt
-from pack.internvl_u.picture import to_rgb
-from pack.internvl_u.pipeline import Drawing, Pipeline
-from pack.internvl_u.writing import Writing, _pick
+from pack.internvl_u.generation import GenerationConfig, sample_token
+from pack.internvl_u.images import to_rgb
+from pack.internvl_u.pipeline import ImageRequest, Pipeline
+from pack.internvl_u.tokenizer import Thought, trim_thought
 from PIL import Image
 
 
@@ -22,21 +23,21 @@ def pictures(case):
 
 
 def test_answers_equal_the_official_ones(pipeline, question):
-    writing = Writing(question.new, beams=question.beams)
-    written = pipeline.write(question.prompt, pictures(question), prompt.SYSTEM_ANSWER, writing)
+    config = GenerationConfig(question.new, beams=question.beams)
+    written = pipeline.generate(question.prompt, pictures(question), prompt.SYSTEM_ANSWER, config)
     assert written == question["generated_ids"][0].tolist()
-    assert pipeline.answer(question.prompt, pictures(question), writing=writing) == question.text
+    assert pipeline.answer(question.prompt, pictures(question), config=config) == question.text
 
 
 def test_thoughts_equal_the_official_ones(pipeline, thinking):
     system = prompt.SYSTEM_EDIT if thinking.images else prompt.SYSTEM_DRAW
-    written = pipeline.write(thinking.prompt, pictures(thinking), system, Writing(thinking.new))
+    written = pipeline.generate(thinking.prompt, pictures(thinking), system, GenerationConfig(thinking.new))
     assert written == thinking["generated_ids"][0].tolist()
 
 
 def test_each_token_is_heard_and_what_the_listener_raises_ends_the_writing(pipeline):
     heard = []
-    written = pipeline.write("hello", (), prompt.SYSTEM_ANSWER, Writing(6), heard.append)
+    written = pipeline.generate("hello", (), prompt.SYSTEM_ANSWER, GenerationConfig(6), heard.append)
     assert heard == [written[: i + 1] for i in range(len(written))]
 
     class Stopped(Exception):
@@ -47,12 +48,12 @@ def test_each_token_is_heard_and_what_the_listener_raises_ends_the_writing(pipel
             raise Stopped
 
     with pytest.raises(Stopped):
-        pipeline.write("hello", (), prompt.SYSTEM_ANSWER, Writing(50), stop)
+        pipeline.generate("hello", (), prompt.SYSTEM_ANSWER, GenerationConfig(50), stop)
 
 
 def test_sampling_follows_the_seed_and_leaves_torchs_generator_alone(pipeline):
     def sample(seed):
-        return pipeline.write("hello", (), prompt.SYSTEM_ANSWER, Writing(12, temperature=1.5, seed=seed))
+        return pipeline.generate("hello", (), prompt.SYSTEM_ANSWER, GenerationConfig(12, temperature=1.5, seed=seed))
 
     torch.manual_seed(1)
     expected = torch.rand(3)
@@ -76,7 +77,7 @@ def test_sampling_follows_the_seed_and_leaves_torchs_generator_alone(pipeline):
 )
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match="found, .* expected"):
-        Writing(**settings)
+        GenerationConfig(**settings)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_settings_out_of_range_are_refused(settings):
     [([], []), ([9], []), ([5], []), ([5, 9], []), ([5, 6], []), ([5, 6, 9], [5]), ([5, 6, 7], [5]), ([9, 5, 6], [])],
 )
 def test_the_official_code_drops_the_end_and_the_token_before(written, expected):
-    assert list(prompt.handed_on(written, stops=[9])) == expected
+    assert list(trim_thought(written, stops=[9])) == expected
 
 
 SPECIALS = ("<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|im_end|>")
@@ -94,19 +95,19 @@ SPECIALS = ("<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|im_end|>")
 @pytest.mark.parametrize("length", [0, 1, 2])
 def test_very_short_thoughts_draw_a_picture(pipeline, golden, images, length):
     ids = [5, 6][:length]
-    thought = prompt.Thought(pipeline.encoder.tokenizer.decode(ids), ids)
+    thought = Thought(pipeline.encoder.tokenizer.decode(ids), ids)
     seen = pictures(golden("edit_one"))[:images]
-    assert pipeline.draw(Drawing("a cat", 32, 32, 1, thought=thought, images=seen)).size == (32, 32)
+    assert pipeline.draw(ImageRequest("a cat", 32, 32, 1, thought=thought, images=seen)).size == (32, 32)
 
 
 @pytest.mark.parametrize("images", [0, 1])
 @pytest.mark.parametrize("special", SPECIALS)
 def test_thoughts_with_special_tokens_draw_a_picture(pipeline, golden, special, images):
     token = pipeline.encoder.tokenizer.special[special]
-    thought = prompt.Thought("x", [5, token, token, 6])
+    thought = Thought("x", [5, token, token, 6])
     seen = pictures(golden("edit_one"))[:images]
-    drawing = Drawing("a cat", 32, 32, 1, thought=thought, images=seen)
-    context, layout = pipeline.conditions(drawing).conditional
+    drawing = ImageRequest("a cat", 32, 32, 1, thought=thought, images=seen)
+    context, layout = pipeline.encode_prompt(drawing).conditional
     assert sum(span.count for span in layout) == len(context)
     assert sum(span.is_image for span in layout) == images
     assert pipeline.draw(drawing).size == (32, 32)
@@ -115,24 +116,29 @@ def test_thoughts_with_special_tokens_draw_a_picture(pipeline, golden, special, 
 def test_a_thought_without_memory_is_read_as_plain_text(pipeline):
     tokenizer = pipeline.encoder.tokenizer
     special = set(tokenizer.special.values())
-    assert not special & set(tokenizer.thought("first <img> then <|im_end|>"))
-    assert tokenizer.thought("") is None
-    remembered = prompt.Thought("anything", [7, 8])
-    assert tokenizer.thought(remembered) == tokenizer.thought(copy.deepcopy(remembered)) == (7, 8)
-    assert tokenizer.thought(pickle.loads(pickle.dumps(remembered))) == (7, 8)
-    assert tokenizer.thought(str(remembered) + "") == tokenizer.thought("anything")
+    assert not special & set(tokenizer.encode_thought("first <img> then <|im_end|>"))
+    assert tokenizer.encode_thought("") is None
+    remembered = Thought("anything", [7, 8])
+    assert tokenizer.encode_thought(remembered) == tokenizer.encode_thought(copy.deepcopy(remembered)) == (7, 8)
+    assert tokenizer.encode_thought(pickle.loads(pickle.dumps(remembered))) == (7, 8)
+    assert tokenizer.encode_thought(str(remembered) + "") == tokenizer.encode_thought("anything")
 
 
 def test_no_thought_and_an_empty_thought_are_the_same_prompt(pipeline):
     tokenizer = pipeline.encoder.tokenizer
-    assert prompt.branches(tokenizer, "a cat") == prompt.branches(tokenizer, "a cat", thought=tokenizer.thought(""))
+    assert prompt.branch_prompts(tokenizer, "a cat") == prompt.branch_prompts(
+        tokenizer, "a cat", thought=tokenizer.encode_thought("")
+    )
 
 
 def test_an_empty_thought_of_the_model_is_a_thought_and_an_empty_text_is_none(pipeline):
     """The official code draws from nothing but its padding then, with the guidance of a thought."""
-    empty, written = Drawing("a cat", 32, 32, 1), Drawing("a cat", 32, 32, 1, thought=prompt.Thought("", ()))
-    assert empty.scales == (4.5, 2.0) and written.scales == (3.5, 1.5)
-    contexts = [pipeline.conditions(drawing).conditional[0] for drawing in (empty, written)]
+    empty, written = (
+        ImageRequest("a cat", 32, 32, 1),
+        ImageRequest("a cat", 32, 32, 1, thought=Thought("", ())),
+    )
+    assert empty.guidance == (4.5, 2.0) and written.guidance == (3.5, 1.5)
+    contexts = [pipeline.encode_prompt(drawing).conditional[0] for drawing in (empty, written)]
     assert contexts[0].shape == contexts[1].shape
     assert not torch.allclose(*contexts, atol=1e-2)
 
@@ -140,9 +146,9 @@ def test_an_empty_thought_of_the_model_is_a_thought_and_an_empty_text_is_none(pi
 def test_greedy_writing_equals_transformers_generate(pipeline, golden):
     tokenizer, model = pipeline.encoder.tokenizer, pipeline._mllm()
     for text in ("tell me everything", "一只猫", "x" * 200):
-        opening = prompt.opening(tokenizer, text, system=prompt.SYSTEM_ANSWER)
+        opening = prompt.generation_prompt(tokenizer, text, system=prompt.SYSTEM_ANSWER)
         where = {"device": torch.device("cpu"), "dtype": torch.float32}
-        embedded = pipeline.encoder.embedded(model, opening, (), **where)
+        embedded = pipeline.encoder.embed(model, opening, (), **where)
         with torch.inference_mode():
             expected = model.language_model.generate(
                 inputs_embeds=embedded,
@@ -152,17 +158,19 @@ def test_greedy_writing_equals_transformers_generate(pipeline, golden):
                 eos_token_id=list(tokenizer.stops),
                 pad_token_id=tokenizer.stops[0],
             )[0].tolist()
-        assert pipeline.write(text, (), prompt.SYSTEM_ANSWER, Writing(40)) == expected
+        assert pipeline.generate(text, (), prompt.SYSTEM_ANSWER, GenerationConfig(40)) == expected
 
 
 def test_top_p_keeps_the_likeliest_tokens_only():
     logits = torch.log(torch.tensor([0.1, 0.6, 0.25, 0.05]))
     generator = torch.Generator().manual_seed(0)
     for top_p, expected in ((0.5, {1}), (0.6, {1}), (0.61, {1, 2}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
-        writing = Writing(temperature=1.0, top_p=top_p)
-        assert {_pick(logits, writing, generator) for _ in range(400)} == expected
+        config = GenerationConfig(temperature=1.0, top_p=top_p)
+        assert {sample_token(logits, config, generator) for _ in range(400)} == expected
 
 
 def test_low_temperature_is_nearly_greedy(pipeline):
-    greedy = pipeline.write("hello", (), prompt.SYSTEM_ANSWER, Writing(10))
-    assert pipeline.write("hello", (), prompt.SYSTEM_ANSWER, Writing(10, temperature=1e-4, seed=5)) == greedy
+    greedy = pipeline.generate("hello", (), prompt.SYSTEM_ANSWER, GenerationConfig(10))
+    assert (
+        pipeline.generate("hello", (), prompt.SYSTEM_ANSWER, GenerationConfig(10, temperature=1e-4, seed=5)) == greedy
+    )

@@ -1,0 +1,24 @@
+"""The values that the official code uses where nobody says otherwise, and the ranges of ours. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Guidance(NamedTuple):
+    """The two strengths: of the words (`all_cfg`) and of the reference images (`part_cfg`)."""
+
+    all_cfg: float
+    part_cfg: float
+
+
+GUIDANCE, GUIDANCE_WITH_THOUGHT = Guidance(4.5, 2.0), Guidance(3.5, 1.5)
+"""Without and with a chain of thought."""
+STEPS = 20
+"""Denoising steps."""
+THOUGHT_TOKENS, ANSWER_TOKENS = 200, 512
+"""The longest thought; the longest answer, which is ours."""
+SMALLEST, LARGEST = 16, 4096
+"""Pixels of a side."""
+FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old")
+"""What `convert` writes: the last two have one scale per matrix, in the two spellings of ComfyUI."""

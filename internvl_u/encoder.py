@@ -1,0 +1,137 @@
+"""Prompts and images to the contexts that the transformer draws from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from .checkpoint import WeightFormat
+from .images import ReferenceSizes, vision_pixels
+from .mllm import MLLM
+from .prompt import BranchPrompts, TokenizedPrompt
+from .rope import Layout
+from .tokenizer import Tokenizer
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, which the vision tower was trained with."""
+
+
+@dataclass(frozen=True)
+class BranchContexts:
+    """The context [tokens, width] and the layout of each branch; `partial` is None without input images."""
+
+    conditional: tuple[torch.Tensor, Layout]
+    partial: tuple[torch.Tensor, Layout] | None
+    unconditional: tuple[torch.Tensor, Layout]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How a checkpoint's prompts are read: tokenizer, layers that are handed on, and how images are prepared."""
+
+    tokenizer: Tokenizer
+    layers: tuple[int, ...]
+    sizes: ReferenceSizes
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    default_size: tuple[int, int]
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: WeightFormat) -> Encoder:
+        """Returns the encoder of a checkpoint folder or of a converted language model.
+
+        Raises:
+            FileNotFoundError: the tokenizer is missing.
+            RuntimeError: a file is unreadable or of another model.
+        """
+        tokenizer = Tokenizer(checkpoint.tokenizer())
+        return cls.from_config(tokenizer, checkpoint.transformer_config(), checkpoint.processor_config())
+
+    @classmethod
+    def from_config(cls, tokenizer: Tokenizer, transformer: Mapping, processor: Mapping) -> Encoder:
+        """Returns the encoder that the configurations of the transformer and the processor describe."""
+        vision = processor.get("image_processor_kwargs", {})
+        return cls(
+            tokenizer,
+            tuple(transformer.get("vlm_select_layer", (-1, -2))),
+            ReferenceSizes.from_config(processor),
+            tuple(vision.get("image_mean", IMAGE_MEAN)),
+            tuple(vision.get("image_std", IMAGE_STD)),
+            (int(transformer.get("gen_image_width", 512)), int(transformer.get("gen_image_height", 512))),
+        )
+
+    def image_features(
+        self, model: MLLM, images: Sequence[Image.Image], *, device: torch.device, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """Returns what the model sees in each RGB image [1, tokens, width]."""
+        size = model.vision.image_size
+        pixels = (vision_pixels(image, size, self.mean, self.std) for image in images)
+        return [model.image_features(one.to(device, dtype)).to(dtype) for one in pixels]
+
+    def embed(
+        self,
+        model: MLLM,
+        prompt: TokenizedPrompt,
+        features: Sequence[torch.Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Returns a prompt's embeddings [1, tokens, width], the features of its images in place."""
+        embedded = model.embed(prompt.ids, self.tokenizer.special_token_rows, device).to(dtype)
+        for image, seen in zip(prompt.images, features, strict=True):
+            embedded[:, image.start : image.stop] = seen
+        return embedded
+
+    def encode(
+        self,
+        model: MLLM,
+        prompts: Sequence[tuple[TokenizedPrompt, Sequence[torch.Tensor]]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> list[torch.Tensor]:
+        """Returns the context [tokens, len(layers) * width] of each prompt: its user's turn to its end.
+
+        A prompt comes with the features of its images. The prompts share their system turn, which is seen by the
+        attention but not handed on: each is read once. The same prompt gives the same bits whatever it comes with.
+        `device` and `dtype` are the arithmetic's.
+        """
+        caches: dict[tuple[int, ...], object] = {}
+        contexts = []
+        for prompt, features in prompts:
+            embedded = self.embed(model, prompt, features, device=device, dtype=dtype)
+            system_turn = prompt.ids[: prompt.user_start]
+            if system_turn not in caches:
+                caches[system_turn] = model.prefill(embedded[:, : prompt.user_start])
+            rest = embedded[:, prompt.user_start :]
+            contexts.append(model.hidden_states(rest, self.layers, caches[system_turn])[0])
+        return contexts
+
+    def encode_branches(
+        self,
+        model: MLLM,
+        prompts: BranchPrompts,
+        features: Sequence[torch.Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        unconditional: torch.Tensor | None = None,
+    ) -> BranchContexts:
+        """Returns the contexts of an image's branches; `features` are those of its input images.
+
+        An `unconditional` context that is known already is not computed again.
+        """
+        wanted = [(prompts.conditional, features)]
+        if features:
+            wanted.append((prompts.partial, features))
+        if unconditional is None:
+            wanted.append((prompts.unconditional, ()))
+        contexts = self.encode(model, wanted, device=device, dtype=dtype)
+        conditional, *rest = ((context, prompt.layout) for context, (prompt, _) in zip(contexts, wanted, strict=True))
+        if unconditional is not None:
+            rest.append((unconditional, prompts.unconditional.layout))
+        return BranchContexts(conditional, rest[0] if features else None, rest[-1])

@@ -1,0 +1,95 @@
+"""transformers' Qwen3 under ComfyUI's memory management.
+
+ComfyUI casts and offloads a weight only where the module that owns it derives from its operations, so the modules that
+transformers made are given ComfyUI's classes. This relies on: transformers' RMSNorm holding `weight` and
+`variance_epsilon`; its models asking `device` and `dtype` of the first parameter (which may be offloaded or in fp8);
+ComfyUI's `cast_bias_weight(module, input, offloadable=)`, `uncast_bias_weight` and `run_every_op`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+
+import comfy.ops
+import torch
+from torch import nn
+
+
+class CastRMSNorm(nn.Module, comfy.ops.CastWeightBiasOp):
+    """transformers' RMSNorm with ComfyUI's casting of the weight; modules become it by a change of class."""
+
+    bias = None
+    weight: torch.Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not (self.comfy_cast_weights or self.weight_function):
+            return self._normed(hidden, self.weight)
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, hidden, offloadable=True)
+        result = self._normed(hidden, weight)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return result
+
+    def _normed(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return weight * wide.to(hidden.dtype)
+
+
+class CastEmbedding(comfy.ops.manual_cast.Embedding):
+    """An embedding that gives the arithmetic's dtype, and looks rows up where its table lies.
+
+    ComfyUI would bring an offloaded table, which is the largest weight, to the GPU for each token that is written.
+    """
+
+    bias = None
+    out_dtype: torch.dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.weight.device == ids.device or self.weight_function:
+            return super().forward(ids).to(self.out_dtype)
+        comfy.ops.run_every_op()
+        rows = torch.nn.functional.embedding(ids.to(self.weight.device), self.weight)
+        return rows.to(ids.device, self.out_dtype)
+
+
+class ScaledLinear(comfy.ops.manual_cast.Linear):
+    """A linear layer whose fp8 matrix was divided by `scale`; the few inputs are multiplied, not the matrix."""
+
+    scale: float
+
+    def forward_comfy_cast_weights(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, hidden, offloadable=True)
+        result = torch.nn.functional.linear(hidden * self.scale, weight, bias)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return result
+
+
+def cast_language_model(model: nn.Module, operations: type | ModuleType, compute: torch.dtype) -> None:
+    """Gives transformers' modules ComfyUI's classes, so that their weights can be cast and offloaded.
+
+    `model.execution` is (device, dtype) to run on, and has to be set before each use.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = operations.Linear
+        elif type(module) is nn.Embedding:
+            module.__class__ = CastEmbedding
+            module.out_dtype = compute
+        elif type(module).__name__.endswith("RMSNorm"):
+            module.__class__ = CastRMSNorm
+            module.comfy_cast_weights = operations.Linear.comfy_cast_weights
+    execution = {
+        "device": property(lambda self: self.execution[0]),
+        "dtype": property(lambda self: self.execution[1]),
+    }
+    model.__class__ = type(type(model).__name__, (type(model),), execution)
+
+
+def scale_layers(model: nn.Module, scales: Mapping[str, torch.Tensor]) -> None:
+    """Makes the layers of scaled fp8 multiply by their scales."""
+    for name, scale in scales.items():
+        layer = model.get_submodule(name)
+        layer.__class__ = ScaledLinear
+        layer.scale = float(scale)
