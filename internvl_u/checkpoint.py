@@ -61,7 +61,10 @@ class Part:
 class WeightFormat(Protocol):
     """What a checkpoint's files can be asked for, however they are stored."""
 
-    path: Path
+    @property
+    def path(self) -> Path:
+        """The folder or the file."""
+        ...
 
     def config(self, part: str) -> dict:
         """Returns the configuration of a part.
@@ -69,6 +72,7 @@ class WeightFormat(Protocol):
         Raises:
             FileNotFoundError, RuntimeError: it is missing, unreadable or of another part.
         """
+        ...
 
     def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, Mapping[str, str]]:
         """Returns the tensors of a part as they are stored, and the metadata beside them; `open_file` opens one file.
@@ -76,12 +80,15 @@ class WeightFormat(Protocol):
         Raises:
             FileNotFoundError, RuntimeError: a file is missing or damaged.
         """
+        ...
 
     def transformer_config(self) -> dict:
         """Returns the transformer's configuration, which tells what is handed on to it."""
+        ...
 
     def processor_config(self) -> dict:
         """Returns how images are prepared; empty where it is not stated."""
+        ...
 
     def tokenizer(self) -> Path | str:
         """Returns the folder of the tokenizer's files, or the text of a tokenizer.json.
@@ -89,6 +96,7 @@ class WeightFormat(Protocol):
         Raises:
             FileNotFoundError, RuntimeError: there is none.
         """
+        ...
 
 
 @dataclass(frozen=True)

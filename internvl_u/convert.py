@@ -80,7 +80,7 @@ Plan = tuple[list[OutputTensor], dict[str, str]]
 
 
 def convert(
-    model: Path, out: Path, dtype: str = "bfloat16", on_bytes: Callable[[int], None] | None = None
+    model: Path, out: Path, dtype: str = "bfloat16", on_bytes: Callable[[int], object] | None = None
 ) -> list[Path]:
     """Writes the three files of a checkpoint folder below `out` and returns them.
 
@@ -109,10 +109,13 @@ def convert(
     return list(plans)
 
 
-def write_file(file: Path, tensors: list[OutputTensor], metadata: dict[str, str], on_bytes=None) -> None:
+def write_file(
+    file: Path, tensors: list[OutputTensor], metadata: dict[str, str], on_bytes: Callable[[int], object] | None = None
+) -> None:
     """Writes a safetensors file piece by piece, and its SHA-256 to `FILE.sha256`; whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    header, end = {"__metadata__": metadata}, 0
+    header: dict[str, dict] = {"__metadata__": metadata}
+    end = 0
     for tensor in tensors:
         size = int(numpy.prod(tensor.shape, dtype=numpy.int64)) * tensor.dtype.itemsize
         header[tensor.name] = {

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 
 from .defaults import THOUGHT_TOKENS
 from .encoder import Encoder
 from .mllm import MLLM, cache_name
 from .prompt import TokenizedPrompt
+
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
 
 OnToken = Callable[[list[int]], None]
 
@@ -62,7 +65,11 @@ def generate(
 
 
 def sample_tokens(
-    language: nn.Module, embedded: torch.Tensor, config: GenerationConfig, stops: Sequence[int], on_token: OnToken
+    language: Qwen3ForCausalLM,
+    embedded: torch.Tensor,
+    config: GenerationConfig,
+    stops: Sequence[int],
+    on_token: OnToken,
 ) -> list[int]:
     """Returns one token after the other. What transformers' generate does besides costs more than the choice itself."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -92,7 +99,11 @@ def sample_token(logits: torch.Tensor, config: GenerationConfig, generator: torc
 
 
 def beam_search(
-    language: nn.Module, embedded: torch.Tensor, config: GenerationConfig, stops: Sequence[int], on_token: OnToken
+    language: Qwen3ForCausalLM,
+    embedded: torch.Tensor,
+    config: GenerationConfig,
+    stops: Sequence[int],
+    on_token: OnToken,
 ) -> list[int]:
     """Returns the ids of the best beam, as transformers finds it."""
     from transformers import StoppingCriteria, StoppingCriteriaList
@@ -102,7 +113,7 @@ def beam_search(
             on_token(input_ids[0].tolist())
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-    ids = language.generate(
+    ids = cast(Any, language).generate(
         inputs_embeds=embedded,
         attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device),
         max_new_tokens=config.max_new_tokens,

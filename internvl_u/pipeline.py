@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from .generation import GenerationConfig, OnToken, generate
 from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
 from .prompt import SYSTEM_ANSWER, branch_prompts, drawing_system, generation_prompt
+from .rope import grid_of
 from .sampling import Denoiser, DrawingContexts
 from .tokenizer import Thought, has_thought
 from .vae import StandaloneVAE
@@ -70,7 +71,7 @@ class Pipeline:
         self._networks: dict[str, torch.nn.Module] = {}
 
     @torch.inference_mode()
-    def draw(self, request: ImageRequest, on_step: Callable[[int], None] | None = None) -> Image.Image:
+    def draw(self, request: ImageRequest, on_step: Callable[[int], object] | None = None) -> Image.Image:
         """Returns the image, at the wished size; `on_step(n)` is called after each of the steps.
 
         Raises:
@@ -158,11 +159,11 @@ class Pipeline:
         noise: torch.Tensor,
         sigmas: torch.Tensor,
         guidance: Guidance,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
         """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
         model = self._on_device("mmdit", lambda: load_mmdit(self.root, dtype=self.dtype))
-        denoise = Denoiser(model, contexts, noise.shape[-2:], guidance, self.dtype)
+        denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype)
         report = None if on_step is None else lambda index, *_: on_step(index + 1)
         return sampling.sample(denoise, noise.to(self.device), sigmas.to(self.device), report)
 
@@ -189,4 +190,4 @@ class Pipeline:
                 network.to("cpu")
         if name not in self._networks:
             self._networks[name] = load()
-        return self._networks[name].to(self.device)
+        return cast(Network, self._networks[name]).to(self.device)

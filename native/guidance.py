@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import comfy.sampler_helpers
 import comfy.samplers
@@ -51,7 +51,7 @@ def sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> torch.Tensor
     The guidance takes the place of the guider's own method for this run and is no wrapper: it ends the chain, and what
     other nodes wrap around it (step caches, say) has to stay around it.
     """
-    guider = executor.class_obj
+    guider = cast(Any, executor.class_obj)
     if type(guider).predict_noise is not CFGGuider.predict_noise:
         return executor(*args, **kwargs)
     middle = _partial_conds(guider.conds)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -88,7 +88,7 @@ class NativeMLLM:
             system=system,
             thought=tokenizer.encode_thought(thought),
         )
-        references = {"reference_latents": [self._reference(vae, image) for image in images]} if images else {}
+        references = {"reference_latents": self._references(vae, images)} if images and vae is not None else {}
         known = self._empty_context if self._empty_prompt == prompts.unconditional else None
         with self._ready(max(len(prompts.conditional.ids), len(prompts.partial.ids))) as where:
             features = self.encoder.image_features(self.model, images, **where)
@@ -125,7 +125,7 @@ class NativeMLLM:
     def _ready(self, tokens: int, config: GenerationConfig | None = None) -> Iterator[Execution]:
         mm.load_models_gpu([self.patcher], memory_required=self._activations(tokens, config))
         device = self.patcher.load_device
-        self.model.language_model.execution = (device, self.dtype)
+        cast(Any, self.model.language_model).execution = (device, self.dtype)
         with compat.device_context(device):
             yield {"device": device, "dtype": self.dtype}
 
@@ -133,12 +133,12 @@ class NativeMLLM:
         context = context.unsqueeze(0).to(mm.intermediate_device(), torch.float32)
         return [[context, {LAYOUT: layout, **options}]]
 
-    def _reference(self, vae: comfy.sd.VAE, image: Image.Image) -> torch.Tensor:
-        pixels = reference_pixels(image, self.encoder.sizes)
-        return vae.encode((pixels.movedim(1, -1) + 1) / 2)  # BCHW -> BHWC
+    def _references(self, vae: comfy.sd.VAE, images: Sequence[Image.Image]) -> list[torch.Tensor]:
+        pixels = (reference_pixels(image, self.encoder.sizes) for image in images)
+        return [cast(torch.Tensor, vae.encode((one.movedim(1, -1) + 1) / 2)) for one in pixels]  # BCHW -> BHWC
 
     def _activations(self, tokens: int, config: GenerationConfig | None) -> int:
-        language = self.model.language_model.config
+        language = cast(Any, self.model.language_model.config)
         values = tokens * (language.num_hidden_layers * language.hidden_size + 4 * language.intermediate_size)
         if config is not None:
             per_token = 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim

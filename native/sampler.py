@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.latent_formats
@@ -20,9 +20,9 @@ from ..internvl_u.images import LATENT_STRIDE, latent_size
 from . import compat
 from .guidance import DualGuider
 
-Conditioning = list[list[Any]]
+Conditioning = list[Any]
 """ComfyUI's CONDITIONING: entries of [context [1, tokens, width], options]."""
-Latent = dict[str, Any]
+Latent = Mapping[str, Any]
 """ComfyUI's LATENT: `samples` [B, channels, (frames,) h, w] and what goes with them."""
 
 

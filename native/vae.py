@@ -60,7 +60,7 @@ def _resized(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
 def _load_patcher(source: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     vae = load_vae(source)
     if disable_dynamic and compat.is_dynamic(vae.patcher):
-        return vae.patcher.clone(disable_dynamic=True)
+        return compat.cloned_patcher(vae.patcher)
     return vae.patcher
 
 
