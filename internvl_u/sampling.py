@@ -33,7 +33,7 @@ def flow_sigmas(steps: int) -> torch.Tensor:
 
 
 def flow_timesteps(steps: int) -> list[int]:
-    """Returns the whole timesteps in 0..999 that the model is told at each step."""
+    """Returns the whole timesteps in 0..999 that the model is given at each step."""
     return [int(step) for step in _sigmas(steps) * TRAIN_STEPS]
 
 

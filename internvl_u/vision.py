@@ -106,7 +106,7 @@ class VisionMLP(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """Patch features [B, patches, width] -> prompt features [B, tokens, language width]; 2 x 2 patches a token."""
+    """Patch features [B, patches, width] -> prompt features [B, tokens, language width]; 2 x 2 patches per token."""
 
     def __init__(self, config: VisionConfig, *, dtype=None, device=None, operations=nn):
         factory = {"dtype": dtype, "device": device}

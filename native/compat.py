@@ -23,7 +23,7 @@ from comfy.supported_models_base import BASE
 from ..internvl_u import fp8
 
 LATENT_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
-"""Keys of an empty LATENT: pixels a side, and frames, for each of its values. ComfyUI's samplers take them away."""
+"""Keys of an empty LATENT: pixels per side, and frames, for each of its values. ComfyUI's samplers take them away."""
 
 
 def make_patcher(
@@ -69,7 +69,7 @@ def set_dtypes(model: BASE, storage: torch.dtype, compute: torch.dtype | None, d
 def quantize(
     model: BASE, scales: dict[str, torch.Tensor], formats: dict[str, dict[str, str]]
 ) -> dict[str, torch.Tensor]:
-    """Tells a model configuration which layers are scaled fp8; returns the tensors that loading them takes."""
+    """Sets in a model configuration which layers are scaled fp8; returns the tensors that loading them takes."""
     if not scales:
         return {}
     config = cast(Any, model)
@@ -111,7 +111,7 @@ def cloned_patcher(patcher: ModelPatcher) -> ModelPatcher:
 def fitted_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> torch.Tensor:
     """Returns the samples of a LATENT; an empty one that was made for another model gets the channels and size of ours.
 
-    Since 0.33 an empty LATENT says how many pixels a side each of its values stands for.
+    Since 0.33 an empty LATENT says how many pixels per side each of its values stands for.
     """
     arguments = [model, latent["samples"]]
     if LATENT_RATIOS[0] in inspect.signature(comfy.sample.fix_empty_latent_channels).parameters:
