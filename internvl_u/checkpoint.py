@@ -45,7 +45,7 @@ class Part:
     `formats` are those of quantised layers, by layer.
     """
 
-    source: Path
+    checkpoint: WeightFormat
     name: str
     weights: Weights
     config: dict
@@ -201,7 +201,7 @@ def open_part(source: Path, part: str, open_file: OpenFile = open_file) -> Part:
     if part == "generation_decoder":
         stored.pop(PADDING, None)
     quantized = split_scales(stored, metadata, source)
-    return Part(source, part, quantized.weights, config, quantized.scales, quantized.formats)
+    return Part(checkpoint, part, quantized.weights, config, quantized.scales, quantized.formats)
 
 
 def is_checkpoint(root: Path) -> bool:

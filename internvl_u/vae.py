@@ -66,7 +66,7 @@ def check_vae_config(part: Part) -> None:
     """
     name = part.config.get("_class_name")
     if name != "AutoencoderKLQwenImage":
-        raise RuntimeError(f"{part.source / part.name} holds a {name}, AutoencoderKLQwenImage expected")
+        raise RuntimeError(f"{part.checkpoint.path / part.name} holds a {name}, AutoencoderKLQwenImage expected")
 
 
 class StandaloneVAE(nn.Module):

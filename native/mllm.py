@@ -14,7 +14,7 @@ import comfy.sd
 import torch
 from PIL import Image
 
-from ..internvl_u.checkpoint import check_weights, open_checkpoint, open_part
+from ..internvl_u.checkpoint import Part, check_weights, open_part
 from ..internvl_u.config import mllm_config
 from ..internvl_u.encoder import Encoder
 from ..internvl_u.generation import GenerationConfig, OnToken, generate
@@ -155,14 +155,14 @@ def load_mllm(source: str, precision: torch.dtype | None = None) -> NativeMLLM:
         RuntimeError: the files are damaged, of another model, or do not fit each other.
         ValueError: the precision does not fit the file.
     """
-    patcher, compute = _load_patcher(source, precision)
-    return NativeMLLM(patcher, Encoder.from_checkpoint(open_checkpoint(Path(source))), compute)
-
-
-def _load_patcher(
-    source: str, precision: torch.dtype | None, disable_dynamic: bool = False
-) -> tuple[comfy.model_patcher.ModelPatcher, torch.dtype]:
     part = open_part(Path(source), "vlm", compat.open_weights)
+    patcher, compute = _make_patcher(part, precision)
+    return NativeMLLM(patcher, Encoder.from_checkpoint(part.checkpoint), compute)
+
+
+def _make_patcher(
+    part: Part, precision: torch.dtype | None, disable_dynamic: bool = False
+) -> tuple[comfy.model_patcher.ModelPatcher, torch.dtype]:
     config = mllm_config(part.shapes, part.config)
     check_weights(MLLM(config, device="meta").state_dict(), part.weights, part.name)
     weights = cast_weights(part, precision)
@@ -176,11 +176,12 @@ def _load_patcher(
     model.requires_grad_(False).eval()
     compat.remember_dtypes(model)
     patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
-    compat.reload_with(patcher, _reload_patcher, source, precision)
+    compat.reload_with(patcher, _reload_patcher, str(part.checkpoint.path), precision)
     return patcher, compute
 
 
 def _reload_patcher(
     source: str, precision: torch.dtype | None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    return _load_patcher(source, precision, disable_dynamic)[0]
+    part = open_part(Path(source), "vlm", compat.open_weights)
+    return _make_patcher(part, precision, disable_dynamic)[0]

@@ -25,7 +25,7 @@ def load_vae(source: str) -> comfy.sd.VAE:
         RuntimeError: the files are damaged or of another model.
     """
     part = open_part(Path(source), "vae", compat.open_weights)
-    if part.source.is_dir():
+    if part.checkpoint.path.is_dir():
         check_vae_config(part)
     weights = to_wan(part.weights)
     check_weights(_expected(weights), weights, part.name)
