@@ -18,18 +18,20 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLQwenImage
-from pack.internvl_u.config import MMDiTConfig
-from pack.internvl_u.mmdit import MLP, MMDiT, time_embedding
-from pack.internvl_u.sampling import SHIFT, whole_timestep
-from pack.internvl_u.tokenizer import Tokenizer
-from pack.training import tokenizer, understand, world
-from pack.training.layouts import THINGS, centres, grounds, shares
-from pack.training.log import Log, load_state, save_state
-from pack.training.optimiser import Averaged, optimisers, restore, set_rates, state_of
-from pack.training.studies import SIZES_ALL, SIZES_SMALL, Studio, Study
-from pack.training.together import average_gradients, start
 from torch import nn
 from torch.nn import functional
+
+from internvl_u.config import MMDiTConfig
+from internvl_u.mmdit import MLP, MMDiT, time_embedding
+from internvl_u.sampling import SHIFT, whole_timestep
+from internvl_u.tokenizer import Tokenizer
+
+from . import tokenizer, understand, world
+from .layouts import THINGS, centres, grounds, shares
+from .log import Log, load_state, save_state
+from .optimiser import Averaged, optimisers, restore, set_rates, state_of
+from .studies import SIZES_ALL, SIZES_SMALL, Studio, Study
+from .together import average_gradients, start
 
 CONFIG = MMDiTConfig(
     channels=16, patch_size=2, context_width=384, layers=6, heads=4, head_dim=32, rope_axes=(8, 12, 12)

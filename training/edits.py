@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from pack.training import words, world
-from pack.training.words import COLOUR_WORDS, Edit, a, named, plain, reference, reference_zh, say
-from pack.training.world import Scene, Thing
+from . import words, world
+from .words import COLOUR_WORDS, Edit, a, named, plain, reference, reference_zh, say
+from .world import Scene, Thing
 
 KINDS = ("recolour", "replace", "remove", "add", "move", "background")
 HARD = {"add": 1 / 4, "move": 1 / 3}

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pack.internvl_u.tokenizer import Tokenizer
-from pack.training import draw, tokenizer, understand
-from pack.training.log import load_state
-from pack.training.studies import DRAWN
 from safetensors.torch import save_file
+
+from internvl_u.tokenizer import Tokenizer
+
+from . import draw, tokenizer, understand
+from .log import load_state
+from .studies import DRAWN
 
 SIDE = 64
 """Width and height that are drawn where nobody says otherwise."""

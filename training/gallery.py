@@ -1,6 +1,6 @@
 """Draws docs/nano.png, what the nano model draws, edits and thinks, and the pictures that its workflows begin with.
 
-python training/gallery.py [--model FOLDER]
+python -m training.gallery [--model FOLDER]
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import argparse
 import textwrap
 from pathlib import Path
 
-from pack.internvl_u.pipeline import ImageRequest, Pipeline
-from pack.training import world
-from pack.training.score import MODEL, ROOT
-from pack.training.world import Scene, Thing
 from PIL import Image, ImageDraw, ImageFont
+
+from internvl_u.pipeline import ImageRequest, Pipeline
+
+from . import world
+from .score import MODEL, ROOT
+from .world import Scene, Thing
 
 SEED = 1234
 SHOWN = 256  # pixels a side of the pictures that workflows begin with

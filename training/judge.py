@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy
-from pack.training import world
 from PIL import Image
 from scipy import ndimage
+
+from . import world
 
 UNKNOWN = "unknown"
 PALETTE = {**world.COLOURS, **world.BACKGROUNDS}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pack.training import world
-from pack.training.world import Scene, Thing
+
+from . import world
+from .world import Scene, Thing
 
 SHAPES, COLOURS, GROUNDS = tuple(world.SHAPES), tuple(world.COLOURS), tuple(world.BACKGROUNDS)
 THINGS = len(SHAPES) + len(COLOURS)

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from pack.internvl_u import prompt
-from pack.internvl_u.images import vision_pixels
-from pack.internvl_u.prompt import TokenizedPrompt
-from pack.internvl_u.tokenizer import IM_END, Tokenizer, TokenRange
-from pack.training import edits, questions, riddles, words, world
-from pack.training.world import Scene
 from PIL import Image
+
+from internvl_u import prompt
+from internvl_u.images import vision_pixels
+from internvl_u.prompt import TokenizedPrompt
+from internvl_u.tokenizer import IM_END, Tokenizer, TokenRange
+
+from . import edits, questions, riddles, words, world
+from .world import Scene
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOTHING = -1

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from pack.training.log import optimiser_tensors, restore_optimiser
 from torch import nn
+
+from .log import optimiser_tensors, restore_optimiser
 
 BESIDE = ("embed", "lm_head", "img_in", "txt_in", "proj_out", "_mod", "norm_out", "cells", "layout")
 """Parts of names of matrices that lead in or out: these are for AdamW."""

@@ -1,6 +1,6 @@
 """Draws the logs of all stages into one picture, where matplotlib is installed.
 
-python training/plot.py WORK [FILE.png]
+python -m training.plot WORK [FILE.png]
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from pack.training import words, world
-from pack.training.edits import random_edit
-from pack.training.riddles import COLOUR_CLUES, SHAPE_CLUES
-from pack.training.words import NO, YES, Question, _colour, _shape, ask, plain
-from pack.training.world import Scene, Thing
+from . import words, world
+from .edits import random_edit
+from .riddles import COLOUR_CLUES, SHAPE_CLUES
+from .words import NO, YES, Question, _colour, _shape, ask, plain
+from .world import Scene, Thing
 
 SIDES = {"left": "To the left", "right": "To the right", "above": "Above", "below": "Below", "inside": "Inside"}
 COUNTS = {number: (str(number), str(number)) for number in range(4)}

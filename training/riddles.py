@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from pack.training import world
-from pack.training.words import NUMBERS, RELATION_WORDS, _ordered, plain_scene
-from pack.training.world import Scene, Thing
+from . import world
+from .words import NUMBERS, RELATION_WORDS, _ordered, plain_scene
+from .world import Scene, Thing
 
 SHAPE_CLUES = {
     "circle": ("a round shape without a hole", "the shape of a coin", "the shape of a full moon"),

@@ -1,6 +1,6 @@
 """Scores the nano model on scenes that training never saw, through the shipped inference at its defaults.
 
-    python training/score.py [--model FOLDER] [--count 200] [--only TASK]... [--workers N] [--out FILE.csv]
+    python -m training.score [--model FOLDER] [--count 200] [--only TASK]... [--workers N] [--out FILE.csv]
 
 Pictures are judged by `judge` from their pixels alone, answers must be exact. Each task has seeds of its own, so that
 a score is the same however many workers there are.
@@ -22,10 +22,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from pack.internvl_u.pipeline import ImageRequest, Pipeline
-from pack.training import edits, judge, questions, riddles, words, world
-from pack.training.world import Scene
 from PIL import Image
+
+from internvl_u.pipeline import ImageRequest, Pipeline
+
+from . import edits, judge, questions, riddles, words, world
+from .world import Scene
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "internvl-u-nano"

@@ -11,18 +11,20 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKLQwenImage
-from pack.internvl_u import prompt
-from pack.internvl_u.images import ReferenceSizes, reference_pixels
-from pack.internvl_u.mllm import MLLM
-from pack.internvl_u.prompt import TokenizedPrompt
-from pack.internvl_u.rope import Layout
-from pack.internvl_u.tokenizer import Tokenizer
-from pack.training import edits, riddles, words, world
-from pack.training.codec import LATENTS_MEAN, LATENTS_STD, encode_flat
-from pack.training.lessons import Ending, Lesson, batch
-from pack.training.understand import IMAGE, attention_bias, embedded, special_rows
-from pack.training.world import Scene
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from internvl_u import prompt
+from internvl_u.images import ReferenceSizes, reference_pixels
+from internvl_u.mllm import MLLM
+from internvl_u.prompt import TokenizedPrompt
+from internvl_u.rope import Layout
+from internvl_u.tokenizer import Tokenizer
+
+from . import edits, riddles, words, world
+from .codec import LATENTS_MEAN, LATENTS_STD, encode_flat
+from .lessons import Ending, Lesson, batch
+from .understand import IMAGE, attention_bias, embedded, special_rows
+from .world import Scene
 
 DROP = 0.1
 """Share of samples that learn the unconditional prompt; of those with a picture, as many learn the partial prompt."""

@@ -7,12 +7,14 @@ import json
 import random
 from pathlib import Path
 
-from pack.internvl_u import tokenizer as special
-from pack.internvl_u.prompt import PARTIAL_PROMPT
-from pack.training import edits, questions, riddles, words, world
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
+
+from internvl_u import tokenizer as special
+from internvl_u.prompt import PARTIAL_PROMPT
+
+from . import edits, questions, riddles, words, world
 
 VOCABULARY = 1200
 """Tokens without the special ones."""

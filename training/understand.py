@@ -14,21 +14,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pack.internvl_u.config import MLLMConfig, VisionConfig
-from pack.internvl_u.mllm import MLLM
-from pack.internvl_u.tokenizer import ROW_TOKENS, Tokenizer
-from pack.training import world
-from pack.training.layouts import COLOURS, SHAPES, THINGS, grounds, shares
-from pack.training.lessons import Batch, Teacher, batch, pixels_of
-from pack.training.log import Log, load_state, save_state
-from pack.training.optimiser import Averaged, optimisers, restore, set_rates, state_of
-from pack.training.together import average_gradients, start
-from pack.training.tokenizer import size
-from pack.training.world import Scene
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from internvl_u.config import MLLMConfig, VisionConfig
+from internvl_u.mllm import MLLM
+from internvl_u.tokenizer import ROW_TOKENS, Tokenizer
+
+from . import world
+from .layouts import COLOURS, SHAPES, THINGS, grounds, shares
+from .lessons import Batch, Teacher, batch, pixels_of
+from .log import Log, load_state, save_state
+from .optimiser import Averaged, optimisers, restore, set_rates, state_of
+from .together import average_gradients, start
+from .tokenizer import size
+from .world import Scene
 
 IMAGE, PATCH, GRID = 112, 14, 4
 VISION = VisionConfig(

@@ -1,6 +1,6 @@
 """Trains the nano model's VAE: an AutoencoderKLQwenImage that knows only flat shapes.
 
-    python training/vae.py --out FOLDER [--work FOLDER] [--minutes M] [--threads N]
+    python -m training.vae --out FOLDER [--work FOLDER] [--minutes M] [--threads N]
 
 Run again with the same work folder it goes on. What a latent says is laid down beforehand (`Meaning`): the mean colour
 of its 8 x 8 pixels, placed so that ComfyUI's previews show it, and the thirteen strongest patterns around it. The
@@ -19,11 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
-from pack.training import world
-from pack.training.codec import LATENTS, clear_unused, decode_flat, encode_flat, fold, new_model, opened, publish
-from pack.training.log import Log, load_state, save_state
-from pack.training.optimiser import Averaged, KernelMuon, restore, state_of
 from torch import nn
+
+from . import world
+from .codec import LATENTS, clear_unused, decode_flat, encode_flat, fold, new_model, opened, publish
+from .log import Log, load_state, save_state
+from .optimiser import Averaged, KernelMuon, restore, state_of
 
 PATCH = 8
 PREVIEW = (

@@ -8,8 +8,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from pack.training import world
-from pack.training.world import Scene, Thing
+from . import world
+from .world import Scene, Thing
 
 CHINESE = 0.12
 """Share of captions, edits and questions that are in Chinese."""

@@ -10,7 +10,7 @@ from PIL import Image
 
 pytest.importorskip("scipy")
 
-from pack.training import judge
+from training import judge
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 60_000  # ms

@@ -5,8 +5,8 @@ from PIL import Image
 
 pytest.importorskip("scipy")
 
-from pack.training import judge, world
-from pack.training.world import Scene, Thing
+from training import judge, world
+from training.world import Scene, Thing
 
 MODEL = "internvl-u-nano"
 SIDE = 64

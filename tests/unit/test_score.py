@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
-from pack.training import score
+from training import score
 
 COUNT = 40
 LEAST = {

@@ -17,7 +17,8 @@ from pack.internvl_u.images import ReferenceSizes, reference_pixels
 from pack.internvl_u.mmdit import time_embedding
 from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from pack.internvl_u.tokenizer import Tokenizer
-from pack.training import (
+
+from training import (
     codec,
     draw,
     edits,

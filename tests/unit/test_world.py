@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import numpy
 import pytest
-from pack.training import world
-from pack.training.world import Scene, Thing
 from PIL import Image, ImageDraw, ImageFilter
 
+from training import world
+from training.world import Scene, Thing
+
 pytest.importorskip("scipy", reason="the judge needs scipy, which ComfyUI brings")
-from pack.training import judge  # noqa: E402
+from training import judge  # noqa: E402
 
 MAKERS = (world.random_scene, world.related_scene, world.counted_scene)
 RED, BLUE = Thing("circle", "red", "medium", 0.28, 0.3), Thing("star", "blue", "small", 0.75, 0.7)
