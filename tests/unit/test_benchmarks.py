@@ -31,6 +31,7 @@ def test_random_weights_have_the_names_and_sizes_of_the_release():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_each_benchmark_explains_itself(monkeypatch, capsys, script):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    monkeypatch.delitem(sys.modules, f"benchmarks.{script}", raising=False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(f"benchmarks.{script}", run_name="__main__")
     assert ended.value.code == 0
