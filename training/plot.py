@@ -10,7 +10,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
-SHOWN = {"vae": ("psnr", "psnr_noise"), "understand": ("one", "two", "riddle", "edit thought"), "draw": ("loss",)}
+SHOWN = {
+    "vae": ("psnr", "psnr_noise"),
+    "mllm": ("one image", "two images", "riddle", "edit thought"),
+    "mmdit": ("loss",),
+}
 """What is shown of each stage's log, over the minutes."""
 
 

@@ -28,8 +28,8 @@ def commands(work: Path, out: Path, threads: int, device: str) -> dict[str, list
     return {
         "tokenizer": ["tokenizer", "--out", out / "processor"],
         "vae": ["vae", "--out", out / "vae", *common],
-        "understand": ["understand", *words, *common, *workers],
-        "draw": ["draw", *words, "--vae", out / "vae", *common, *workers],
+        "mllm": ["mllm", *words, *common, *workers],
+        "mmdit": ["mmdit", *words, "--vae", out / "vae", *common, *workers],
         "export": ["export", "--work", work, "--out", out],
     }
 

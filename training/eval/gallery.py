@@ -1,6 +1,6 @@
 """Draws docs/nano.png, what the nano model draws, edits and thinks, and the pictures that its workflows begin with.
 
-python -m training.gallery [--model FOLDER]
+python -m training.eval.gallery [--model FOLDER]
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from internvl_u.pipeline import ImageRequest, Pipeline
 
-from . import world
+from ..data import scenes
+from ..data.scenes import Scene, Thing
 from .score import MODEL, ROOT
-from .world import Scene, Thing
 
 SEED = 1234
 SHOWN = 256  # pixels a side of the pictures that workflows begin with
@@ -49,7 +49,7 @@ RIDDLES = (
 def gallery(pipeline: Pipeline) -> Image.Image:
     """Returns all pictures in rows, each over what was asked for."""
     cells = [(pipeline.draw(ImageRequest(text, seed=SEED)), text) for text in DRAWN]
-    before = world.draw(BEFORE)
+    before = scenes.render(BEFORE)
     cells += [(pipeline.draw(ImageRequest(text, images=(before,), seed=SEED)), f"> {text}") for text in EDITED]
     for text in RIDDLES:
         thought = pipeline.think(ImageRequest(text, seed=SEED))
@@ -77,7 +77,7 @@ def main() -> None:
     inputs = ROOT / "demo" / "input"
     inputs.mkdir(exist_ok=True)
     for name, scene in (("before", BEFORE), ("after", AFTER)):
-        world.draw(scene, SHOWN, SHOWN).save(inputs / f"nano_{name}.png", optimize=True)
+        scenes.render(scene, SHOWN, SHOWN).save(inputs / f"nano_{name}.png", optimize=True)
     gallery(Pipeline(options.model)).save(ROOT / "docs" / "nano.png", optimize=True)
 
 
