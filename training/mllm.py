@@ -9,6 +9,7 @@ cells: without that, seeing begins only after tens of thousands of images.
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -62,9 +63,10 @@ class LossWeights:
 
 
 WEIGHTS = LossWeights()
+logger = logging.getLogger(__name__)
 
 
-class Stage:
+class MLLMStage:
     """The model with its auxiliary head, and the losses of each step."""
 
     def __init__(self, options: argparse.Namespace, rank: int = 0):
@@ -116,6 +118,9 @@ class Stage:
             found = [result for kind, results in self.exact.items() if wanted(kind) for result in results]
             return sum(found) / max(len(found), 1)
 
+        if self.rank == 0:
+            shares = (f"{kind} {sum(found) / len(found):.2f}" for kind, found in sorted(self.exact.items()))
+            logger.info("    %s", ", ".join(shares))
         without_image = (*THOUGHTS, "knowledge")
         row = {name: share(lambda kind, name=name: kind == name) for name in THOUGHTS} | {
             "exact": share(lambda kind: True),
@@ -140,11 +145,11 @@ def exact_matches(predicted: torch.Tensor, batch: Batch) -> dict[str, list[bool]
 def train(options: argparse.Namespace, rank: int = 0) -> MLLM:
     """Trains, going on from the work folder where it was left, and returns the averaged model."""
     torch.manual_seed(options.seed)
-    stage = Stage(options, rank)
+    stage = MLLMStage(options, rank)
     if options.init_from is not None:
         stage.network.load_state_dict(load_file(options.init_from), strict=False)
     trainer = Trainer(
-        stage.network,
+        stage,
         make_optimizers(stage.network, options.lr),
         StepSchedule(options.lr, options.steps, options.log_every, options.stop_after),
         ema_decay=EMA_DECAY,
@@ -156,7 +161,7 @@ def train(options: argparse.Namespace, rank: int = 0) -> MLLM:
     trainer.resume()
     if options.compile:
         compile_layers(stage.model)
-    trainer.fit(stage.losses, stage.report)
+    trainer.fit()
     return trainer.ema_network()["model"].cpu().eval()
 
 

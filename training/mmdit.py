@@ -96,7 +96,7 @@ class SampleSource:
             self.loaded = changed
 
 
-class Stage:
+class MMDiTStage:
     """The transformer with its auxiliary head, and the losses of each step."""
 
     def __init__(self, options: argparse.Namespace, rank: int = 0):
@@ -149,9 +149,9 @@ def make_sample_builder(tokenizer: Path, vae: Path, device: torch.device) -> Sam
 def train(options: argparse.Namespace, rank: int = 0) -> MMDiT:
     """Trains, going on from the work folder where it was left, and returns the averaged model."""
     torch.manual_seed(options.seed)
-    stage = Stage(options, rank)
+    stage = MMDiTStage(options, rank)
     trainer = Trainer(
-        stage.network,
+        stage,
         make_optimizers(stage.network, options.lr),
         StepSchedule(options.lr, options.steps, options.log_every),
         ema_decay=EMA_DECAY,
@@ -161,7 +161,7 @@ def train(options: argparse.Namespace, rank: int = 0) -> MMDiT:
         rank=rank,
     )
     trainer.resume()
-    trainer.fit(stage.losses, stage.report)
+    trainer.fit()
     return trainer.ema_network()["model"].cpu().eval()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,8 +20,19 @@ from .optim import EMA, set_lr, warmup_cosine, warmup_stable_decay
 
 MAX_GRADIENT_NORM = 1.0
 Losses = Mapping[str, torch.Tensor]
-Report = Callable[[EMA], Mapping[str, float]]
 logger = logging.getLogger(__name__)
+
+
+class Stage(Protocol):
+    """What is trained: a network (a model, mostly with an auxiliary head), and its losses."""
+
+    network: nn.Module
+
+    def losses(self, step: int) -> Losses:
+        """Returns the losses of a step, counted from 0: "total" is minimised, all others are only logged."""
+
+    def report(self, ema: EMA) -> Mapping[str, float]:
+        """Returns what a row of the log has beside the means of the losses since the row before."""
 
 
 class Schedule(Protocol):
@@ -78,7 +89,7 @@ class TimeSchedule:
 
 
 class Trainer:
-    """Trains a network (a model, mostly with an auxiliary head), and goes on where an earlier run was stopped.
+    """Trains the network of a stage, and goes on where an earlier run was stopped.
 
     `step` and `seconds` count over all runs. Only the process of rank 0 writes `<name>.csv` and `<name>.safetensors`
     into the work folder.
@@ -86,7 +97,7 @@ class Trainer:
 
     def __init__(
         self,
-        network: nn.Module,
+        stage: Stage,
         optimizers: Sequence[torch.optim.Optimizer],
         schedule: Schedule,
         *,
@@ -96,8 +107,9 @@ class Trainer:
         columns: Sequence[str],
         rank: int = 0,
     ):
-        self.network, self.optimizers, self.schedule = network, optimizers, schedule
-        self.ema = EMA(network, ema_decay)
+        self.stage, self.network = stage, stage.network
+        self.optimizers, self.schedule = optimizers, schedule
+        self.ema = EMA(self.network, ema_decay)
         self.step, self.seconds = 0, 0.0
         self.state_file = work / f"{name}.safetensors"
         self.log = MetricsLog(work / f"{name}.csv", ("step", "seconds", *columns)) if rank == 0 else None
@@ -114,25 +126,22 @@ class Trainer:
             self.log.truncate(self.step)
         return True
 
-    def fit(self, compute_losses: Callable[[int], Losses], report: Report) -> None:
-        """Trains until the schedule is over.
-
-        `compute_losses` returns the losses of a step, counted from 0: "total" is minimised, all others are logged as
-        their means since the last row. `report` returns the other columns of a row.
-        """
+    def fit(self) -> None:
+        """Trains until the schedule is over."""
         started, logged = time.monotonic() - self.seconds, self.seconds
         history: dict[str, list[float]] = defaultdict(list)
         while not self.schedule.is_over(self.step, self.seconds):
-            losses = compute_losses(self.step)
+            losses = self.stage.losses(self.step)
             self.optimize(losses["total"])
-            for name in losses.keys() - {"total"}:
-                history[name].append(losses[name].item())
+            for name, loss in losses.items():
+                if name != "total":
+                    history[name].append(loss.item())
             self.seconds = time.monotonic() - started
             if self.schedule.is_log_due(self.step, self.seconds, logged):
                 logged = self.seconds
                 means = {name: sum(values) / len(values) for name, values in history.items()}
                 history.clear()
-                self.record(means | report(self.ema))
+                self.record(means | self.stage.report(self.ema))
 
     def optimize(self, loss: torch.Tensor) -> None:
         """Makes one step down the loss."""

@@ -213,7 +213,7 @@ def measure(model: AutoencoderKLQwenImage, held_out: list[torch.Tensor], noise: 
     return tuple(psnr([decode_frame(model, x) for x in kind], held_out) for kind in (latents, noisy))
 
 
-class Stage:
+class VAEStage:
     """The VAE, and the loss of each step."""
 
     def __init__(self, options: argparse.Namespace):
@@ -223,6 +223,7 @@ class Stage:
         if options.decoder_of:
             self.model.encoder.requires_grad_(False)
             self.model.quant_conv.requires_grad_(False)
+        self.network = self.model
         self.held_out = image_set("held out", 128)
         self.latent_target = LatentTarget(image_set("meaning", 900)).to(options.device)
         self.compiled_loss = torch.compile(total_loss, dynamic=False) if options.compile else total_loss
@@ -249,11 +250,11 @@ class Stage:
         return model.eval().requires_grad_(False)
 
 
-def make_trainer(options: argparse.Namespace, stage: Stage) -> Trainer:
+def make_trainer(options: argparse.Namespace, stage: VAEStage) -> Trainer:
     """Returns the trainer, which has gone back to the last state in the work folder."""
     learning = ((name, weight) for name, weight in stage.model.named_parameters() if "time_conv" not in name)
     trainer = Trainer(
-        stage.model,
+        stage,
         make_kernel_optimizers(learning, options.lr),
         TimeSchedule(options.lr, 60 * options.minutes, options.log_seconds),
         ema_decay=EMA_DECAY,
@@ -268,9 +269,9 @@ def make_trainer(options: argparse.Namespace, stage: Stage) -> Trainer:
 def main(options: argparse.Namespace) -> None:
     """Trains, or goes on training, and writes the VAE to `options.out`."""
     set_up_process(options.threads)
-    stage = Stage(options)
+    stage = VAEStage(options)
     trainer = make_trainer(options, stage)
-    trainer.fit(stage.losses, stage.report)
+    trainer.fit()
     model = stage.averaged(trainer.ema)
     clear_unused(model)
     fold_statistics(model)
