@@ -1,4 +1,4 @@
-"""Draws the logs of all stages into one picture, where matplotlib is installed.
+"""Draws the logs of all stages into one image, where matplotlib is installed.
 
 python -m training.plot WORK [FILE.png]
 """

@@ -3,6 +3,7 @@
 import csv
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from pack.internvl_u.mmdit import time_embedding
 from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from pack.internvl_u.tokenizer import Tokenizer
 
-from training import checkpointing, export, mllm, mllm_model, mmdit_model, tokenizer, vae, vae_model
+from training import checkpointing, export, mllm, mllm_model, mmdit_model, tokenizer, trainer, vae, vae_model
 from training.data import captions, edits, samples, scenes, sft_data
 from training.eval import score
 
@@ -176,6 +177,15 @@ def test_training_goes_on_where_it_was_left(tmp_path, monkeypatch):
         torch.testing.assert_close(resumed[name], weight, atol=1e-5, rtol=1e-4)
     rows = list(csv.DictReader((tmp_path / "parts" / "mllm.csv").open()))
     assert [row["step"] for row in rows] == ["1", "2", "3"]
+
+
+def test_only_the_first_process_writes_into_the_work_folder(tmp_path):
+    for rank, written in ((1, []), (0, ["x.csv", "x.safetensors"])):
+        stage = SimpleNamespace(network=torch.nn.Linear(1, 1), losses=None, report=None)
+        schedule = trainer.StepSchedule(max_lr=1e-3, steps=1, log_every=1)
+        run = trainer.Trainer(stage, (), schedule, ema_decay=0.9, work=tmp_path, name="x", columns=("loss",), rank=rank)
+        run.record({"loss": 1.0})
+        assert sorted(file.name for file in tmp_path.iterdir()) == written
 
 
 def test_a_state_comes_back_whole(tmp_path):

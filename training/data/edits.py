@@ -121,7 +121,7 @@ def _remove(rng: random.Random, scene: Scene) -> Edit | None:
 
 
 def _at_destination(scene: Scene, thing: Thing, destination: str) -> Thing:
-    """Returns the thing at a goal of the picture, as near to the edge as the grid allows."""
+    """Returns the thing at a goal of the image, as near to the edge as the grid allows."""
     x, y = (
         now if wish is None else min(places, key=lambda place: abs(place - wish))
         for now, wish, places in zip(

@@ -1,4 +1,4 @@
-"""Questions about one picture, about two, and about no picture, each with its one right answer."""
+"""Questions about one image, about two, and about no image, each with its one right answer."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def _compare(rng: random.Random, one: Scene, other: Scene) -> list[Question]:
 
 
 def knowledge(rng: random.Random) -> Question:
-    """Returns a question without a picture, about what the riddles need."""
+    """Returns a question without an image, about what the riddles need."""
     if rng.random() < 0.5:
         shape = rng.choice(scenes.SHAPES)
         clue = rng.choice(SHAPE_CLUES[shape])

@@ -1,4 +1,4 @@
-"""Riddles: wishes for a picture that must be thought out, with a written thought that ends in the plain scene."""
+"""Riddles: wishes for an image that must be thought out, with a written thought that ends in the plain scene."""
 
 from __future__ import annotations
 

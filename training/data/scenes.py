@@ -1,6 +1,6 @@
 """A synthetic world of flat shapes: scenes, how they are rendered, and how they are generated from a seed.
 
-A scene is one to three things on a plain background. Lengths are fractions: positions of the picture's width and
+A scene is one to three things on a plain background. Lengths are fractions: positions of the image's width and
 height, sizes of its shorter side, so that one scene can be drawn at any size. Things are put on a coarse grid: few
 places are soon learnt.
 """
@@ -34,20 +34,20 @@ BACKGROUNDS = {
     "beige": (232, 214, 170),
 }
 SIZES = {"small": 0.28, "medium": 0.40, "large": 0.58}
-"""Outer diameter as a fraction of the picture's shorter side."""
+"""Outer diameter as a fraction of the image's shorter side."""
 
 IMAGE_SIZES = ((64, 64), (96, 96), (128, 128), (96, 64), (64, 96))
-"""(width, height) in pixels of the pictures of this world."""
+"""(width, height) in pixels of the images of this world."""
 
 SQUARE_SIDE = 0.88  # of the diameter, so that a square looks as large as a circle
 CROSS_ARM = 0.36
 RING_HOLE = 0.52
 STAR_WAIST = 0.42
 MIN_GAP = 0.06  # between things, of the shorter side
-MARGIN = 0.03  # between things and the picture's edge
+MARGIN = 0.03  # between things and the image's edge
 GRID_STEP = 1 / 4  # between the places that things are put on, of the shorter side
 PIPS = {2: ((1, 2), (3, 2)), 3: ((2, 1), (1, 3), (3, 3))}
-"""Where equal things lie: steps of the grid along the picture's longer side and across it."""
+"""Where equal things lie: steps of the grid along the image's longer side and across it."""
 RELATION_RATIO = 1.49
 """Least offset in a direction by that across it, for a relation; three steps of the grid by two are enough."""
 SUPERSAMPLING = 4
@@ -55,7 +55,7 @@ SUPERSAMPLING = 4
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. `x`, `y` is the centre of its bounding box, in 0..1 of the picture's width and height."""
+    """One shape. `x`, `y` is the centre of its bounding box, in 0..1 of the image's width and height."""
 
     shape: str
     colour: str
@@ -68,7 +68,7 @@ class Thing:
         return f"{self.colour} {self.shape}"
 
     def extent(self) -> tuple[float, float]:
-        """Width and height of the bounding box as fractions of the picture's shorter side."""
+        """Width and height of the bounding box as fractions of the image's shorter side."""
         diameter = SIZES[self.size]
         if self.shape == "square":
             return diameter * SQUARE_SIDE, diameter * SQUARE_SIDE
@@ -81,7 +81,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things on a background, in a picture of `width` x `height` pixels; a later thing lies on an earlier one."""
+    """Things on a background, in an image of `width` x `height` pixels; a later thing lies on an earlier one."""
 
     width: int
     height: int
@@ -89,7 +89,7 @@ class Scene:
     things: tuple[Thing, ...]
 
     def box(self, thing: Thing) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom of a thing in fractions of the picture's shorter side."""
+        """Left, top, right, bottom of a thing in fractions of the image's shorter side."""
         short = min(self.width, self.height)
         half_width, half_height = (side / 2 for side in thing.extent())
         x, y = thing.x * self.width / short, thing.y * self.height / short
@@ -97,7 +97,7 @@ class Scene:
 
 
 def render(scene: Scene, width: int | None = None, height: int | None = None) -> Image.Image:
-    """Returns the scene as an RGB picture with smooth edges, at its own size or another."""
+    """Returns the scene as an RGB image with smooth edges, at its own size or another."""
     width, height = width or scene.width, height or scene.height
     scale = SUPERSAMPLING
     image = Image.new("RGB", (width * scale, height * scale), BACKGROUNDS[scene.background])
@@ -146,7 +146,7 @@ def are_apart(scene: Scene, one: Thing, other: Thing, gap: float = MIN_GAP) -> b
 
 
 def fits(scene: Scene) -> bool:
-    """Returns whether all things lie in the picture and clear of each other (a thing inside another is allowed)."""
+    """Returns whether all things lie in the image and clear of each other (a thing inside another is allowed)."""
     short = min(scene.width, scene.height)
     right, bottom = scene.width / short - MARGIN, scene.height / short - MARGIN
     for i, thing in enumerate(scene.things):
@@ -194,7 +194,7 @@ REGIONS = {
     "bottom": (1, 2),
     "bottom right": (2, 2),
 }
-"""Column and row of each named place; the picture is cut into three columns and three rows."""
+"""Column and row of each named place; the image is cut into three columns and three rows."""
 
 
 def region_of(thing: Thing) -> str | None:
@@ -234,7 +234,7 @@ def _add_at_first_free(scene: Scene, thing: Thing, positions: Iterable[tuple[flo
 
 
 def grid_positions(scene: Scene, thing: Thing) -> tuple[list[float], list[float]]:
-    """Returns the grid's places across and down at which a thing lies within the picture."""
+    """Returns the grid's places across and down at which a thing lies within the image."""
     short = min(scene.width, scene.height)
     sides = zip((scene.width, scene.height), thing.extent(), strict=True)
     across, down = (_steps_along(side / short, extent / 2 + MARGIN) for side, extent in sides)
@@ -313,7 +313,7 @@ def counted_scene(rng: random.Random, count: int | None = None, image_size: tupl
 def any_scene(rng: random.Random, image_size: tuple[int, int] | None = None, jitter_chance: float = 0.5) -> Scene:
     """Returns a scene of any kind: of different things (half of all), of two that are related, or of equal things.
 
-    `jitter_chance` is the chance that its things lie off the grid, as they do in pictures from elsewhere.
+    `jitter_chance` is the chance that its things lie off the grid, as they do in images from elsewhere.
     """
     kind = rng.choice((None, None, related_scene, counted_scene))
     # One thing alone is soon understood.

@@ -1,7 +1,7 @@
 """Detects the things in an image of the synthetic world: what it shows, from its pixels alone.
 
-The picture may come from a model: colours a little off, soft or wobbly edges, specks and noise are forgiven; a shape
-or a colour that is none of the world's is "unknown". Nothing here knows what the picture should show.
+The image may come from a model: colours a little off, soft or wobbly edges, specks and noise are forgiven; a shape
+or a colour that is none of the world's is "unknown". Nothing here knows what the image should show.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ UNKNOWN = "unknown"
 PALETTE = {**scenes.COLOURS, **scenes.BACKGROUNDS}
 NAMES = (*PALETTE, UNKNOWN)
 
-# Pixels that a picture is brought to, so that an edge is a few pixels wide whatever the size was. None of the world's
+# Pixels that an image is brought to, so that an edge is a few pixels wide whatever the size was. None of the world's
 # own sizes: resampling takes the edge off noise.
 SHORT_SIDE = 112
 MAX_CONTRAST = 40  # most levels between neighbours on one surface; an edge has more
 MIN_PATCH = 6  # least pixels of a flat patch that counts as a surface
-MIN_AREA = 0.004  # of the picture: less is no thing, and no hole in one
-MIN_AREA_PIXELS = 12  # of the picture as it came
+MIN_AREA = 0.004  # of the image: less is no thing, and no hole in one
+MIN_AREA_PIXELS = 12  # of the image as it came
 MAX_DISTANCE = 75  # levels from a colour of the palette; 35 in each channel are 61
 MIN_HOLE = 0.04  # of the filled outline: less is no hole
 TEMPLATE_CELLS = 48  # along a side of the templates
 TEMPLATE_REACH = 3.0  # of the templates to each side of the centre, in standard deviations of the shape
 MAX_STRETCH = 1.22  # most that width by height may differ from the shape's
 # Least overlap with the template. The longer a shape's outline, the more the same wobble takes away. Pentagons,
-# parallelograms and four-pointed stars come close to these; tests/unit/test_world.py has the shapes on both sides.
+# parallelograms and four-pointed stars come close to these; tests/unit/test_scenes.py has the shapes on both sides.
 MIN_OVERLAP = {"circle": 0.90, "square": 0.88, "triangle": 0.77, "star": 0.71, "cross": 0.78, "ring": 0.75}
 MIN_LEAD = 0.02  # of the best overlap over the next
 
 
 @dataclass(frozen=True)
 class Detection:
-    """A thing found in a picture; shape or colour is "unknown" where it is none of the world's.
+    """A thing found in an image; shape or colour is "unknown" where it is none of the world's.
 
-    `x`, `y` is the centre of its box; `box` its left, top, right and bottom, all in fractions of the picture's width
-    and height. `area` is a fraction of the picture: what lies on the thing counts, the hole of a ring does not.
-    `ratio` is the picture's width by its height.
+    `x`, `y` is the centre of its box; `box` its left, top, right and bottom, all in fractions of the image's width
+    and height. `area` is a fraction of the image: what lies on the thing counts, the hole of a ring does not.
+    `ratio` is the image's width by its height.
     """
 
     shape: str
@@ -61,20 +61,20 @@ class Detection:
         return f"{self.colour} {self.shape}"
 
     def lengths(self, across: float, down: float) -> tuple[float, float]:
-        """Returns fractions of the picture's width and height as fractions of its shorter side."""
+        """Returns fractions of the image's width and height as fractions of its shorter side."""
         return across * max(self.ratio, 1), down * max(1 / self.ratio, 1)
 
 
 @dataclass(frozen=True)
 class DetectedScene:
-    """What a picture shows: the colour that most of its border has, and its things, larger ones first."""
+    """What an image shows: the colour that most of its border has, and its things, larger ones first."""
 
     background: str
     things: tuple[Detection, ...]
 
 
 def detect(image: Image.Image) -> DetectedScene:
-    """Returns what a picture of any size shows; one that is not of the small world gives unknown things or none."""
+    """Returns what an image of any size shows; one that is not of the small world gives unknown things or none."""
     scale = SHORT_SIDE / min(image.size)
     width, height = (round(side * scale) for side in image.size)
     pixels = numpy.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
@@ -220,9 +220,9 @@ def _sample(mask: numpy.ndarray) -> tuple[numpy.ndarray, float]:
         centre.append((weights * places).sum() / weights.sum())
         spread.append(math.sqrt((weights * (places - centre[axis]) ** 2).sum() / weights.sum() + 1 / 12))
     margin = math.ceil(TEMPLATE_REACH * max(spread))
-    picture = Image.fromarray(numpy.pad(mask, margin).astype(numpy.float32))
+    image = Image.fromarray(numpy.pad(mask, margin).astype(numpy.float32))
     box = [centre[axis] + margin + side * TEMPLATE_REACH * spread[axis] for side in (-1, 1) for axis in (0, 1)]
-    cells = picture.resize((TEMPLATE_CELLS, TEMPLATE_CELLS), Image.Resampling.BOX, box)
+    cells = image.resize((TEMPLATE_CELLS, TEMPLATE_CELLS), Image.Resampling.BOX, box)
     return numpy.asarray(cells), spread[0] / spread[1]
 
 
@@ -245,14 +245,14 @@ def matches_scene(reading: DetectedScene, scene: scenes.Scene) -> bool:
 def is_thing(seen: Detection, thing: scenes.Thing, near: float | None = None) -> bool:
     """Returns whether shape and colour are the thing's; with `near`, also whether it is that close to its place.
 
-    `near` is in fractions of the picture's width and height.
+    `near` is in fractions of the image's width and height.
     """
     close = near is None or max(abs(seen.x - thing.x), abs(seen.y - thing.y)) <= near
     return close and seen.name == thing.name
 
 
 def is_inside(inner: Detection, outer: Detection, slack: float = 0.01) -> bool:
-    """Returns whether `inner` lies on the middle of a larger `outer`; boxes may be off by `slack` of the picture."""
+    """Returns whether `inner` lies on the middle of a larger `outer`; boxes may be off by `slack` of the image."""
     a, b = inner.box, outer.box
     contained = min(a[0] - b[0], a[1] - b[1], b[2] - a[2], b[3] - a[3]) >= -slack
     off_centre = max(abs(inner.x - outer.x) / (b[2] - b[0]), abs(inner.y - outer.y) / (b[3] - b[1]))
@@ -263,7 +263,7 @@ def relation(one: Detection, other: Detection, clear: float = 1.25, least: float
     """Returns how `one` lies to `other`: left, right, above, below, inside; None where that is not clear.
 
     By the offset of their centres. The larger part decides; it must be `clear` times the smaller one and `least` of
-    the picture's shorter side.
+    the image's shorter side.
     """
     if is_inside(one, other):
         return "inside"
@@ -299,7 +299,7 @@ def is_kept(
 ) -> bool:
     """Returns whether each thing of `before` is still in `after`, where there may be others.
 
-    Still: of the same shape and colour, its centre moved by at most `shift` of the picture's width and height, its
+    Still: of the same shape and colour, its centre moved by at most `shift` of the image's width and height, its
     area changed by at most a factor of `growth`. Two things do not count as kept by the same one.
     """
     free = list(_things(after))

@@ -48,25 +48,25 @@ Task = Callable[[Pipeline, random.Random], Outcome]
 
 
 def draw_one(pipeline: Pipeline, rng: random.Random) -> Outcome:
-    """A picture of one thing: shape, colour and background must be right."""
+    """An image of one thing: shape, colour and background must be right."""
     scene = scenes.random_scene(rng, 1)
     return _drawn(pipeline, rng, scene, captions.caption(rng, scene))
 
 
 def draw_two(pipeline: Pipeline, rng: random.Random) -> Outcome:
-    """A picture of two things: both, their relation and the background must be right."""
+    """An image of two things: both, their relation and the background must be right."""
     scene = scenes.related_scene(rng)
     return _drawn(pipeline, rng, scene, captions.caption(rng, scene, with_relation=True))
 
 
 def draw_three(pipeline: Pipeline, rng: random.Random) -> Outcome:
-    """A picture of three different things: all and the background must be right."""
+    """An image of three different things: all and the background must be right."""
     scene = scenes.random_scene(rng, 3)
     return _drawn(pipeline, rng, scene, captions.caption(rng, scene), related=False)
 
 
 def draw_count(pipeline: Pipeline, rng: random.Random) -> Outcome:
-    """A picture of two or three equal things: their number, what they are and the background must be right."""
+    """An image of two or three equal things: their number, what they are and the background must be right."""
     scene = scenes.counted_scene(rng)
     return _drawn(pipeline, rng, scene, captions.caption(rng, scene), related=False)
 
@@ -75,31 +75,31 @@ def edit(pipeline: Pipeline, rng: random.Random) -> Outcome:
     """An edit: what was asked must have happened, and all the rest must still be as it was."""
     wanted = edits.random_edit(rng)
     before = scenes.render(wanted.before)
-    picture = pipeline.draw(ImageRequest(wanted.instruction, images=(before,), seed=rng.randrange(1 << 30)))
-    found = detector.detect(picture)
+    image = pipeline.draw(ImageRequest(wanted.instruction, images=(before,), seed=rng.randrange(1 << 30)))
+    found = detector.detect(image)
     return Outcome(_edited(found, wanted), wanted.instruction, _describe_wanted(wanted.after), _describe_found(found))
 
 
 def ask_one(pipeline: Pipeline, rng: random.Random) -> Outcome:
-    """A question about one picture; the answer must be exact. Descriptions are no short answers and do not count."""
+    """A question about one image; the answer must be exact. Descriptions are no short answers and do not count."""
     scene = rng.choice((scenes.random_scene, scenes.related_scene, scenes.counted_scene))(rng)
     question = next(q for q in questions.questions(rng, scene) if q.kind != "describe")
     return _answered(pipeline, question, [scenes.render(scene)])
 
 
 def ask_two(pipeline: Pipeline, rng: random.Random) -> Outcome:
-    """A question about two pictures; the answer must be exact."""
+    """A question about two images; the answer must be exact."""
     one, other, found = questions.image_pair(rng)
     return _answered(pipeline, rng.choice(found), [scenes.render(one), scenes.render(other)])
 
 
 def riddle(pipeline: Pipeline, rng: random.Random, think: bool = True) -> Outcome:
-    """A riddle, thought over first: the picture must show what was meant."""
+    """A riddle, thought over first: the image must show what was meant."""
     asked = riddles.random_riddle(rng)
     request = ImageRequest(asked.text, seed=rng.randrange(1 << 30))
     thought = pipeline.think(request) if think else ""
-    picture = pipeline.draw(ImageRequest(asked.text, seed=request.seed, thought=thought))
-    found = detector.detect(picture)
+    image = pipeline.draw(ImageRequest(asked.text, seed=request.seed, thought=thought))
+    found = detector.detect(image)
     return Outcome(
         _shown(found, asked.scene), asked.text, _describe_wanted(asked.scene), f"{_describe_found(found)} <- {thought}"
     )
@@ -130,7 +130,7 @@ def _drawn(pipeline: Pipeline, rng: random.Random, scene: Scene, caption: str, r
 
 
 def _shown(found: detector.DetectedScene, scene: Scene, related: bool = True) -> bool:
-    """Returns whether a picture shows the scene: background, things, and how two different things lie."""
+    """Returns whether an image shows the scene: background, things, and how two different things lie."""
     if not detector.matches_scene(found, scene):
         return False
     if not related or len(scene.things) != 2 or scene.things[0].name == scene.things[1].name:
@@ -146,7 +146,7 @@ def _shown(found: detector.DetectedScene, scene: Scene, related: bool = True) ->
 
 
 def _edited(found: detector.DetectedScene, wanted: edits.Edit) -> bool:
-    """Returns whether a picture is the edit's outcome, every thing where and as large as it should be."""
+    """Returns whether an image is the edit's outcome, every thing where and as large as it should be."""
     if not detector.matches_scene(found, wanted.after):
         return False
     left = list(found.things)
@@ -167,8 +167,8 @@ def _near(seen: detector.Detection, thing: scenes.Thing, wanted: edits.Edit) -> 
     return math.dist((seen.x, seen.y), (thing.x, thing.y)) < slack
 
 
-def _answered(pipeline: Pipeline, question: captions.Question, pictures: list[Image.Image]) -> Outcome:
-    answer = pipeline.answer(question.text, pictures)
+def _answered(pipeline: Pipeline, question: captions.Question, images: list[Image.Image]) -> Outcome:
+    answer = pipeline.answer(question.text, images)
     return Outcome(answer == question.answer, f"{question.kind}: {question.text}", question.answer, answer)
 
 
@@ -185,7 +185,7 @@ def _describe_found(found: detector.DetectedScene) -> str:
 
 @functools.lru_cache(maxsize=1)
 def load_pipeline(model: Path) -> Pipeline:
-    """Returns the model, once a process."""
+    """Returns the model, once per process."""
     torch.set_num_threads(1)
     return Pipeline(model)
 
