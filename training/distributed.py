@@ -27,7 +27,8 @@ def launch(train: Train, options: argparse.Namespace) -> None:
 def set_up_process(threads: int) -> None:
     """Sets the threads that torch uses in this process, and has its progress shown."""
     torch.set_num_threads(threads)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("training").setLevel(logging.INFO)
 
 
 def _run_worker(rank: int, train: Train, options: argparse.Namespace, rendezvous: Path) -> None:

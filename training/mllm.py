@@ -63,7 +63,7 @@ class LossWeights:
 
 
 WEIGHTS = LossWeights()
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("training.mllm")  # by its name as the main module, too
 
 
 class MLLMStage:
@@ -118,7 +118,7 @@ class MLLMStage:
             found = [result for kind, results in self.exact.items() if wanted(kind) for result in results]
             return sum(found) / max(len(found), 1)
 
-        if self.rank == 0:
+        if self.rank == 0 and self.exact:
             shares = (f"{kind} {sum(found) / len(found):.2f}" for kind, found in sorted(self.exact.items()))
             logger.info("    %s", ", ".join(shares))
         without_image = (*THOUGHTS, "knowledge")
