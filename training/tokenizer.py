@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from internvl_u import tokenizer as special
-from internvl_u.prompt import PARTIAL_PROMPT
+from internvl_u.prompt import PARTIAL_PROMPT, SYSTEM_ANSWER, SYSTEM_DRAW, SYSTEM_EDIT
 
 from .data import captions, edits, questions, riddles
 from .data.scenes import counted_scene, random_scene, related_scene
@@ -50,7 +50,7 @@ def corpus(seed: int = 0):
         for text in (*texts, *(part for question in asked for part in (question.text, question.answer))):
             yield text
             yield text[:1].upper() + text[1:] + "."
-        for system in (special.SYSTEM_ANSWER, special.SYSTEM_DRAW, special.SYSTEM_EDIT):
+        for system in (SYSTEM_ANSWER, SYSTEM_DRAW, SYSTEM_EDIT):
             yield f"system\n{system}"
         yield from SENTENCES
 

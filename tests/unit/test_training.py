@@ -1,6 +1,7 @@
 """Training computes what inference computes: packed examples, contexts, padded batches, and what is exported."""
 
 import csv
+import itertools
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,12 @@ TOLERANCE = 2e-4
 @pytest.fixture(scope="module")
 def words_of():
     return Tokenizer(CHOSEN / "processor")
+
+
+def test_the_tokenizer_learns_from_what_is_said_and_from_the_system_messages():
+    texts = list(itertools.islice(tokenizer.corpus(), 40))
+    assert f"system\n{prompt.SYSTEM_DRAW}" in texts and tokenizer.PARTIAL_PROMPT in texts
+    assert len(set(texts)) > 30
 
 
 @pytest.fixture(scope="module")
