@@ -2,7 +2,9 @@
 
 import asyncio
 import importlib
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -42,6 +44,14 @@ TEXT_CASES = ("qa_one", "qa_two", "qa_text_only", "qa_beam")
 pack = types.ModuleType("pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["pack"] = pack
+# `training` and `benchmarks` are run from the root, where `internvl_u` is a package of its own. In tests they share the
+# pack's: a second copy would have classes of its own, and no span or config would be equal to the other copy's.
+for name in ("", *(f".{file.stem}" for file in (ROOT / "internvl_u").glob("[!_]*.py"))):
+    sys.modules[f"internvl_u{name}"] = importlib.import_module(f"pack.internvl_u{name}")
+for name in ("training", "benchmarks"):
+    spec = importlib.machinery.PathFinder.find_spec(name, [str(ROOT)])
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 Span = importlib.import_module("pack.internvl_u.rope").Span
 
 

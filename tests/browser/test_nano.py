@@ -10,7 +10,7 @@ from PIL import Image
 
 pytest.importorskip("scipy")
 
-from pack.training import judge
+from training.eval import detector
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 60_000  # ms
@@ -48,7 +48,7 @@ def test_the_first_workflow_is_open_and_draws_its_prompt(dev, page):
     page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
     page.wait_for_function("app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth === 256")
     (file,) = (dev.BASE / "output").glob("*.png")
-    reading = judge.read(Image.open(file))
+    reading = detector.detect(Image.open(file))
     assert reading.background == "white"
     assert sorted(thing.name for thing in reading.things) == ["blue square", "red circle"]
 
