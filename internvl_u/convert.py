@@ -17,8 +17,9 @@ import numpy
 import torch
 
 from . import __version__, fp8
-from .checkpoint import METADATA, PADDING, Folder, check_folder, read_header, weight_files
+from .checkpoint import METADATA, PADDING, Folder, check_folder, weight_files
 from .defaults import FILE_DTYPES
+from .header import read_header
 from .tokenizer import tokenizer_json
 from .vae import wan_name
 

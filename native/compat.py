@@ -19,6 +19,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
+from server import PromptServer
 
 from ..internvl_u import fp8
 
@@ -117,6 +118,11 @@ def fitted_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> torch.Tenso
     if LATENT_RATIOS[0] in inspect.signature(comfy.sample.fix_empty_latent_channels).parameters:
         arguments.append(latent.get(LATENT_RATIOS[0]))
     return comfy.sample.fix_empty_latent_channels(*arguments)
+
+
+def is_serving() -> bool:
+    """Returns whether ComfyUI's server has begun to answer; while it starts, it asks for the nodes' inputs as well."""
+    return getattr(getattr(PromptServer, "instance", None), "port", None) is not None
 
 
 def open_weights(file: Path) -> dict[str, torch.Tensor]:

@@ -125,7 +125,6 @@ CALLS: dict[str, tuple[int, str]] = {
     "folder_paths.folder_names_and_paths.get": (2, ""),
     "folder_paths.get_filename_list": (1, ""),
     "folder_paths.get_folder_paths": (1, ""),
-    "folder_paths.get_full_path_or_raise": (2, ""),
     "latent_preview.prepare_callback": (2, ""),
     "server.PromptServer.send_sync": (4, ""),
 }
