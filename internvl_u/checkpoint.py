@@ -339,6 +339,20 @@ def check_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torc
         )
 
 
+def check_finite_weights(weights: Mapping[str, torch.Tensor], part: str) -> None:
+    """Makes sure that all weights are numbers. It reads them all: for small parts.
+
+    Raises:
+        RuntimeError: some are infinite or not a number.
+    """
+    wrong = sorted(name for name, tensor in weights.items() if not torch.isfinite(tensor).all())
+    if wrong:
+        raise RuntimeError(
+            f"{part}: {len(wrong)} of {len(weights)} tensors hold values that are infinite or not a number (NaN): "
+            f"{', '.join(wrong[:5])}"
+        )
+
+
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], part: str) -> None:
     """Puts `weights` in place of a meta model's parameters, without a copy.
 

@@ -35,9 +35,28 @@ class DualGuider(CFGGuider):
     part_cfg = GUIDANCE.part_cfg
 
     def set_scales(self, all_cfg: float, part_cfg: float) -> None:
-        """Sets the guidance of the words and the guidance of the references."""
+        """Sets the guidance of the words and the guidance of the references.
+
+        Raises:
+            ValueError: one of them is no number.
+        """
+        for name, scale in (("all_cfg", all_cfg), ("part_cfg", part_cfg)):
+            if not math.isfinite(scale):
+                raise ValueError(f"{name} {scale} found, a number expected")
         self.set_cfg(all_cfg)
         self.part_cfg = part_cfg
+
+
+def check_model(model: ModelPatcher) -> None:
+    """Makes sure that a MODEL is InternVL-U's.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    wrappers = getattr(model, "wrappers", {}).get(WrappersMP.OUTER_SAMPLE, {})
+    if KEY not in wrappers:
+        kind = type(getattr(model, "model", model)).__name__
+        raise ValueError(f"a MODEL of another kind ({kind}) found: connect the MODEL of Load InternVL-U")
 
 
 def install(patcher: ModelPatcher) -> None:

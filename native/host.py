@@ -115,7 +115,7 @@ CALLS: dict[str, tuple[int, str]] = {
     "comfy_api.latest.io.Sigmas.Output": (0, ""),
     "comfy_api.latest.io.String.Input": (
         1,
-        "default dynamic_prompts force_input multiline optional placeholder tooltip",
+        "default force_input multiline optional placeholder tooltip",
     ),
     "comfy_api.latest.io.String.Output": (0, "display_name"),
     "comfy_api.latest.io.Vae.Input": (1, "optional tooltip"),

@@ -17,9 +17,12 @@ from tqdm.auto import tqdm
 
 from ..internvl_u import sampling
 from ..internvl_u.images import LATENT_STRIDE, latent_size
+from ..internvl_u.sampling import check_finite
 from . import compat
-from .guidance import DualGuider
+from .guidance import DualGuider, check_model
 
+LONGEST_SCHEDULE = 100_000
+"""Levels: below denoise 1 the end of a longer schedule is taken."""
 Conditioning = list[Any]
 """ComfyUI's CONDITIONING: entries of [context [1, tokens, width], options]."""
 Latent = Mapping[str, Any]
@@ -35,12 +38,16 @@ def flow_sigmas(steps: int, denoise: float = 1.0) -> torch.Tensor:
     """Returns the official noise levels [steps + 1]; below `denoise` 1 the last ones of a longer schedule.
 
     Raises:
-        ValueError: `steps` is below 1 or `denoise` is not in 0..1.
+        ValueError: `steps` is below 1, or `denoise` is not in 0..1 or asks for a schedule that is too long.
     """
     if not 0.0 <= denoise <= 1.0:
         raise ValueError(f"denoise {denoise} found, 0 to 1 expected")
     if denoise == 0.0:
         return torch.empty(0)
+    if steps / denoise > LONGEST_SCHEDULE:
+        raise ValueError(
+            f"denoise {denoise} found for {steps} steps: 0, or at least {steps / LONGEST_SCHEDULE:.1g} expected"
+        )
     return sampling.flow_sigmas(int(steps / denoise))[-(steps + 1) :]
 
 
@@ -65,6 +72,7 @@ def sample_latent(
     denoise: float = 1.0,
 ) -> Latent:
     """Returns the drawn LATENT: official solver, schedule and guidance."""
+    check_model(model)
     guider = DualGuider(model)
     guider.set_conds(positive, negative)
     guider.set_scales(all_cfg, part_cfg)
@@ -81,6 +89,7 @@ def sample_latent(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
+    check_finite(drawn, "the drawn latent", "the transformer, a LoRA on it, or the conditioning")
     drawn = drawn.to(comfy.model_management.intermediate_device())
     return {key: value for key, value in latent.items() if key not in compat.LATENT_RATIOS} | {"samples": drawn}
 
