@@ -49,9 +49,11 @@ def _check_header(header: object, size: int) -> None:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in ("shape", "data_offsets"))
-        if not (_whole_numbers(shape) and _whole_numbers(offsets) and isinstance(entry.get("dtype"), str)):
-            raise ValueError(f"{name[:100]!r} has no dtype, shape and offsets")
+        if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+            raise ValueError(f"{name[:100]!r} has no dtype")
+        shape, offsets = entry.get("shape"), entry.get("data_offsets")
+        if not isinstance(offsets, list) or not _whole_numbers(shape) or not _whole_numbers(offsets):
+            raise ValueError(f"{name[:100]!r} has no shape and offsets of whole numbers")
         if len(offsets) != 2 or not offsets[0] <= offsets[1] <= size:
             raise ValueError(f"{name[:100]!r} is at {offsets} of {size} bytes")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import comfy.latent_formats
@@ -20,13 +20,12 @@ from ..internvl_u.images import LATENT_STRIDE, latent_size
 from ..internvl_u.sampling import check_finite
 from . import compat
 from .guidance import DualGuider, check_model
+from .latents import CHANNELS, Latent
 
 LONGEST_SCHEDULE = 100_000
 """Levels: below denoise 1 the end of a longer schedule is taken."""
 Conditioning = list[Any]
 """ComfyUI's CONDITIONING: entries of [context [1, tokens, width], options]."""
-Latent = Mapping[str, Any]
-"""ComfyUI's LATENT: `samples` [B, channels, (frames,) h, w] and what goes with them."""
 
 
 def dpmpp_2m_flow() -> comfy.samplers.KSAMPLER:
@@ -55,7 +54,7 @@ def empty_latent(width: int, height: int, batch: int = 1) -> Latent:
     """Returns an empty LATENT [batch, 16, 1, height / 8, width / 8] of a drawn size in pixels."""
     size = latent_size(width, height)
     device = comfy.model_management.intermediate_device()
-    samples = torch.zeros(batch, comfy.latent_formats.Wan21.latent_channels, 1, *size, device=device)
+    samples = torch.zeros(batch, CHANNELS, 1, *size, device=device)
     return {"samples": samples, compat.LATENT_RATIOS[0]: LATENT_STRIDE}
 
 
