@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from .defaults import THOUGHT_TOKENS
-from .encoder import Encoder
+from .encoder import Encoder, check_length
 from .mllm import MLLM, cache_name
 from .prompt import TokenizedPrompt
 
@@ -36,7 +38,9 @@ class GenerationConfig:
             raise ValueError(f"beams {self.beams} found, at least 1 expected")
         if self.beams > 1 and self.temperature > 0:
             raise ValueError(f"beams {self.beams} and temperature {self.temperature} found, one of the two expected")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed {self.seed} found, 0 to 2 ** 64 - 1 expected")
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"temperature {self.temperature} and top_p {self.top_p} found, 0 or more and above 0 to 1 expected"
             )
@@ -59,6 +63,8 @@ def generate(
     beams those of the first beam); what it raises ends the generation.
     """
     config = config or GenerationConfig()
+    room = check_length(model, prompt)
+    config = dataclasses.replace(config, max_new_tokens=max(min(config.max_new_tokens, room), 1))
     embedded = encoder.embed(model, prompt, features, device=device, dtype=dtype)
     strategy = beam_search if config.beams > 1 else sample_tokens
     return strategy(model.language_model, embedded, config, encoder.tokenizer.stops, on_token or (lambda ids: None))

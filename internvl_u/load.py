@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import load_weights, open_part
+from .checkpoint import check_finite_weights, load_weights, open_part
 from .config import mllm_config, mmdit_config
 from .mllm import MLLM
 from .mmdit import MMDiT
@@ -55,6 +55,7 @@ def load_vae(root: Path, *, dtype: torch.dtype | None = None, device: torch.devi
     """
     part = open_part(root, "vae")
     check_vae_config(part)
+    check_finite_weights(part.weights, part.name)  # what is infinite would be cut off to white
     vae = StandaloneVAE(part.config)
     load_weights(vae.model, part.weights, part.name)
     # diffusers' own `to` warns of a choice that this VAE does not have.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,14 @@ class ImageRequest:
     system: str | None = None
     images: tuple[Image.Image, ...] = ()
     thought: str = ""
+
+    def __post_init__(self):
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed {self.seed} found, 0 to 2 ** 64 - 1 expected")
+        for name in ("all_cfg", "part_cfg"):
+            scale = getattr(self, name)
+            if scale is not None and not math.isfinite(scale):
+                raise ValueError(f"{name} {scale} found, a number expected")
 
     @property
     def guidance(self) -> Guidance:
@@ -165,12 +174,16 @@ class Pipeline:
         model = self._on_device("mmdit", lambda: load_mmdit(self.root, dtype=self.dtype))
         denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype)
         report = None if on_step is None else lambda index, *_: on_step(index + 1)
-        return sampling.sample(denoise, noise.to(self.device), sigmas.to(self.device), report)
+        latent = sampling.sample(denoise, noise.to(self.device), sigmas.to(self.device), report)
+        sampling.check_finite(latent, "the drawn latent", "the transformer")
+        return latent
 
     @torch.inference_mode()
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """Returns images [1, 3, 8 h, 8 w] in [-1, 1] from a final latent [1, 16, h, w]."""
-        return self._vae().decode(latent.to(self.dtype)).float()
+        decoded = self._vae().decode(latent.to(self.dtype)).float()
+        sampling.check_finite(decoded, "the decoded image", "the VAE")
+        return decoded
 
     def _references(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, ...]:
         if not images:

@@ -130,6 +130,19 @@ class Denoiser:
         return conditional, partial[0] if partial else unconditional, unconditional
 
 
+def check_finite(values: torch.Tensor, what: str, cause: str) -> None:
+    """Makes sure that values are numbers: an image of others would be black without a word.
+
+    Raises:
+        RuntimeError: some are infinite or not a number.
+    """
+    if not torch.isfinite(values).all():
+        share = (~torch.isfinite(values)).float().mean().item()
+        raise RuntimeError(
+            f"{100 * share:.3g} % of {what} are infinite or not a number (NaN): the fault lies in {cause}"
+        )
+
+
 def sample(
     denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     noisy: torch.Tensor,

@@ -19,8 +19,10 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
+from server import PromptServer
 
 from ..internvl_u import fp8
+from .latents import latent_samples
 
 LATENT_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 """Keys of an empty LATENT: pixels per side, and frames, for each of its values. ComfyUI's samplers take them away."""
@@ -111,12 +113,21 @@ def cloned_patcher(patcher: ModelPatcher) -> ModelPatcher:
 def fitted_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> torch.Tensor:
     """Returns the samples of a LATENT; an empty one that was made for another model gets the channels and size of ours.
 
+    Raises:
+        ValueError: it is no LATENT, or one that another model has drawn.
+
     Since 0.33 an empty LATENT says how many pixels per side each of its values stands for.
     """
-    arguments = [model, latent["samples"]]
+    samples = latent_samples(latent)
+    arguments = [model, samples]
     if LATENT_RATIOS[0] in inspect.signature(comfy.sample.fix_empty_latent_channels).parameters:
         arguments.append(latent.get(LATENT_RATIOS[0]))
     return comfy.sample.fix_empty_latent_channels(*arguments)
+
+
+def is_serving() -> bool:
+    """Returns whether ComfyUI's server has begun to answer; while it starts, it asks for the nodes' inputs as well."""
+    return getattr(getattr(PromptServer, "instance", None), "port", None) is not None
 
 
 def open_weights(file: Path) -> dict[str, torch.Tensor]:

@@ -26,8 +26,9 @@ from . import compat
 from .dtypes import cast_weights, compute_dtype, operations_for
 from .guidance import PARTIAL
 from .hf_modules import cast_language_model, scale_layers
+from .latents import Latent, check_vae
 from .model import LAYOUT
-from .sampler import Conditioning, Latent, empty_latent
+from .sampler import Conditioning, empty_latent
 
 Execution = dict[str, Any]
 """The `device` and the `dtype` of the arithmetic, as keywords."""
@@ -79,6 +80,8 @@ class NativeMLLM:
         """
         if images and vae is None:
             raise ValueError(f"{len(images)} pictures found and no VAE: connect the VAE of Load InternVL-U to Encode")
+        if images:
+            check_vae(vae)
         tokenizer = self.encoder.tokenizer
         prompts = branch_prompts(
             tokenizer,

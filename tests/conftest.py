@@ -364,6 +364,22 @@ def make_extra_paths(base):
 
 
 @pytest.fixture(scope="session")
+def new_server(comfyui, tmp_path_factory):
+    """Starts servers on base directories of their own, which `prepare(base)` may fill; they end with the tests."""
+    running = []
+
+    def start(name, prepare=lambda base: None, *flags):
+        base = make_base(tmp_path_factory.mktemp(name))
+        prepare(base)
+        running.append(Server(comfyui, base, *flags))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.stop()
+
+
+@pytest.fixture(scope="session")
 def server(comfyui, tmp_path_factory):
     base = make_base(tmp_path_factory.mktemp("comfyui"))
     extra = make_extra_paths(base)
