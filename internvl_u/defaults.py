@@ -18,6 +18,8 @@ STEPS = 20
 """Denoising steps."""
 THOUGHT_TOKENS, ANSWER_TOKENS = 200, 512
 """The longest thought; the longest answer, which is ours."""
+IMAGES = 64
+"""The most images that a prompt may have; each takes 256 tokens of the released model's context."""
 SMALLEST, LARGEST = 16, 4096
 """Pixels per side."""
 FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old")

@@ -70,6 +70,16 @@ def generate(
     return strategy(model.language_model, embedded, config, encoder.tokenizer.stops, on_token or (lambda ids: None))
 
 
+def ended(written: Sequence[int], stops: Sequence[int]) -> bool:
+    """Returns whether the model ended a text itself; if not, the limit of new tokens or of the context did."""
+    return any(token in stops for token in written)
+
+
+def cut_warning(tokens: int) -> str:
+    """Returns what a user should know of a text that a limit has ended."""
+    return f"the text was cut after {tokens} tokens: raise max_new_tokens for all of it"
+
+
 def sample_tokens(
     language: Qwen3ForCausalLM,
     embedded: torch.Tensor,

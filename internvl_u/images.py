@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional
 
 from .defaults import LARGEST, SMALLEST
@@ -17,6 +17,7 @@ from .defaults import LARGEST, SMALLEST
 STRIDE = 16
 """Width and height of what is drawn are multiples of this many pixels (VAE 8 x patch 2)."""
 LATENT_STRIDE = 8
+_DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def drawn_size(width: int, height: int) -> tuple[int, int]:
@@ -102,26 +103,52 @@ class ReferenceSizes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns the image in 8-bit RGB; what is transparent lies on white."""
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    """Returns the image in 8-bit RGB, the way up that its camera says; what is transparent lies on white.
+
+    16-bit values are brought to 8 bits, and floating-point ones are taken as 0 to 1. Of several frames the
+    first counts.
+
+    Raises:
+        ValueError: the image is in a mode that has no RGB.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _DEEP_MODES or image.mode == "F":
+        image = _to_eight_bits(image)
+    try:
+        if _has_transparency(image):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"a picture in mode {image.mode} found, one that has RGB expected ({error})") from error
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    values = numpy.asarray(image, dtype=numpy.float64)
+    scale = 255.0 if image.mode == "F" else 1 / 257
+    return Image.fromarray(numpy.nan_to_num(values * scale, nan=0.0).round().clip(0, 255).astype(numpy.uint8))
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    return bool({"A", "a"} & set(image.getbands())) or "transparency" in image.info
 
 
 def preprocessing_warnings(image: Image.Image, sizes: ReferenceSizes) -> list[str]:
     """Returns what a user should know of how an unusual image, still in its own mode, is taken."""
-    said = []
-    if "A" in image.getbands() or "transparency" in image.info:
-        said.append("its transparent parts are laid on white")
+    warnings = []
+    if _has_transparency(image):
+        warnings.append("its transparent parts are laid on white")
+    if getattr(image, "n_frames", 1) > 1:
+        warnings.append(f"of its {getattr(image, 'n_frames', 1)} frames the first is taken")
+    if image.mode == "F" and (brightest := float(numpy.nan_to_num(numpy.asarray(image)).max())) > 1:
+        warnings.append(f"its values go up to {brightest:.3g}: what is above 1 becomes white")
     (width, height), fitted = image.size, sizes.fit(*image.size)
     stretch = fitted[0] / fitted[1] * height / width
     if not 0.8 < stretch < 1.25:
-        said.append(f"its {width} x {height} pixels are stretched to {fitted[0]} x {fitted[1]} for the transformer")
+        warnings.append(f"its {width} x {height} pixels are stretched to {fitted[0]} x {fitted[1]} for the transformer")
     if max(width, height) > 4 * max(fitted):
-        said.append(f"its {width} x {height} pixels are scaled down to {fitted[0]} x {fitted[1]}")
-    return said
+        warnings.append(f"its {width} x {height} pixels are scaled down to {fitted[0]} x {fitted[1]}")
+    return warnings
 
 
 def vision_pixels(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from . import sampling
 from .checkpoint import check_folder, open_checkpoint
 from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, STEPS, Guidance
 from .encoder import Encoder
-from .generation import GenerationConfig, OnToken, generate
+from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
 from .prompt import SYSTEM_ANSWER, branch_prompts, drawing_system, generation_prompt
@@ -25,6 +26,7 @@ from .sampling import Denoiser, DrawingContexts
 from .tokenizer import Thought, has_thought
 from .vae import StandaloneVAE
 
+_logger = logging.getLogger("internvl_u")
 Network = TypeVar("Network", bound=torch.nn.Module)
 
 
@@ -117,7 +119,10 @@ class Pipeline:
         grid = model.vision.grid
         prompt = generation_prompt(self.encoder.tokenizer, text, system=system, images=len(images), grid=grid)
         features = self.encoder.image_features(model, images, **where)
-        return generate(self.encoder, model, prompt, features, config, on_token=on_token, **where)
+        written = generate(self.encoder, model, prompt, features, config, on_token=on_token, **where)
+        if not ended(written, self.encoder.tokenizer.stops):
+            _logger.warning("InternVL-U: %s", cut_warning(len(written)))
+        return written
 
     def answer(
         self,

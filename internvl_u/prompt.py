@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .defaults import IMAGES
 from .rope import Layout, Span
 from .tokenizer import IM_END, IM_START, IMG, IMG_UNCOND, PAD, ImageSlot, Piece, Special, Tokenizer, TokenRange
 
@@ -71,7 +72,7 @@ def branch_prompts(
     the user's turn is then empty.
 
     Raises:
-        ValueError: the text has more `<image>` placeholders than there are images.
+        ValueError: the text has more `<image>` placeholders than there are images, or there are more than 64 of these.
     """
     message = drawing_system(images) if system is None else system
 
@@ -98,7 +99,7 @@ def generation_prompt(
     """Returns the prompt after which the model writes: an answer, or a thought before it draws.
 
     Raises:
-        ValueError: the text has more `<image>` placeholders than there are images.
+        ValueError: the text has more `<image>` placeholders than there are images, or there are more than 64 of these.
     """
     return _prompt(tokenizer, system, _user_turn(text, images), grid)
 
@@ -131,6 +132,8 @@ def _prompt(
 
 
 def _user_turn(text: str, images: int) -> list[Piece]:
+    if images > IMAGES:
+        raise ValueError(f"{images} pictures found, {IMAGES} expected at most")
     slots = text.count(IMAGE_PLACEHOLDER)
     if slots > images:
         raise ValueError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..internvl_u.generation import GenerationConfig
+from ..internvl_u.generation import GenerationConfig, cut_warning, ended
 from ..internvl_u.prompt import drawing_system
 from ..internvl_u.tokenizer import Thought
 from .images import to_pil_images
@@ -17,6 +18,7 @@ from .progress import LiveText, show
 if TYPE_CHECKING:
     from comfy_api.latest._io import HiddenHolder
 
+_logger = logging.getLogger("internvl_u")
 Images = Sequence[torch.Tensor | None]
 """IMAGE inputs, those that are connected and those that are not."""
 
@@ -44,5 +46,9 @@ def _generate(
     mllm: NativeMLLM, text: str, system: str, images: Images, config: GenerationConfig, hidden: HiddenHolder
 ) -> list[int]:
     pil_images = to_pil_images(images, mllm.encoder.sizes)
-    live = LiveText(hidden, config.max_new_tokens, mllm.encoder.tokenizer.decode)
-    return mllm.generate(text, system=system, images=pil_images, config=config, on_token=live)
+    tokenizer = mllm.encoder.tokenizer
+    live = LiveText(hidden, config.max_new_tokens, tokenizer.decode)
+    written = mllm.generate(text, system=system, images=pil_images, config=config, on_token=live)
+    if not ended(written, tokenizer.stops):
+        _logger.warning("InternVL-U, node %s: %s", hidden.unique_id, cut_warning(len(written)))
+    return written

@@ -20,16 +20,25 @@ def to_pil_images(inputs: Sequence[torch.Tensor | None], sizes: ReferenceSizes) 
     """Returns the RGB images of IMAGE inputs [B, H, W, channels] in [0, 1]; a batch counts as several.
 
     Raises:
-        ValueError: an image has neither 1, 3 nor 4 channels.
+        ValueError: it is no IMAGE, or an empty one, or one that has neither 1, 3 nor 4 channels.
     """
     result: list[Image.Image] = []
     for batch in inputs:
-        for values in batch if batch is not None else ():
+        for values in _checked(batch) if batch is not None else ():
             image = _eight_bit(values)
             for warning in (*_range_warnings(values), *preprocessing_warnings(image, sizes)):
                 _logger.warning("InternVL-U, picture %d: %s", len(result) + 1, warning)
             result.append(to_rgb(image))
     return result
+
+
+def _checked(batch: torch.Tensor) -> torch.Tensor:
+    if not isinstance(batch, torch.Tensor) or batch.ndim != 4:
+        found = tuple(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
+        raise ValueError(f"an IMAGE of {found} found, [batch, height, width, channels] expected")
+    if not batch.numel():
+        raise ValueError(f"an empty IMAGE {tuple(batch.shape)} found, at least one picture expected")
+    return batch
 
 
 def _range_warnings(image: torch.Tensor) -> list[str]:
