@@ -18,6 +18,8 @@ STEPS = 20
 """Denoising steps."""
 THOUGHT_TOKENS, ANSWER_TOKENS = 200, 512
 """The longest thought; the longest answer, which is ours."""
+CHARACTERS = 1_000_000
+"""The longest text: no context of tokens is as long, and nothing longer is even cut into tokens."""
 IMAGES = 64
 """The most images that a prompt may have; each takes 256 tokens of the released model's context."""
 SMALLEST, LARGEST = 16, 4096

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .defaults import CHARACTERS
 from .header import in_short
 
 if TYPE_CHECKING:
@@ -177,8 +178,12 @@ def _whole(text: str) -> str:
     """Returns the text.
 
     Raises:
-        ValueError: it holds half a character, which no tokenizer knows.
+        ValueError: it is no text, too long for any context, or holds half a character, which no tokenizer knows.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"a {type(text).__name__} found, a text expected")
+    if len(text) > CHARACTERS:
+        raise ValueError(f"a text of {len(text)} characters found, {CHARACTERS} expected at most")
     try:
         text.encode()
     except UnicodeEncodeError as error:

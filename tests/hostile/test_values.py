@@ -187,3 +187,15 @@ def test_a_way_to_write_that_is_none_is_refused(comfyui, how):
 def test_a_precision_that_is_none_is_refused(native, checkpoint):
     with pytest.raises(ValueError, match="precision 'fp7' found, one of auto, fp32"):
         native.load(checkpoint, "fp7")
+
+
+def test_millions_of_characters_are_not_even_cut_into_tokens(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.encoder.tokenizer, "_tokenizer", None)
+    with pytest.raises(ValueError, match="5000000 characters found, 1000000 expected at most"):
+        pipeline.encoder.tokenizer.encode(["x" * 5_000_000])
+
+
+@pytest.mark.parametrize("text", [b"a cat", 5, ["a cat"], 1.5])
+def test_what_is_no_text_is_named(pipeline, text):
+    with pytest.raises(ValueError, match=f"a {type(text).__name__} found, a text expected"):
+        pipeline.encoder.tokenizer.encode([text])
