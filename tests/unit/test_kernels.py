@@ -9,7 +9,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-PARITY = [HERE / f"test_{name}.py" for name in ("mllm", "mmdit", "picture", "pipeline", "sampling", "vae", "writing")]
+PARITY = [HERE / f"test_{name}.py" for name in ("generation", "images", "mllm", "mmdit", "pipeline", "sampling", "vae")]
 # This folder's root must not be on sys.path, see tests/conftest.py.
 RUN = "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())"
 
