@@ -48,8 +48,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     looks = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
     one, two, three = (commands.add_parser(name, **looks) for name in ("demo", "test", "ui"))
     for command in (one, two, three):
-        text = f"a version or a folder (COMFYUI_PATH, else {fetch.DEFAULT})"
-        command.add_argument("--comfyui", metavar="VERSION|FOLDER", help=text)
+        text = f"which ComfyUI (default: the one in COMFYUI_PATH, else {fetch.DEFAULT})"
+        command.set_defaults(comfyui=None)
+        command.add_argument("--comfyui", metavar="VERSION|FOLDER", default=argparse.SUPPRESS, help=text)
     one.add_argument("--out", type=Path, help="also copy the picture to this file")
     one.add_argument("--prompt", default="a red circle to the left of a blue square", help="what to draw")
     one.add_argument("--question", default="describe the picture", help="what to ask about the picture")
