@@ -5,7 +5,7 @@ The first ones use .venv, which they make if need be, and the ComfyUI of `python
     nox -s lint                   ruff, the rules and the format
     nox -s tests                  all tests
     nox -s tests_older            the tests without the browser, on the older transformers line
-    nox -s types                  pyright; it has findings yet, so it is no part of `dev.py test`
+    nox -s types                  basedpyright over what ships; not yet a part of `dev.py test`
     nox -s workflows [-- NAME]    makes the shipped workflows, their cards and the pictures of the help pages anew
 
 The others test other versions, each in an environment of its own:
@@ -85,10 +85,11 @@ def tests_older(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Runs pyright over what ships."""
-    development_environment()
-    session.install("pyright[nodejs]")
-    session.run("pyright", "--pythonpath", str(environment.PYTHON), "internvl_u", "native", "nodes")
+    """Runs basedpyright over what ships."""
+    comfyui = development_environment()
+    session.install("basedpyright")
+    command = ("basedpyright", "--level", "error", "--pythonpath", str(environment.PYTHON))
+    session.run(*command, "internvl_u", "native", "nodes", env={"PYTHONPATH": str(comfyui)})
 
 
 @nox.session(venv_backend="none")

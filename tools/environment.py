@@ -48,29 +48,24 @@ def make_tools() -> Path:
         return python
     say("Installing uv and nox")
     DEV.mkdir(exist_ok=True)
-    if uv := shutil.which("uv"):
-        new_venv = [uv, "venv", "--clear", "--seed", "--python", sys.executable, TOOLS]
-    else:
-        new_venv = [sys.executable, "-m", "venv", "--clear", TOOLS]
     advice = "On Debian and Ubuntu, install the package python3-venv. Then run this again."
-    run_logged(new_venv, LOG, "making .dev/tools", advice)
+    run_logged([sys.executable, "-m", "venv", "--clear", TOOLS], LOG, "making .dev/tools", advice)
     pip = [python, "-m", "pip", "install", "--quiet"]
-    if not uv:
-        with contextlib.suppress(DevError):  # there is none for some machines; pip does its work then
-            run_logged([*pip, "--only-binary", "uv", "uv"], LOG, "pip install uv", "")
+    with contextlib.suppress(DevError):  # there is none for some machines; pip does its work then
+        run_logged([*pip, "--only-binary", "uv", "uv"], LOG, "pip install uv", "")
     run_logged([*pip, "nox"], LOG, "pip install nox", f"See {LOG}. Check the network, then run this again.")
     return python
 
 
 def find_uv() -> Path | None:
-    """Return uv's program: that of .dev/tools, or the one on the path."""
-    own, on_path = program(TOOLS, "uv"), shutil.which("uv")
-    return own if own.exists() else Path(on_path) if on_path else None
+    """Return uv's program in .dev/tools, or None where it could not be installed."""
+    uv = program(TOOLS, "uv")
+    return uv if uv.exists() else None
 
 
 def uv_settings() -> dict[str, str]:
     """Return what pip was told of where packages come from, in uv's variables: uv does not read pip's settings."""
-    listing = [program(TOOLS, "python"), "-m", "pip", "config", "list"]
+    listing = [make_tools(), "-m", "pip", "config", "list"]
     lines = subprocess.run(listing, capture_output=True, text=True, check=False).stdout.splitlines()
     found: dict[str, str] = {}
     for line in lines:  # the environment's settings come first, and go before those of files

@@ -91,6 +91,7 @@ def test_the_demo_puts_its_values_into_the_graph():
 
 def test_uv_takes_the_indexes_that_pip_was_told(monkeypatch):
     told = ":env:.find-links='/a /b'\nglobal.index-url='https://one/simple'\nglobal.extra-index-url='\\nx\\ny'\n"
+    monkeypatch.setattr(environment, "make_tools", lambda: sys.executable)
     monkeypatch.setattr(environment.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=told))
     for name in [name for name in os.environ if name.startswith("UV_")]:
         monkeypatch.delenv(name)
