@@ -1,8 +1,9 @@
 """The sessions in which everything is checked; `python dev.py nox` runs nox for those who have none.
 
-The first ones use .venv, which they make if need be, and the ComfyUI of `python dev.py test`:
-
     nox -s lint                   ruff, the rules and the format
+
+These use .venv, which they make if need be, and the ComfyUI of `python dev.py test`:
+
     nox -s tests                  all tests
     nox -s tests_older            the tests without the browser, on the older transformers line
     nox -s types                  basedpyright over what ships; not yet a part of `dev.py test`
@@ -56,15 +57,17 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "tests", "tests_older"]
 
 
-# In .venv
-
-
-@nox.session(venv_backend="none")
+@nox.session
 def lint(session: nox.Session) -> None:
-    """Runs ruff."""
-    development_environment()
-    for command in ("check", "format --check"):
-        session.run(environment.PYTHON, "-m", "ruff", *command.split(), ".", external=True)
+    """Runs ruff, of the version that requirements-dev.txt names."""
+    lines = Path("requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    (ruff,) = (line.partition(" ")[0] for line in lines if line.startswith("ruff"))
+    session.install(ruff)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+# In .venv
 
 
 @nox.session(venv_backend="none")
