@@ -195,7 +195,7 @@ def save_workflow(page: Page, name: str, versions: dict[str, str]) -> None:
 def save_wiring(page: Page, node: str) -> None:
     """Writes the picture of a node's help page."""
     workflow, names = wiring.PARTS[node]
-    build(page, workflow, names.split(), wiring.SIZES, nano=True)
+    build(page, workflow, names.split(), wiring.SIZES)
     page.evaluate(wiring.MARK, node)
     thumbnail(page, ROOT / "web" / "docs" / f"{node}.jpg", wiring.WIDTH, wiring.QUALITY)
 
@@ -231,6 +231,7 @@ def main() -> None:
         server(args.comfyui, Path(folder), python=sys.executable) as comfyui,
     ):
         if not args.only_note:
+            comfyui.post("/api/settings", {"Comfy.TutorialCompleted": True})  # no dialog for a new user
             save(comfyui.url, args.names, args.chromium, versions)
         made_from.write(comfyui.get("/object_info"), args.names)
 

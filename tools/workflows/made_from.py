@@ -43,7 +43,7 @@ def of_workflow(name: str, info: dict) -> dict:
 def of_node(name: str, info: dict) -> dict:
     """Returns what a help page is made from: the node, and the graph in its picture."""
     workflow, parts = wiring.PARTS[name]
-    used = [node for column in nano_graphs.columns(workflow) for node in column if node[0] in parts.split()]
+    used = [node for column in graphs.COLUMNS[workflow] for node in column if node[0] in parts.split()]
     return {"node": ours(info[name]), "sizes": wiring.SIZES, **drawn(workflow, used, info)}
 
 
