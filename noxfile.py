@@ -92,7 +92,7 @@ def types(session: nox.Session) -> None:
     comfyui = development_environment()
     session.install("basedpyright")
     command = ("basedpyright", "--level", "error", "--pythonpath", str(environment.PYTHON))
-    session.run(*command, "internvl_u", "native", "nodes", env={"PYTHONPATH": str(comfyui)})
+    session.run(*command, env={"PYTHONPATH": str(comfyui)})
 
 
 @nox.session(venv_backend="none")

@@ -19,13 +19,15 @@ from pathlib import Path
 
 import numpy
 import torch
-from pack.internvl_u import images, mmdit, prompt, sampling
-from pack.internvl_u.generation import GenerationConfig
-from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from PIL import Image, ImageDraw
-from random_weights import TEMPLATE
-from report import make_parser, show
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from internvl_u import images, mmdit, prompt, sampling
+from internvl_u.generation import GenerationConfig
+from internvl_u.pipeline import ImageRequest, Pipeline
+
+from .random_weights import TEMPLATE
+from .report import make_parser, show
 
 SEED, STEPS, LONGEST = 7, 20, 60
 DRAWINGS = {"picture": "a red circle to the left of a blue square", "edit": "make it green", "thought": "blue"}
@@ -146,8 +148,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for condition in CONDITIONS:
             file = Path(folder) / "results.pt"
-            line = [sys.executable, __file__, "--model", arguments.model, "--compute", condition.name, file]
-            subprocess.run(line, env=os.environ | condition.env, check=True)
+            line = [sys.executable, "-m", "benchmarks.fidelity", "--model", arguments.model]
+            subprocess.run([*line, "--compute", condition.name, file], env=os.environ | condition.env, check=True)
             found[condition.name] = torch.load(file)
             rows.append({"condition": condition.name, **compared(found[condition.name], found[CONDITIONS[0].name])})
     show(rows, arguments.json, model=arguments.model.name, kernels=torch.backends.cpu.get_cpu_capability())

@@ -8,7 +8,6 @@ cache makes a second run faster: --repeats shows the spread.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import subprocess
 import sys
@@ -17,10 +16,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from host import use_comfyui
-from pack.internvl_u.load import load_mllm, load_mmdit, load_vae
-from report import make_parser, show
-from timing import median
+
+from internvl_u.load import load_mllm, load_mmdit, load_vae
+
+from .host import pack_module, use_comfyui
+from .report import make_parser, show
+from .timing import median
 
 MIB = 2**20
 Parts = Iterable[torch.nn.Module]
@@ -34,7 +35,7 @@ def load_library(root: Path) -> Parts:
 def make_native(folder: Path) -> Callable[[Path], Parts]:
     """Returns what loads the three parts as the nodes do."""
     use_comfyui(folder)
-    native = importlib.import_module("pack.native.load")
+    native = pack_module("native.load")
 
     def load(root: Path) -> Parts:
         model, language, vae = native.load(root)
@@ -68,7 +69,9 @@ def measure_apart(command: list[str], repeats: int) -> dict[str, float]:
     """Returns the medians of `measure` in fresh processes."""
     found = []
     for _ in range(repeats):
-        done = subprocess.run([sys.executable, __file__, *command], stdout=subprocess.PIPE, check=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.load", *command], stdout=subprocess.PIPE, check=True, text=True
+        )
         found.append(json.loads(done.stdout.splitlines()[-1]))
     return {key: round(median([one[key] for one in found]), 3) for key in found[0]}
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import torch
-from pack.internvl_u.mmdit import MMDiT
-from report import make_parser, show
 from torch.utils.flop_counter import FlopCounterMode
-from workload import LAYOUTS, RELEASED, make_inputs, make_step
+
+from internvl_u.mmdit import MMDiT
+
+from .report import make_parser, show
+from .workload import LAYOUTS, RELEASED, make_inputs, make_step
 
 SIZES = (512, 1024)
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from pack.internvl_u import images, sampling
-from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from PIL import Image
-from report import add_device, make_parser, resolve_dtype, show
-from timing import median, seconds
+
+from internvl_u import images, sampling
+from internvl_u.pipeline import ImageRequest, Pipeline
+
+from .report import add_device, make_parser, resolve_dtype, show
+from .timing import median, seconds
 
 PROMPT = "a red fox reading a newspaper in a sunny kitchen, watercolour"
 GIB = 2**30

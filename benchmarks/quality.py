@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from host import use_comfyui
-from random_weights import TEMPLATE
-from report import make_parser, show
-from timing import median, seconds
 from torch.nn import functional
+
+from .host import pack_module, use_comfyui
+from .random_weights import TEMPLATE
+from .report import make_parser, show
+from .timing import median, seconds
 
 PROMPT = "A red fox in the snow, at dawn"
 WINDOW, SIGMA = 11, 1.5
@@ -61,8 +62,8 @@ def draw(choice: Choice, arguments: argparse.Namespace) -> tuple[torch.Tensor, f
     """Returns the picture [1, 3, H, W] in [0, 1] and the median seconds of its sampling, after one to warm up."""
     torch.compiler.reset()
     importlib.import_module("comfy.utils").PROGRESS_BAR_ENABLED = False
-    native = importlib.import_module("pack.native.load")
-    sampler = importlib.import_module("pack.native.sampler")
+    native = pack_module("native.load")
+    sampler = pack_module("native.sampler")
     model, language, vae = native.load(arguments.model, choice.precision)
     model = choice.change(model)
     positive, negative, latent = language.encode(PROMPT)

@@ -14,13 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from pack.internvl_u import mllm
-from pack.internvl_u.checkpoint import Folder
-from pack.internvl_u.config import VisionConfig
-from pack.internvl_u.mmdit import MMDiT
-from pack.internvl_u.tokenizer import Tokenizer
-from report import make_parser, show
-from workload import RELEASED
+
+from internvl_u import mllm
+from internvl_u.checkpoint import Folder
+from internvl_u.config import VisionConfig
+from internvl_u.mmdit import MMDiT
+from internvl_u.tokenizer import Tokenizer
+
+from .report import make_parser, show
+from .workload import RELEASED
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "tests" / "data" / "checkpoint"
 """The tiny checkpoint of the tests."""

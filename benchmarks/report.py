@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from pack.internvl_u import __version__
+
+from internvl_u import __version__
 
 LIBRARIES = ("torch", "transformers", "diffusers")
 Row = Mapping[str, object]
@@ -48,7 +49,7 @@ def describe() -> dict:
         machine["gpu"] = torch.cuda.get_device_name()
     versions = {"internvl_u": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in LIBRARIES}
-    return {"machine": machine, "versions": versions, "command": shlex.join(["python", *sys.argv])}
+    return {"machine": machine, "versions": versions, "command": shlex.join(["python", *sys.orig_argv[1:]])}
 
 
 def show(rows: Sequence[Row], file: Path | None = None, **settings) -> None:

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from pack.internvl_u.mmdit import MMDiT
-from random_weights import fill_randomly
-from report import add_device, make_parser, resolve_dtype, show
-from timing import median, take_turns
-from workload import LAYOUTS, RELEASED, Inputs, make_inputs, make_step
+
+from internvl_u.mmdit import MMDiT
+
+from .random_weights import fill_randomly
+from .report import add_device, make_parser, resolve_dtype, show
+from .timing import median, take_turns
+from .workload import LAYOUTS, RELEASED, Inputs, make_inputs, make_step
 
 FP32_ERROR = 1e-4
 """The largest relative error that fp32 explains."""

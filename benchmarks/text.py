@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from host import use_comfyui
-from pack.internvl_u import prompt
-from pack.internvl_u.checkpoint import open_checkpoint
-from pack.internvl_u.encoder import Encoder
-from pack.internvl_u.generation import GenerationConfig, generate
-from pack.internvl_u.load import load_mllm
-from random_weights import LANGUAGE, write_checkpoint
-from report import add_device, make_parser, resolve_dtype, show
-from timing import median, take_turns
+
+from internvl_u import prompt
+from internvl_u.checkpoint import open_checkpoint
+from internvl_u.encoder import Encoder
+from internvl_u.generation import GenerationConfig, generate
+from internvl_u.load import load_mllm
+
+from .host import pack_module, use_comfyui
+from .random_weights import LANGUAGE, write_checkpoint
+from .report import add_device, make_parser, resolve_dtype, show
+from .timing import median, take_turns
 
 CPU_LAYERS = 4
 SYSTEM = "You answer in words."
@@ -70,10 +71,11 @@ def make_library(root: Path, *, dtype: torch.dtype, device: torch.device) -> dic
 
 def make_native(root: Path, precision: str) -> Write:
     """Returns our writer in ComfyUI, which must be importable."""
-    _, model, _ = importlib.import_module("pack.native.load").load(root, precision)
+    _, model, _ = pack_module("native.load").load(root, precision)
+    config = pack_module("internvl_u.generation").GenerationConfig
 
     def ours(tokens: int) -> list[int]:
-        return model.generate(QUESTION, system=SYSTEM, config=GenerationConfig(max_new_tokens=tokens))
+        return model.generate(QUESTION, system=SYSTEM, config=config(max_new_tokens=tokens))
 
     return ours
 

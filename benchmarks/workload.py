@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from pack.internvl_u.config import MMDiTConfig
-from pack.internvl_u.defaults import GUIDANCE
-from pack.internvl_u.mmdit import MMDiT
-from pack.internvl_u.rope import Layout, Span
-from pack.internvl_u.sampling import Denoiser, DrawingContexts
+
+from internvl_u.config import MMDiTConfig
+from internvl_u.defaults import GUIDANCE
+from internvl_u.mmdit import MMDiT
+from internvl_u.rope import Layout, Span
+from internvl_u.sampling import Denoiser, DrawingContexts
 
 RELEASED = MMDiTConfig(
     channels=16, patch_size=2, context_width=4096, layers=20, heads=12, head_dim=128, rope_axes=(16, 56, 56)

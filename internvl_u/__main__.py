@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +34,14 @@ DTYPES = ("float32", "bfloat16")
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, or 1 after a one-line error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no answer is lost for what a console cannot show
     options = _parser().parse_args(arguments)
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+    except ValueError:
+        pass  # not in the main thread
     try:
         options.run(options)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
@@ -42,6 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("internvl_u: interrupted", file=sys.stderr)
         return 1
     return 0
+
+
+def _terminate(number: int, frame: object) -> None:
+    """Leaves through every `finally`, so that no half-written file stays."""
+    sys.exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,11 +140,9 @@ def _draw(options: argparse.Namespace) -> None:
 
     from .generation import GenerationConfig
     from .pipeline import ImageRequest
+    from .results import check_target, save_image
 
-    if options.out.suffix.lower() != ".png":
-        raise ValueError(f"--out {options.out} found, a name ending in .png expected")
-    if not options.out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {options.out.absolute().parent} for --out. Make it first.")
+    check_target(options.out)
     pipeline = _open(options)
     request = ImageRequest(
         options.prompt,
@@ -150,7 +162,7 @@ def _draw(options: argparse.Namespace) -> None:
         request = dataclasses.replace(request, thought=thought)
     with tqdm(total=request.steps, unit="step", desc="draw") as bar:
         image = pipeline.draw(request, lambda done: bar.update(done - bar.n))
-    image.save(options.out, pnginfo=_png_metadata(options, pipeline, request))
+    save_image(image, options.out, _png_metadata(options, pipeline, request))
 
 
 def _ask(options: argparse.Namespace) -> None:

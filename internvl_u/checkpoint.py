@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .fp8 import split_scales
+from .header import header_bytes, in_short, read_header
 
 REPOSITORY = "InternVL-U/InternVL-U"
 PARTS = ("vlm", "generation_decoder", "vae")
@@ -32,7 +33,7 @@ HOW_TO_GET = (
 )
 Weights = dict[str, torch.Tensor]
 OpenFile = Callable[[Path], Weights]
-_LARGEST_HEADER = 100 << 20  # what the safetensors library accepts
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "*token*.json")
 _SAVED_PREFIX = "model.diffusion_model."
 _PREFIXES = {"generation_decoder": ("decoder.", _SAVED_PREFIX)}
 
@@ -45,7 +46,7 @@ class Part:
     `formats` are those of quantised layers, by layer.
     """
 
-    source: Path
+    checkpoint: WeightFormat
     name: str
     weights: Weights
     config: dict
@@ -61,7 +62,10 @@ class Part:
 class WeightFormat(Protocol):
     """What a checkpoint's files can be asked for, however they are stored."""
 
-    path: Path
+    @property
+    def path(self) -> Path:
+        """The folder or the file."""
+        ...
 
     def config(self, part: str) -> dict:
         """Returns the configuration of a part.
@@ -69,6 +73,7 @@ class WeightFormat(Protocol):
         Raises:
             FileNotFoundError, RuntimeError: it is missing, unreadable or of another part.
         """
+        ...
 
     def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, Mapping[str, str]]:
         """Returns the tensors of a part as they are stored, and the metadata beside them; `open_file` opens one file.
@@ -76,12 +81,19 @@ class WeightFormat(Protocol):
         Raises:
             FileNotFoundError, RuntimeError: a file is missing or damaged.
         """
+        ...
+
+    def files(self) -> list[Path]:
+        """Returns the files that are read: weights, JSON, tokenizer; nothing else that lies beside them."""
+        ...
 
     def transformer_config(self) -> dict:
         """Returns the transformer's configuration, which tells what is handed on to it."""
+        ...
 
     def processor_config(self) -> dict:
         """Returns how images are prepared; empty where it is not stated."""
+        ...
 
     def tokenizer(self) -> Path | str:
         """Returns the folder of the tokenizer's files, or the text of a tokenizer.json.
@@ -89,6 +101,7 @@ class WeightFormat(Protocol):
         Raises:
             FileNotFoundError, RuntimeError: there is none.
         """
+        ...
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,13 @@ class Folder:
             origin.update(dict.fromkeys(found, file.name))
             weights.update(found)
         return weights, {}
+
+    def files(self) -> list[Path]:
+        patterns = [f"{part}/{name}" for part in PARTS for name in ("*.safetensors", "*.index.json", "config.json")]
+        patterns += [f"{place}/{name}" for place in ("processor", "vlm") for name in _TOKENIZER_FILES]
+        patterns += ["model_index.json", "processor/processor_config.json"]
+        found = (file for pattern in patterns for file in self.path.glob(pattern))
+        return sorted(file for file in found if file.is_file() and not file.name.startswith("."))
 
     def transformer_config(self) -> dict:
         return self.config("generation_decoder")
@@ -144,7 +164,15 @@ class SingleFile:
     @property
     def description(self) -> dict:
         """What `convert` wrote of the part; empty in a file that is not ours."""
-        return json.loads(self.metadata.get(METADATA, "{}"))
+        try:
+            described = json.loads(self.metadata.get(METADATA, "{}"))
+        except (ValueError, RecursionError) as error:
+            raise RuntimeError(f"{self.path}: {METADATA} in its metadata is no JSON ({in_short(error)})") from error
+        if not isinstance(described, dict):
+            raise RuntimeError(
+                f"{self.path}: {METADATA} in its metadata is a {type(described).__name__}, not an object"
+            )
+        return described
 
     def config(self, part: str) -> dict:
         found = self.description
@@ -154,6 +182,9 @@ class SingleFile:
 
     def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, Mapping[str, str]]:
         return _opened(self.path, open_file), self.metadata
+
+    def files(self) -> list[Path]:
+        return [self.path]
 
     def transformer_config(self) -> dict:
         return self.description.get("drawing", {})
@@ -193,12 +224,15 @@ def open_part(source: Path, part: str, open_file: OpenFile = open_file) -> Part:
     if part == "generation_decoder":
         stored.pop(PADDING, None)
     quantized = split_scales(stored, metadata, source)
-    return Part(source, part, quantized.weights, config, quantized.scales, quantized.formats)
+    return Part(checkpoint, part, quantized.weights, config, quantized.scales, quantized.formats)
 
 
 def is_checkpoint(root: Path) -> bool:
     """Returns whether `root` looks like a released InternVL-U folder (its parts are there; nothing is opened)."""
-    return all((root / part / "config.json").is_file() for part in PARTS)
+    try:
+        return all((root / part / "config.json").is_file() for part in PARTS)
+    except OSError:  # a folder without the right to be read
+        return False
 
 
 def check_folder(root: Path) -> None:
@@ -223,19 +257,25 @@ def check_folder(root: Path) -> None:
 def holds_transformer(file: Path) -> bool:
     """Returns whether a file's header is that of InternVL-U's transformer: its queries come with gates."""
     try:
+        if b"txt_norm.weight" not in header_bytes(file)[0]:  # so that foreign files cost no parsing
+            return False
         header = read_header(file)[0]
-    except RuntimeError:
+    except (RuntimeError, OSError, ValueError):
         return False
     names = {name.removeprefix(_SAVED_PREFIX): entry for name, entry in header.items()}
     query, key = (names.get(f"transformer_blocks.0.attn.{name}.weight") for name in ("to_q", "to_k"))
-    return bool(query and key and "txt_norm.weight" in names and query["shape"][0] == 2 * key["shape"][0])
+    if query is None or key is None or "txt_norm.weight" not in names:
+        return False
+    return len(query["shape"]) == len(key["shape"]) == 2 and query["shape"][0] == 2 * key["shape"][0]
 
 
 def holds_language_model(file: Path) -> bool:
     """Returns whether a file says in its metadata that `convert` made it of the language model."""
     try:
+        if METADATA.encode() not in header_bytes(file)[0]:
+            return False
         return SingleFile(file).description.get("part") == "vlm"
-    except (RuntimeError, ValueError):
+    except (RuntimeError, OSError, ValueError):
         return False
 
 
@@ -248,8 +288,8 @@ def read_json(path: Path) -> dict:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RuntimeError(f"{path} is not readable as JSON ({error}). Download it again.") from error
+    except (ValueError, RecursionError) as error:
+        raise RuntimeError(f"{path} is not readable as JSON ({in_short(error)})") from error
     if not isinstance(value, dict):
         raise RuntimeError(f"{path} holds a {type(value).__name__}, a JSON object expected. Download it again.")
     return value
@@ -261,7 +301,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none, or a shard that a file name or the index announces is missing.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    # Hidden files are none: macOS puts `._model.safetensors` beside a file that it copies.
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file() and not file.name.startswith("."))
     expected = {shard for file in files for shard in _siblings(file.name)}
     for index in folder.glob("*.safetensors.index.json"):
         expected |= set(read_json(index).get("weight_map", {}).values())
@@ -274,22 +315,6 @@ def weight_files(folder: Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{folder} has no .safetensors file. {HOW_TO_GET}.")
     return files
-
-
-def read_header(file: Path) -> tuple[dict, int]:
-    """Returns a safetensors file's header and where its data begins, in bytes.
-
-    Raises:
-        RuntimeError: the file is damaged or no safetensors file.
-    """
-    try:
-        with file.open("rb") as source:
-            size = int.from_bytes(source.read(8), "little")
-            if not 2 <= size <= min(_LARGEST_HEADER, file.stat().st_size - 8):
-                raise ValueError(f"a header of {size} bytes")
-            return json.loads(source.read(size)), 8 + size
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"{file} is damaged ({error}). Download it again.") from error
 
 
 def check_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], part: str) -> None:
@@ -311,6 +336,20 @@ def check_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torc
         raise RuntimeError(
             f"{part}: {len(found)} tensors found, {len(expected)} expected: {'; '.join(problems)}. "
             "The files do not fit the configuration beside them; download the folder again."
+        )
+
+
+def check_finite_weights(weights: Mapping[str, torch.Tensor], part: str) -> None:
+    """Makes sure that all weights are numbers. It reads them all: for small parts.
+
+    Raises:
+        RuntimeError: some are infinite or not a number.
+    """
+    wrong = sorted(name for name, tensor in weights.items() if not torch.isfinite(tensor).all())
+    if wrong:
+        raise RuntimeError(
+            f"{part}: {len(wrong)} of {len(weights)} tensors hold values that are infinite or not a number (NaN): "
+            f"{', '.join(wrong[:5])}"
         )
 
 

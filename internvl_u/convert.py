@@ -17,8 +17,9 @@ import numpy
 import torch
 
 from . import __version__, fp8
-from .checkpoint import METADATA, PADDING, Folder, check_folder, read_header, weight_files
+from .checkpoint import METADATA, PADDING, Folder, check_folder, weight_files
 from .defaults import FILE_DTYPES
+from .header import read_header
 from .tokenizer import tokenizer_json
 from .vae import wan_name
 
@@ -80,7 +81,7 @@ Plan = tuple[list[OutputTensor], dict[str, str]]
 
 
 def convert(
-    model: Path, out: Path, dtype: str = "bfloat16", on_bytes: Callable[[int], None] | None = None
+    model: Path, out: Path, dtype: str = "bfloat16", on_bytes: Callable[[int], object] | None = None
 ) -> list[Path]:
     """Writes the three files of a checkpoint folder below `out` and returns them.
 
@@ -101,6 +102,9 @@ def convert(
         out / "text_encoders" / f"internvl_u_mllm_{suffix}.safetensors": _plan_language_model(folder, dtype),
         out / "vae" / "internvl_u_vae_bf16.safetensors": _plan_vae(folder),
     }
+    source = model.resolve()
+    if any(source in (file.resolve().parent, *file.resolve().parents) for file in plans):
+        raise ValueError(f"--out {out} lies in the checkpoint folder {model}: choose another folder")
     there = [str(file) for file in plans if file.exists()]
     if there:
         raise FileExistsError(f"{', '.join(there)} exist already: remove them or choose another folder")
@@ -109,10 +113,13 @@ def convert(
     return list(plans)
 
 
-def write_file(file: Path, tensors: list[OutputTensor], metadata: dict[str, str], on_bytes=None) -> None:
+def write_file(
+    file: Path, tensors: list[OutputTensor], metadata: dict[str, str], on_bytes: Callable[[int], object] | None = None
+) -> None:
     """Writes a safetensors file piece by piece, and its SHA-256 to `FILE.sha256`; whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    header, end = {"__metadata__": metadata}, 0
+    header: dict[str, dict] = {"__metadata__": metadata}
+    end = 0
     for tensor in tensors:
         size = int(numpy.prod(tensor.shape, dtype=numpy.int64)) * tensor.dtype.itemsize
         header[tensor.name] = {
@@ -123,7 +130,8 @@ def write_file(file: Path, tensors: list[OutputTensor], metadata: dict[str, str]
         end += size
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    part, digest = file.with_name(file.name + ".part"), hashlib.sha256()
+    # A name of this process's own: two conversions at once do not mix.
+    part, digest = file.with_name(f"{file.name}.{os.getpid()}.part"), hashlib.sha256()
     try:
         with part.open("wb") as target:
             for data in _pieces(text, tensors):
@@ -133,8 +141,10 @@ def write_file(file: Path, tensors: list[OutputTensor], metadata: dict[str, str]
                     on_bytes(len(data))
             target.flush()
             os.fsync(target.fileno())
-        file.with_name(file.name + ".sha256").write_text(f"{digest.hexdigest()}  {file.name}\n")
+        if file.exists():
+            raise FileExistsError(f"{file} was written by another conversion meanwhile: remove one of the two")
         os.replace(part, file)
+        file.with_name(file.name + ".sha256").write_text(f"{digest.hexdigest()}  {file.name}\n")
     finally:
         part.unlink(missing_ok=True)
 

@@ -19,6 +19,6 @@ STEPS = 20
 THOUGHT_TOKENS, ANSWER_TOKENS = 200, 512
 """The longest thought; the longest answer, which is ours."""
 SMALLEST, LARGEST = 16, 4096
-"""Pixels of a side."""
+"""Pixels per side."""
 FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old")
 """What `convert` writes: the last two have one scale per matrix, in the two spellings of ComfyUI."""

@@ -13,10 +13,26 @@ from .images import ReferenceSizes, vision_pixels
 from .mllm import MLLM
 from .prompt import BranchPrompts, TokenizedPrompt
 from .rope import Layout
+from .sampling import check_finite
 from .tokenizer import Tokenizer
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, which the vision tower was trained with."""
+
+
+def check_length(model: MLLM, prompt: TokenizedPrompt) -> int:
+    """Returns how many tokens fit after a prompt into the model's context. Asked before any work is done.
+
+    Raises:
+        ValueError: the prompt itself does not fit.
+    """
+    found, allowed = len(prompt.ids), model.language_model.config.max_position_embeddings
+    if found > allowed:
+        raise ValueError(
+            f"{found} tokens found (system message, prompt, pictures and thought together), {allowed} expected at "
+            "most: shorten the text or give fewer pictures"
+        )
+    return allowed - found
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,8 @@ class Encoder:
         attention but not handed on: each is read once. The same prompt gives the same bits whatever it comes with.
         `device` and `dtype` are the arithmetic's.
         """
+        for prompt, _ in prompts:
+            check_length(model, prompt)
         caches: dict[tuple[int, ...], object] = {}
         contexts = []
         for prompt, features in prompts:
@@ -109,6 +127,7 @@ class Encoder:
                 caches[system_turn] = model.prefill(embedded[:, : prompt.user_start])
             rest = embedded[:, prompt.user_start :]
             contexts.append(model.hidden_states(rest, self.layers, caches[system_turn])[0])
+            check_finite(contexts[-1], "the hidden states", "the language model, or a LoRA on it")
         return contexts
 
     def encode_branches(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 
 from .defaults import THOUGHT_TOKENS
-from .encoder import Encoder
+from .encoder import Encoder, check_length
 from .mllm import MLLM, cache_name
 from .prompt import TokenizedPrompt
+
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
 
 OnToken = Callable[[list[int]], None]
 
@@ -33,7 +38,9 @@ class GenerationConfig:
             raise ValueError(f"beams {self.beams} found, at least 1 expected")
         if self.beams > 1 and self.temperature > 0:
             raise ValueError(f"beams {self.beams} and temperature {self.temperature} found, one of the two expected")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed {self.seed} found, 0 to 2 ** 64 - 1 expected")
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"temperature {self.temperature} and top_p {self.top_p} found, 0 or more and above 0 to 1 expected"
             )
@@ -56,13 +63,19 @@ def generate(
     beams those of the first beam); what it raises ends the generation.
     """
     config = config or GenerationConfig()
+    room = check_length(model, prompt)
+    config = dataclasses.replace(config, max_new_tokens=max(min(config.max_new_tokens, room), 1))
     embedded = encoder.embed(model, prompt, features, device=device, dtype=dtype)
     strategy = beam_search if config.beams > 1 else sample_tokens
     return strategy(model.language_model, embedded, config, encoder.tokenizer.stops, on_token or (lambda ids: None))
 
 
 def sample_tokens(
-    language: nn.Module, embedded: torch.Tensor, config: GenerationConfig, stops: Sequence[int], on_token: OnToken
+    language: Qwen3ForCausalLM,
+    embedded: torch.Tensor,
+    config: GenerationConfig,
+    stops: Sequence[int],
+    on_token: OnToken,
 ) -> list[int]:
     """Returns one token after the other. What transformers' generate does besides costs more than the choice itself."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -92,7 +105,11 @@ def sample_token(logits: torch.Tensor, config: GenerationConfig, generator: torc
 
 
 def beam_search(
-    language: nn.Module, embedded: torch.Tensor, config: GenerationConfig, stops: Sequence[int], on_token: OnToken
+    language: Qwen3ForCausalLM,
+    embedded: torch.Tensor,
+    config: GenerationConfig,
+    stops: Sequence[int],
+    on_token: OnToken,
 ) -> list[int]:
     """Returns the ids of the best beam, as transformers finds it."""
     from transformers import StoppingCriteria, StoppingCriteriaList
@@ -102,7 +119,7 @@ def beam_search(
             on_token(input_ids[0].tolist())
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-    ids = language.generate(
+    ids = cast(Any, language).generate(
         inputs_embeds=embedded,
         attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device),
         max_new_tokens=config.max_new_tokens,

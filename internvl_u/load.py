@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
 
-from .checkpoint import load_weights, open_part
+from .checkpoint import check_finite_weights, load_weights, open_part
 from .config import mllm_config, mmdit_config
 from .mllm import MLLM
 from .mmdit import MMDiT
+from .operations import Operations
 from .vae import StandaloneVAE, check_vae_config
 
 
 def load_mllm(
-    root: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", operations: ModuleType = nn
+    root: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", operations: Operations = nn
 ) -> MLLM:
     """Returns the multimodal language model. With `dtype` None the files' own is kept.
 
@@ -31,7 +31,7 @@ def load_mllm(
 
 
 def load_mmdit(
-    root: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", operations: ModuleType = nn
+    root: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", operations: Operations = nn
 ) -> MMDiT:
     """Returns the transformer. With `dtype` None the files' own is kept.
 
@@ -55,6 +55,7 @@ def load_vae(root: Path, *, dtype: torch.dtype | None = None, device: torch.devi
     """
     part = open_part(root, "vae")
     check_vae_config(part)
+    check_finite_weights(part.weights, part.name)  # what is infinite would be cut off to white
     vae = StandaloneVAE(part.config)
     load_weights(vae.model, part.weights, part.name)
     # diffusers' own `to` warns of a choice that this VAE does not have.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from torch import nn
 from .config import MLLMConfig
 from .tokenizer import ROW_TOKENS
 from .vision import Projector, VisionTower
+
+if TYPE_CHECKING:
+    from transformers import Qwen3ForCausalLM
 
 
 class MLLM(nn.Module):
@@ -26,7 +30,7 @@ class MLLM(nn.Module):
         factory = {"dtype": dtype, "device": device, "operations": operations}
         self.vision_model = VisionTower(config.vision, **factory)
         self.mlp1 = Projector(config.vision, **factory)
-        self.language_model = build_language(config.language, dtype=dtype, device=device)
+        self.language_model: Qwen3ForCausalLM = build_language(config.language, dtype=dtype, device=device)
         width = self.language_model.config.hidden_size
         self.special_token_embedding = operations.Embedding(len(ROW_TOKENS), width, dtype=dtype, device=device)
 
@@ -65,7 +69,7 @@ class MLLM(nn.Module):
         return torch.cat([states[layer] for layer in layers], dim=-1)
 
 
-def cache_name(language: nn.Module) -> str:
+def cache_name(language: Qwen3ForCausalLM) -> str:
     """Returns transformers' name of the keys and values of the tokens before, as an argument and in an output.
 
     It is `cache` since 5.24, which announces the end of `past_key_values` for 5.40.
@@ -74,7 +78,9 @@ def cache_name(language: nn.Module) -> str:
     return "cache" if "cache" in arguments else "past_key_values"
 
 
-def build_language(config: Mapping, *, dtype=None, device=None) -> nn.Module:
+def build_language(
+    config: Mapping, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Qwen3ForCausalLM:
     """Returns transformers' Qwen3 with uninitialised weights.
 
     Raises:
@@ -94,4 +100,6 @@ def build_language(config: Mapping, *, dtype=None, device=None) -> nn.Module:
         model = model.to_empty(device=device or "cpu")
     # Its table is a buffer that no checkpoint stores, so it cannot stay on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(settings)
-    return model.to(dtype=dtype) if dtype is not None else model
+    if dtype is not None:
+        nn.Module.to(model, dtype=dtype)
+    return model

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -178,7 +179,7 @@ class MMDiT(nn.Module):
         last = len(self.transformer_blocks) - 1
         for i, block in enumerate(self.transformer_blocks):
             kept = image_tokens if i == last else None
-            image, text = run_block(i, block, image, text, modulation, packing, kept)
+            image, text = run_block(i, cast("Block", block), image, text, modulation, packing, kept)
         return image
 
     def velocity(self, image: torch.Tensor, modulation: torch.Tensor, grid: Grid, size: Sequence[int]) -> torch.Tensor:

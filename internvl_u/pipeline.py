@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from .generation import GenerationConfig, OnToken, generate
 from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
 from .prompt import SYSTEM_ANSWER, branch_prompts, drawing_system, generation_prompt
+from .rope import grid_of
 from .sampling import Denoiser, DrawingContexts
 from .tokenizer import Thought, has_thought
 from .vae import StandaloneVAE
@@ -43,6 +45,14 @@ class ImageRequest:
     system: str | None = None
     images: tuple[Image.Image, ...] = ()
     thought: str = ""
+
+    def __post_init__(self):
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed {self.seed} found, 0 to 2 ** 64 - 1 expected")
+        for name in ("all_cfg", "part_cfg"):
+            scale = getattr(self, name)
+            if scale is not None and not math.isfinite(scale):
+                raise ValueError(f"{name} {scale} found, a number expected")
 
     @property
     def guidance(self) -> Guidance:
@@ -70,7 +80,7 @@ class Pipeline:
         self._networks: dict[str, torch.nn.Module] = {}
 
     @torch.inference_mode()
-    def draw(self, request: ImageRequest, on_step: Callable[[int], None] | None = None) -> Image.Image:
+    def draw(self, request: ImageRequest, on_step: Callable[[int], object] | None = None) -> Image.Image:
         """Returns the image, at the wished size; `on_step(n)` is called after each of the steps.
 
         Raises:
@@ -158,18 +168,22 @@ class Pipeline:
         noise: torch.Tensor,
         sigmas: torch.Tensor,
         guidance: Guidance,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
         """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
         model = self._on_device("mmdit", lambda: load_mmdit(self.root, dtype=self.dtype))
-        denoise = Denoiser(model, contexts, noise.shape[-2:], guidance, self.dtype)
+        denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype)
         report = None if on_step is None else lambda index, *_: on_step(index + 1)
-        return sampling.sample(denoise, noise.to(self.device), sigmas.to(self.device), report)
+        latent = sampling.sample(denoise, noise.to(self.device), sigmas.to(self.device), report)
+        sampling.check_finite(latent, "the drawn latent", "the transformer")
+        return latent
 
     @torch.inference_mode()
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """Returns images [1, 3, 8 h, 8 w] in [-1, 1] from a final latent [1, 16, h, w]."""
-        return self._vae().decode(latent.to(self.dtype)).float()
+        decoded = self._vae().decode(latent.to(self.dtype)).float()
+        sampling.check_finite(decoded, "the decoded image", "the VAE")
+        return decoded
 
     def _references(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, ...]:
         if not images:
@@ -189,4 +203,4 @@ class Pipeline:
                 network.to("cpu")
         if name not in self._networks:
             self._networks[name] = load()
-        return self._networks[name].to(self.device)
+        return cast(Network, self._networks[name]).to(self.device)

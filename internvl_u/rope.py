@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 Grid = tuple[int, int]
+"""Rows and columns."""
 
 
 class Span(NamedTuple):
@@ -27,6 +28,11 @@ class Span(NamedTuple):
 
 
 Layout = tuple[Span, ...]
+
+
+def grid_of(latents: torch.Tensor) -> Grid:
+    """Returns the (rows, columns) of latents [..., rows, columns]."""
+    return latents.shape[-2], latents.shape[-1]
 
 
 def position_ids(image: Grid, references: Sequence[Grid], layout: Layout, image_scale: float) -> torch.Tensor:

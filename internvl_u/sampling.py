@@ -7,7 +7,7 @@ log(1 - s) - log(s) of the flow schedule, first order at the first and at the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy
@@ -15,7 +15,7 @@ import torch
 
 from .defaults import Guidance
 from .mmdit import MMDiT, time_embedding
-from .rope import Layout
+from .rope import Grid, Layout, grid_of
 
 TRAIN_STEPS = 1000
 SHIFT = 3.0
@@ -33,7 +33,7 @@ def flow_sigmas(steps: int) -> torch.Tensor:
 
 
 def flow_timesteps(steps: int) -> list[int]:
-    """Returns the whole timesteps in 0..999 that the model is told at each step."""
+    """Returns the whole timesteps in 0..999 that the model is given at each step."""
     return [int(step) for step in _sigmas(steps) * TRAIN_STEPS]
 
 
@@ -102,12 +102,10 @@ class Denoiser:
     Branches of equal references share a call: two in one for an image from text; when editing two and then one.
     """
 
-    def __init__(
-        self, model: MMDiT, contexts: DrawingContexts, size: Sequence[int], guidance: Guidance, dtype: torch.dtype
-    ):
+    def __init__(self, model: MMDiT, contexts: DrawingContexts, size: Grid, guidance: Guidance, dtype: torch.dtype):
         self.model, self.guidance, self.dtype = model, guidance, dtype
         references = contexts.references
-        grids = [reference.shape[-2:] for reference in references]
+        grids = [grid_of(reference) for reference in references]
         seeing = [branch for branch in (contexts.conditional, contexts.partial) if branch is not None]
         groups = [([model.branch(*branch, size, grids) for branch in seeing], references)]
         groups.append(([model.branch(*contexts.unconditional, size, ())], ()))
@@ -132,11 +130,24 @@ class Denoiser:
         return conditional, partial[0] if partial else unconditional, unconditional
 
 
+def check_finite(values: torch.Tensor, what: str, cause: str) -> None:
+    """Makes sure that values are numbers: an image of others would be black without a word.
+
+    Raises:
+        RuntimeError: some are infinite or not a number.
+    """
+    if not torch.isfinite(values).all():
+        share = (~torch.isfinite(values)).float().mean().item()
+        raise RuntimeError(
+            f"{100 * share:.3g} % of {what} are infinite or not a number (NaN): the fault lies in {cause}"
+        )
+
+
 def sample(
     denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     noisy: torch.Tensor,
     sigmas: torch.Tensor,
-    on_step: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None,
+    on_step: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], object] | None = None,
 ) -> torch.Tensor:
     """Returns the latent at the last noise level, of the shape of `noisy`.
 

@@ -6,9 +6,12 @@ structure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from .header import in_short
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
@@ -74,6 +77,9 @@ class Tokenizer:
         """
         self._tokenizer = _read(source)
         self._tokenizer.encode_special_tokens = True
+        # Its own settings would cut the prompt or fill it up without a word.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.special: dict[str, int] = {}
         missing = []
         for name in dict.fromkeys((PAD, IM_START, IM_END, *ROW_TOKENS)):
@@ -108,12 +114,14 @@ class Tokenizer:
                 images.append(TokenRange(len(ids) + 1, len(ids) + 1 + image_tokens))
                 ids += [self.special[IMG], *[self.special[IMG_CONTEXT]] * image_tokens, self.special[END_IMG]]
             else:
-                ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
+                with _library_errors("this text cannot be encoded"):
+                    ids += self._tokenizer.encode(_whole(piece), add_special_tokens=False).ids
         return ids, images
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with _library_errors("what was written cannot be decoded"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def decode_thought(self, written: Sequence[int]) -> Thought:
         """Returns the thought that the official code draws from, of all ids that were written."""
@@ -153,16 +161,47 @@ def tokenizer_json(folder: Path) -> str:
 def _read(source: Path | str) -> FastTokenizer:
     from tokenizers import Tokenizer as FastTokenizer
 
-    try:
+    with _library_errors(f"the tokenizer {_where(source)} is unreadable"):
         if isinstance(source, str):
             return FastTokenizer.from_str(source)
         if (source / "tokenizer.json").is_file():
             return FastTokenizer.from_file(str(source / "tokenizer.json"))
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(source), local_files_only=True).backend_tokenizer
-    except Exception as error:
-        raise RuntimeError(f"the tokenizer {_where(source)} is unreadable ({error}). Download it again.") from error
+        # The files may name code of their own: it is never run, and nobody is asked whether it may.
+        read = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+        return read.backend_tokenizer
+
+
+def _whole(text: str) -> str:
+    """Returns the text.
+
+    Raises:
+        ValueError: it holds half a character, which no tokenizer knows.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"half a character (a lone surrogate, {text[error.start]!r}) found at place {error.start} of the text: "
+            "take it out"
+        ) from None
+    return text
+
+
+@contextlib.contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises into one kind of error.
+
+    Raises:
+        RuntimeError: it failed. Its own panics are no Exception, and would end ComfyUI's worker thread.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, ValueError):
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"{what} ({in_short(error)})") from error
 
 
 def _where(source: Path | str) -> str:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from .checkpoint import Part
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 
 _TO_WAN = (
     (r"^quant_conv\.", "conv1."),
@@ -62,11 +66,13 @@ def check_vae_config(part: Part) -> None:
     """
     name = part.config.get("_class_name")
     if name != "AutoencoderKLQwenImage":
-        raise RuntimeError(f"{part.source / part.name} holds a {name}, AutoencoderKLQwenImage expected")
+        raise RuntimeError(f"{part.checkpoint.path / part.name} holds a {name}, AutoencoderKLQwenImage expected")
 
 
 class StandaloneVAE(nn.Module):
     """The VAE through diffusers, for use without ComfyUI. Latents are the transformer's, normalised."""
+
+    model: AutoencoderKLQwenImage
 
     def __init__(self, config: Mapping):
         """Makes the network of a configuration, with weights on the meta device.
@@ -75,21 +81,22 @@ class StandaloneVAE(nn.Module):
             ModuleNotFoundError: diffusers is not installed.
         """
         super().__init__()
-        from diffusers import AutoencoderKLQwenImage
+        from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 
         with torch.device("meta"):
-            self.model = AutoencoderKLQwenImage.from_config(config)
+            self.model = cast(AutoencoderKLQwenImage, AutoencoderKLQwenImage.from_config(dict(config)))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns images [B, 3, 8 h, 8 w] in [-1, 1] from latents [B, 16, h, w]."""
         mean, std = self._statistics(latents)
         latents = (latents * std + mean).to(self.model.device, self.model.dtype)
-        return self.model.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
+        decoded: torch.Tensor = self.model.decode(latents[:, :, None], return_dict=False)[0]
+        return decoded[:, :, 0]
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Returns latents [B, 16, h, w] (the mode) of images [B, 3, 8 h, 8 w] in [-1, 1]."""
         images = images.to(self.model.device, self.model.dtype)
-        latents = self.model.encode(images[:, :, None]).latent_dist.mode()[:, :, 0]
+        latents = self.model.encode(images[:, :, None], return_dict=False)[0].mode()[:, :, 0]
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
@@ -97,5 +104,4 @@ class StandaloneVAE(nn.Module):
         def like(values: Sequence[float]) -> torch.Tensor:
             return torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
 
-        config = self.model.config
-        return like(config.latents_mean), like(config.latents_std)
+        return like(self.model.config["latents_mean"]), like(self.model.config["latents_std"])

@@ -20,14 +20,24 @@ class VisionTower(nn.Module):
         super().__init__()
         factory = {"dtype": dtype, "device": device, "operations": operations}
         self.embeddings = PatchEmbedding(config, **factory)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(VisionLayer(config, **factory) for _ in range(config.layers))
+        self.encoder = VisionLayers(config, **factory)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        hidden = self.embeddings(pixels)
-        for layer in self.encoder.layers:
+        return self.encoder(self.embeddings(pixels))[:, 1:]
+
+
+class VisionLayers(nn.Module):
+    """The layers one after the other."""
+
+    def __init__(self, config: VisionConfig, *, dtype=None, device=None, operations=nn):
+        super().__init__()
+        factory = {"dtype": dtype, "device": device, "operations": operations}
+        self.layers = nn.ModuleList(VisionLayer(config, **factory) for _ in range(config.layers))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
             hidden = layer(hidden)
-        return hidden[:, 1:]
+        return hidden
 
 
 class PatchEmbedding(nn.Module):
@@ -54,34 +64,56 @@ class VisionLayer(nn.Module):
     def __init__(self, config: VisionConfig, *, dtype=None, device=None, operations=nn):
         super().__init__()
         factory = {"dtype": dtype, "device": device}
-        self.heads = config.heads
-        self.attn = nn.Module()
-        self.attn.qkv = operations.Linear(config.width, 3 * config.width, **factory)
-        self.attn.proj = operations.Linear(config.width, config.width, **factory)
-        self.mlp = nn.Module()
-        self.mlp.fc1 = operations.Linear(config.width, config.mlp_width, **factory)
-        self.mlp.fc2 = operations.Linear(config.mlp_width, config.width, **factory)
+        self.attn = VisionAttention(config, operations=operations, **factory)
+        self.mlp = VisionMLP(config, operations=operations, **factory)
         self.norm1 = operations.LayerNorm(config.width, eps=config.eps, **factory)
         self.norm2 = operations.LayerNorm(config.width, eps=config.eps, **factory)
         self.ls1 = nn.Parameter(torch.empty(config.width, **factory))
         self.ls2 = nn.Parameter(torch.empty(config.width, **factory))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        qkv = rearrange(self.attn.qkv(self.norm1(hidden)), "b n (three h e) -> three b h n e", three=3, h=self.heads)
+        hidden = hidden + self.attn(self.norm1(hidden)) * self.ls1.to(hidden)
+        return hidden + self.mlp(self.norm2(hidden)) * self.ls2.to(hidden)
+
+
+class VisionAttention(nn.Module):
+    """Multi-head self-attention over [B, patches, width]."""
+
+    def __init__(self, config: VisionConfig, *, dtype=None, device=None, operations=nn):
+        super().__init__()
+        factory = {"dtype": dtype, "device": device}
+        self.heads = config.heads
+        self.qkv = operations.Linear(config.width, 3 * config.width, **factory)
+        self.proj = operations.Linear(config.width, config.width, **factory)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        qkv = rearrange(self.qkv(hidden), "b n (three h e) -> three b h n e", three=3, h=self.heads)
         attended = functional.scaled_dot_product_attention(*qkv.unbind(0))
-        hidden = hidden + self.attn.proj(rearrange(attended, "b h n e -> b n (h e)")) * self.ls1.to(hidden)
-        return hidden + self.mlp.fc2(functional.gelu(self.mlp.fc1(self.norm2(hidden)))) * self.ls2.to(hidden)
+        return self.proj(rearrange(attended, "b h n e -> b n (h e)"))
+
+
+class VisionMLP(nn.Module):
+    """Two linear layers with GELU between."""
+
+    def __init__(self, config: VisionConfig, *, dtype=None, device=None, operations=nn):
+        super().__init__()
+        factory = {"dtype": dtype, "device": device}
+        self.fc1 = operations.Linear(config.width, config.mlp_width, **factory)
+        self.fc2 = operations.Linear(config.mlp_width, config.width, **factory)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.fc2(functional.gelu(self.fc1(hidden)))
 
 
 class Projector(nn.Sequential):
-    """Patch features [B, patches, width] -> prompt features [B, tokens, language width]; 2 x 2 patches a token."""
+    """Patch features [B, patches, width] -> prompt features [B, tokens, language width]; 2 x 2 patches per token."""
 
     def __init__(self, config: VisionConfig, *, dtype=None, device=None, operations=nn):
         factory = {"dtype": dtype, "device": device}
-        self_width = config.width * round(1 / config.downsample) ** 2
+        merged_width = config.width * round(1 / config.downsample) ** 2
         super().__init__(
-            operations.LayerNorm(self_width, **factory),
-            operations.Linear(self_width, config.output_width, **factory),
+            operations.LayerNorm(merged_width, **factory),
+            operations.Linear(merged_width, config.output_width, **factory),
             nn.GELU(),
             operations.Linear(config.output_width, config.output_width, **factory),
         )

@@ -6,23 +6,26 @@ import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sample
 import comfy.supported_models_base
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
+from server import PromptServer
 
 from ..internvl_u import fp8
+from .latents import latent_samples
 
 LATENT_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
-"""Keys of an empty LATENT: pixels a side, and frames, for each of its values. ComfyUI's samplers take them away."""
+"""Keys of an empty LATENT: pixels per side, and frames, for each of its values. ComfyUI's samplers take them away."""
 
 
 def make_patcher(
@@ -48,16 +51,17 @@ def make_patcher(
 
 def is_dynamic(patcher: ModelPatcher) -> bool:
     """Returns whether a patcher streams its weights from disk (0.33 and newer)."""
-    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
+    return getattr(patcher, "is_dynamic", bool)()
 
 
 def reload_with(patcher: ModelPatcher, factory: Callable[..., ModelPatcher], *arguments: object) -> None:
     """Tells ComfyUI how to make the patcher again (`factory(*arguments, disable_dynamic=...)`)."""
-    patcher.cached_patcher_init = (factory, arguments)
+    cast(Any, patcher).cached_patcher_init = (factory, arguments)
 
 
-def set_dtypes(config: BASE, storage: torch.dtype, compute: torch.dtype | None, device: torch.device) -> None:
+def set_dtypes(model: BASE, storage: torch.dtype, compute: torch.dtype | None, device: torch.device) -> None:
     """Sets a model configuration's storage dtype and, where it differs, the dtype of the arithmetic."""
+    config = cast(Any, model)  # each version has another set of attributes and arguments
     if "device" in inspect.signature(config.set_inference_dtype).parameters:
         config.set_inference_dtype(storage, compute, device=device)
     else:
@@ -65,11 +69,12 @@ def set_dtypes(config: BASE, storage: torch.dtype, compute: torch.dtype | None, 
 
 
 def quantize(
-    config: BASE, scales: dict[str, torch.Tensor], formats: dict[str, dict[str, str]]
+    model: BASE, scales: dict[str, torch.Tensor], formats: dict[str, dict[str, str]]
 ) -> dict[str, torch.Tensor]:
-    """Tells a model configuration which layers are scaled fp8; returns the tensors that loading them takes."""
+    """Sets in a model configuration which layers are scaled fp8; returns the tensors that loading them takes."""
     if not scales:
         return {}
+    config = cast(Any, model)
     extra = {f"{layer}.{fp8.SCALE_NAMES[0]}": scale for layer, scale in scales.items()}
     if "quant_config" not in vars(comfy.supported_models_base.BASE):
         config.layer_quant_config = formats
@@ -93,17 +98,38 @@ def device_context(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if context is None else context(device)
 
 
-def fitted_latent(model: ModelPatcher, latent: dict[str, Any]) -> torch.Tensor:
+def cast_weight(
+    module: torch.nn.Module, input: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.cuda.Stream | None]:
+    """Returns a module's weight and bias where and as `input` is, and the stream that `uncast_bias_weight` wants."""
+    return cast(Any, comfy.ops.cast_bias_weight(module, input, offloadable=True))
+
+
+def cloned_patcher(patcher: ModelPatcher) -> ModelPatcher:
+    """Returns a clone of a streaming patcher that does not stream (0.33 and newer)."""
+    return cast(Any, patcher).clone(disable_dynamic=True)
+
+
+def fitted_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> torch.Tensor:
     """Returns the samples of a LATENT; an empty one that was made for another model gets the channels and size of ours.
 
-    Since 0.33 an empty LATENT says how many pixels a side each of its values stands for.
+    Raises:
+        ValueError: it is no LATENT, or one that another model has drawn.
+
+    Since 0.33 an empty LATENT says how many pixels per side each of its values stands for.
     """
-    arguments = [model, latent["samples"]]
+    samples = latent_samples(latent)
+    arguments = [model, samples]
     if LATENT_RATIOS[0] in inspect.signature(comfy.sample.fix_empty_latent_channels).parameters:
         arguments.append(latent.get(LATENT_RATIOS[0]))
     return comfy.sample.fix_empty_latent_channels(*arguments)
 
 
+def is_serving() -> bool:
+    """Returns whether ComfyUI's server has begun to answer; while it starts, it asks for the nodes' inputs as well."""
+    return getattr(getattr(PromptServer, "instance", None), "port", None) is not None
+
+
 def open_weights(file: Path) -> dict[str, torch.Tensor]:
     """Returns a file's tensors, mapped by ComfyUI so that it can stream them later."""
-    return comfy.utils.load_torch_file(str(file), safe_load=True)
+    return cast(dict[str, torch.Tensor], comfy.utils.load_torch_file(str(file), safe_load=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import comfy.cli_args
@@ -13,6 +12,7 @@ import comfy.utils
 import torch
 
 from ..internvl_u.checkpoint import Part, Weights
+from ..internvl_u.operations import Operations
 
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -87,7 +87,7 @@ def compute_dtype(weights: Mapping[str, torch.Tensor], device: torch.device) -> 
     return torch.bfloat16
 
 
-def operations_for(weights: Mapping[str, torch.Tensor], compute: torch.dtype) -> type | ModuleType:
+def operations_for(weights: Mapping[str, torch.Tensor], compute: torch.dtype) -> Operations:
     """Returns ComfyUI's operations: those that cast weights at use only where any weight needs it."""
     if all(tensor.dtype == compute for tensor in weights.values()):
         return comfy.ops.disable_weight_init

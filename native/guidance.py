@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import comfy.sampler_helpers
 import comfy.samplers
@@ -17,6 +17,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy.samplers import CFGGuider
+from torch.nn import functional
 
 from ..internvl_u.defaults import GUIDANCE
 from ..internvl_u.sampling import dual_guidance, whole_timestep
@@ -35,9 +36,28 @@ class DualGuider(CFGGuider):
     part_cfg = GUIDANCE.part_cfg
 
     def set_scales(self, all_cfg: float, part_cfg: float) -> None:
-        """Sets the guidance of the words and the guidance of the references."""
+        """Sets the guidance of the words and the guidance of the references.
+
+        Raises:
+            ValueError: one of them is no number.
+        """
+        for name, scale in (("all_cfg", all_cfg), ("part_cfg", part_cfg)):
+            if not math.isfinite(scale):
+                raise ValueError(f"{name} {scale} found, a number expected")
         self.set_cfg(all_cfg)
         self.part_cfg = part_cfg
+
+
+def check_model(model: ModelPatcher) -> None:
+    """Makes sure that a MODEL is InternVL-U's.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    wrappers = getattr(model, "wrappers", {}).get(WrappersMP.OUTER_SAMPLE, {})
+    if KEY not in wrappers:
+        kind = type(getattr(model, "model", model)).__name__
+        raise ValueError(f"a MODEL of another kind ({kind}) found: connect the MODEL of Load InternVL-U")
 
 
 def install(patcher: ModelPatcher) -> None:
@@ -51,7 +71,9 @@ def sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> torch.Tensor
     The guidance takes the place of the guider's own method for this run and is no wrapper: it ends the chain, and what
     other nodes wrap around it (step caches, say) has to stay around it.
     """
-    guider = executor.class_obj
+    guider = cast(Any, executor.class_obj)
+    for name, entries in guider.conds.items():
+        guider.conds[name] = [_with_plain_area(entry, args[0].shape[-2:]) for entry in entries]
     if type(guider).predict_noise is not CFGGuider.predict_noise:
         return executor(*args, **kwargs)
     middle = _partial_conds(guider.conds)
@@ -62,6 +84,35 @@ def sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> torch.Tensor
         return executor(*args, **kwargs)
     finally:
         del guider.predict_noise
+
+
+def _with_plain_area(entry: Options, size: Sequence[int]) -> Options:
+    """Returns a condition whose area, if it has one, is in latent pixels.
+
+    ComfyUI works shares and bounds of masks out for all axes of a latent, and ours has a third, of one frame.
+    """
+    area, mask = entry.get("area"), entry.get("mask")
+    if mask is not None and entry.get("set_area_to_bounds"):
+        entry = entry | {"set_area_to_bounds": False, "area": _bounds(mask, size)}
+    elif area and area[0] == "percentage" and len(area) == 5:
+        height, width, y, x = area[1:]
+        entry = entry | {"area": ("percentage", 1.0, height, width, 0.0, y, x)}
+    return entry
+
+
+def _bounds(mask: torch.Tensor, size: Sequence[int]) -> tuple[int, int, int, int]:
+    """Returns (height, width, y, x), in latent pixels of (rows, columns), of what a mask [..., H, W] covers."""
+    flat = mask.abs().reshape(-1, 1, *mask.shape[-2:]).amax(0, keepdim=True)
+    covered = functional.interpolate(flat.float(), size=tuple(size), mode="bilinear")[0, 0] > 0
+    if not covered.any():
+        return min(8, size[0]), min(8, size[1]), 0, 0
+    box = []
+    for axis, length in enumerate(size):
+        places = covered.any(dim=1 - axis).nonzero()
+        extent = min(max(int(places[-1] - places[0]) + 1, 8), length)
+        box.append((extent, min(int(places[0]), length - extent)))
+    (height, y), (width, x) = box
+    return height, width, y, x
 
 
 def _partial_conds(conds: Conds) -> list[Options]:

@@ -9,11 +9,14 @@ ComfyUI's `cast_bias_weight(module, input, offloadable=)`, `uncast_bias_weight` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import ModuleType
+from typing import cast
 
 import comfy.ops
 import torch
 from torch import nn
+
+from ..internvl_u.operations import Operations
+from . import compat
 
 
 class CastRMSNorm(nn.Module, comfy.ops.CastWeightBiasOp):
@@ -26,7 +29,7 @@ class CastRMSNorm(nn.Module, comfy.ops.CastWeightBiasOp):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if not (self.comfy_cast_weights or self.weight_function):
             return self._normed(hidden, self.weight)
-        weight, bias, stream = comfy.ops.cast_bias_weight(self, hidden, offloadable=True)
+        weight, bias, stream = compat.cast_weight(self, hidden)
         result = self._normed(hidden, weight)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return result
@@ -60,13 +63,13 @@ class ScaledLinear(comfy.ops.manual_cast.Linear):
     scale: float
 
     def forward_comfy_cast_weights(self, hidden: torch.Tensor) -> torch.Tensor:
-        weight, bias, stream = comfy.ops.cast_bias_weight(self, hidden, offloadable=True)
+        weight, bias, stream = compat.cast_weight(self, hidden)
         result = torch.nn.functional.linear(hidden * self.scale, weight, bias)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return result
 
 
-def cast_language_model(model: nn.Module, operations: type | ModuleType, compute: torch.dtype) -> None:
+def cast_language_model(model: nn.Module, operations: Operations, compute: torch.dtype) -> None:
     """Gives transformers' modules ComfyUI's classes, so that their weights can be cast and offloaded.
 
     `model.execution` is (device, dtype) to run on, and has to be set before each use.
@@ -76,7 +79,7 @@ def cast_language_model(model: nn.Module, operations: type | ModuleType, compute
             module.__class__ = operations.Linear
         elif type(module) is nn.Embedding:
             module.__class__ = CastEmbedding
-            module.out_dtype = compute
+            cast(CastEmbedding, module).out_dtype = compute
         elif type(module).__name__.endswith("RMSNorm"):
             module.__class__ = CastRMSNorm
             module.comfy_cast_weights = operations.Linear.comfy_cast_weights
@@ -92,4 +95,4 @@ def scale_layers(model: nn.Module, scales: Mapping[str, torch.Tensor]) -> None:
     for name, scale in scales.items():
         layer = model.get_submodule(name)
         layer.__class__ = ScaledLinear
-        layer.scale = float(scale)
+        cast(ScaledLinear, layer).scale = float(scale)

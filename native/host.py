@@ -115,7 +115,7 @@ CALLS: dict[str, tuple[int, str]] = {
     "comfy_api.latest.io.Sigmas.Output": (0, ""),
     "comfy_api.latest.io.String.Input": (
         1,
-        "default dynamic_prompts force_input multiline optional placeholder tooltip",
+        "default force_input multiline optional placeholder tooltip",
     ),
     "comfy_api.latest.io.String.Output": (0, "display_name"),
     "comfy_api.latest.io.Vae.Input": (1, "optional tooltip"),
@@ -125,7 +125,6 @@ CALLS: dict[str, tuple[int, str]] = {
     "folder_paths.folder_names_and_paths.get": (2, ""),
     "folder_paths.get_filename_list": (1, ""),
     "folder_paths.get_folder_paths": (1, ""),
-    "folder_paths.get_full_path_or_raise": (2, ""),
     "latent_preview.prepare_callback": (2, ""),
     "server.PromptServer.send_sync": (4, ""),
 }

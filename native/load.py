@@ -28,6 +28,8 @@ def load(
     """
     if transformer.is_dir():
         check_folder(transformer)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} found, one of {', '.join(PRECISIONS)} expected")
     language, vae = language or transformer, vae or transformer
     dtype = PRECISIONS[precision]
     model, mllm = load_model(str(transformer), dtype), load_mllm(str(language), dtype)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -14,7 +14,7 @@ import comfy.sd
 import torch
 from PIL import Image
 
-from ..internvl_u.checkpoint import check_weights, open_checkpoint, open_part
+from ..internvl_u.checkpoint import Part, check_weights, open_part
 from ..internvl_u.config import mllm_config
 from ..internvl_u.encoder import Encoder
 from ..internvl_u.generation import GenerationConfig, OnToken, generate
@@ -26,8 +26,9 @@ from . import compat
 from .dtypes import cast_weights, compute_dtype, operations_for
 from .guidance import PARTIAL
 from .hf_modules import cast_language_model, scale_layers
+from .latents import Latent, check_vae
 from .model import LAYOUT
-from .sampler import Conditioning, Latent, empty_latent
+from .sampler import Conditioning, empty_latent
 
 Execution = dict[str, Any]
 """The `device` and the `dtype` of the arithmetic, as keywords."""
@@ -79,6 +80,8 @@ class NativeMLLM:
         """
         if images and vae is None:
             raise ValueError(f"{len(images)} pictures found and no VAE: connect the VAE of Load InternVL-U to Encode")
+        if images:
+            check_vae(vae)
         tokenizer = self.encoder.tokenizer
         prompts = branch_prompts(
             tokenizer,
@@ -88,7 +91,7 @@ class NativeMLLM:
             system=system,
             thought=tokenizer.encode_thought(thought),
         )
-        references = {"reference_latents": [self._reference(vae, image) for image in images]} if images else {}
+        references = {"reference_latents": self._references(vae, images)} if images and vae is not None else {}
         known = self._empty_context if self._empty_prompt == prompts.unconditional else None
         with self._ready(max(len(prompts.conditional.ids), len(prompts.partial.ids))) as where:
             features = self.encoder.image_features(self.model, images, **where)
@@ -125,7 +128,7 @@ class NativeMLLM:
     def _ready(self, tokens: int, config: GenerationConfig | None = None) -> Iterator[Execution]:
         mm.load_models_gpu([self.patcher], memory_required=self._activations(tokens, config))
         device = self.patcher.load_device
-        self.model.language_model.execution = (device, self.dtype)
+        cast(Any, self.model.language_model).execution = (device, self.dtype)
         with compat.device_context(device):
             yield {"device": device, "dtype": self.dtype}
 
@@ -133,12 +136,12 @@ class NativeMLLM:
         context = context.unsqueeze(0).to(mm.intermediate_device(), torch.float32)
         return [[context, {LAYOUT: layout, **options}]]
 
-    def _reference(self, vae: comfy.sd.VAE, image: Image.Image) -> torch.Tensor:
-        pixels = reference_pixels(image, self.encoder.sizes)
-        return vae.encode((pixels.movedim(1, -1) + 1) / 2)  # BCHW -> BHWC
+    def _references(self, vae: comfy.sd.VAE, images: Sequence[Image.Image]) -> list[torch.Tensor]:
+        pixels = (reference_pixels(image, self.encoder.sizes) for image in images)
+        return [cast(torch.Tensor, vae.encode((one.movedim(1, -1) + 1) / 2)) for one in pixels]  # BCHW -> BHWC
 
     def _activations(self, tokens: int, config: GenerationConfig | None) -> int:
-        language = self.model.language_model.config
+        language = cast(Any, self.model.language_model.config)
         values = tokens * (language.num_hidden_layers * language.hidden_size + 4 * language.intermediate_size)
         if config is not None:
             per_token = 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim
@@ -155,14 +158,14 @@ def load_mllm(source: str, precision: torch.dtype | None = None) -> NativeMLLM:
         RuntimeError: the files are damaged, of another model, or do not fit each other.
         ValueError: the precision does not fit the file.
     """
-    patcher, compute = _load_patcher(source, precision)
-    return NativeMLLM(patcher, Encoder.from_checkpoint(open_checkpoint(Path(source))), compute)
-
-
-def _load_patcher(
-    source: str, precision: torch.dtype | None, disable_dynamic: bool = False
-) -> tuple[comfy.model_patcher.ModelPatcher, torch.dtype]:
     part = open_part(Path(source), "vlm", compat.open_weights)
+    patcher, compute = _make_patcher(part, precision)
+    return NativeMLLM(patcher, Encoder.from_checkpoint(part.checkpoint), compute)
+
+
+def _make_patcher(
+    part: Part, precision: torch.dtype | None, disable_dynamic: bool = False
+) -> tuple[comfy.model_patcher.ModelPatcher, torch.dtype]:
     config = mllm_config(part.shapes, part.config)
     check_weights(MLLM(config, device="meta").state_dict(), part.weights, part.name)
     weights = cast_weights(part, precision)
@@ -176,11 +179,12 @@ def _load_patcher(
     model.requires_grad_(False).eval()
     compat.remember_dtypes(model)
     patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
-    compat.reload_with(patcher, _reload_patcher, source, precision)
+    compat.reload_with(patcher, _reload_patcher, str(part.checkpoint.path), precision)
     return patcher, compute
 
 
 def _reload_patcher(
     source: str, precision: torch.dtype | None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    return _load_patcher(source, precision, disable_dynamic)[0]
+    part = open_part(Path(source), "vlm", compat.open_weights)
+    return _make_patcher(part, precision, disable_dynamic)[0]

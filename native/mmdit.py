@@ -11,6 +11,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ..internvl_u.mmdit import Block, MMDiT, Packing
+from ..internvl_u.rope import grid_of
 
 if TYPE_CHECKING:
     from .model import PromptContext
@@ -62,7 +63,7 @@ class NativeMMDiT(MMDiT):
                 "a ControlNet is attached, but none exists for InternVL-U: use it on another model of a chain"
             )
         latents = single_frame(x)
-        branches = [one.branch_for(tuple(latents.shape[-2:])) for one in contexts]
+        branches = [one.branch_for(grid_of(latents)) for one in contexts]
         references = [single_frame(reference) for reference in ref_latents]
         options = transformer_options.copy()
         options["total_blocks"], options["block_type"] = len(self.transformer_blocks), "double"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import comfy.conds
 import comfy.latent_formats
@@ -19,7 +19,7 @@ from ..internvl_u import sampling
 from ..internvl_u.checkpoint import check_weights, open_part
 from ..internvl_u.config import mmdit_config
 from ..internvl_u.mmdit import BranchInput, MMDiT, time_embedding
-from ..internvl_u.rope import Grid, Layout, Span
+from ..internvl_u.rope import Grid, Layout, Span, grid_of
 from . import compat, guidance
 from .dtypes import plan_transformer
 from .mmdit import NativeMMDiT
@@ -69,7 +69,11 @@ class InternVLU(comfy.model_base.QwenImage):
 
     def __init__(self, model_config: InternVLUConfig, device: torch.device | str | None = None):
         comfy.model_base.BaseModel.__init__(
-            self, model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=NativeMMDiT
+            self,
+            model_config,
+            comfy.model_base.ModelType.FLOW,
+            device=cast(Any, device),
+            unet_model=cast(Any, NativeMMDiT),
         )
         self.memory_usage_factor_conds = ("ref_latents",)
         self.model_sampling = FlowSampling(model_config)
@@ -83,7 +87,7 @@ class InternVLU(comfy.model_base.QwenImage):
     ) -> torch.Tensor:
         """Returns the time sinusoids [B, 256]. They and the rotary tables are made here, out of reach of a compiler."""
         for context in contexts:
-            context.branch_for(tuple(x.shape[-2:]))
+            context.branch_for(grid_of(cast(torch.Tensor, x)))
         compute = self.manual_cast_dtype or self.get_dtype()
         return time_embedding(torch.floor(timestep).to(compute))
 
@@ -99,15 +103,16 @@ class InternVLU(comfy.model_base.QwenImage):
         if references:
             out["ref_latents"] = comfy.conds.CONDList([self.process_latent_in(latent) for latent in references])
         context = kwargs.get("cross_attn")
-        config = self.diffusion_model.config
+        network = cast(NativeMMDiT, self.diffusion_model)
+        config = network.config
         if context is None or context.shape[-1] != config.context_width:
             width = None if context is None else context.shape[-1]
             raise ValueError(
                 f"conditioning of width {width} found, {config.context_width} expected: connect InternVL-U Encode"
             )
         layout = _spans(kwargs.get(LAYOUT), context.shape[1])
-        grids = [tuple(latent.shape[-2:]) for latent in references]
-        contexts = [PromptContext(self.diffusion_model, one, layout, grids) for one in context.to(kwargs["device"])]
+        grids = [grid_of(latent) for latent in references]
+        contexts = [PromptContext(network, one, layout, grids) for one in context.to(kwargs["device"])]
         out["contexts"] = CONDContexts(contexts)
         return out
 

@@ -46,6 +46,14 @@ def show(hidden: HiddenHolder, text: str) -> None:
     as a copy with an id of its own: the text is for the node that the copy was made of.
     """
     server = PromptServer.instance
+    if server.client_id is None:
+        return  # a job that came from no page: the text would go to all of them
     node = hidden.dynprompt.get_display_node_id(hidden.unique_id) if hidden.dynprompt else hidden.unique_id
-    workflow = ((hidden.extra_pnginfo or {}).get("workflow") or {}).get("id")
+    workflow = _workflow_id(hidden.extra_pnginfo)
     server.send_sync(EVENT, {"node": node, "workflow": workflow, "text": text}, server.client_id)
+
+
+def _workflow_id(extra_pnginfo: object) -> object:
+    workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
+    found = workflow.get("id") if isinstance(workflow, dict) else None
+    return found if isinstance(found, str) else None

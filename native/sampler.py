@@ -17,13 +17,15 @@ from tqdm.auto import tqdm
 
 from ..internvl_u import sampling
 from ..internvl_u.images import LATENT_STRIDE, latent_size
+from ..internvl_u.sampling import check_finite
 from . import compat
-from .guidance import DualGuider
+from .guidance import DualGuider, check_model
+from .latents import CHANNELS, Latent
 
-Conditioning = list[list[Any]]
+LONGEST_SCHEDULE = 100_000
+"""Levels: below denoise 1 the end of a longer schedule is taken."""
+Conditioning = list[Any]
 """ComfyUI's CONDITIONING: entries of [context [1, tokens, width], options]."""
-Latent = dict[str, Any]
-"""ComfyUI's LATENT: `samples` [B, channels, (frames,) h, w] and what goes with them."""
 
 
 def dpmpp_2m_flow() -> comfy.samplers.KSAMPLER:
@@ -35,12 +37,16 @@ def flow_sigmas(steps: int, denoise: float = 1.0) -> torch.Tensor:
     """Returns the official noise levels [steps + 1]; below `denoise` 1 the last ones of a longer schedule.
 
     Raises:
-        ValueError: `steps` is below 1 or `denoise` is not in 0..1.
+        ValueError: `steps` is below 1, or `denoise` is not in 0..1 or asks for a schedule that is too long.
     """
     if not 0.0 <= denoise <= 1.0:
         raise ValueError(f"denoise {denoise} found, 0 to 1 expected")
     if denoise == 0.0:
         return torch.empty(0)
+    if steps / denoise > LONGEST_SCHEDULE:
+        raise ValueError(
+            f"denoise {denoise} found for {steps} steps: 0, or at least {steps / LONGEST_SCHEDULE:.1g} expected"
+        )
     return sampling.flow_sigmas(int(steps / denoise))[-(steps + 1) :]
 
 
@@ -48,7 +54,7 @@ def empty_latent(width: int, height: int, batch: int = 1) -> Latent:
     """Returns an empty LATENT [batch, 16, 1, height / 8, width / 8] of a drawn size in pixels."""
     size = latent_size(width, height)
     device = comfy.model_management.intermediate_device()
-    samples = torch.zeros(batch, comfy.latent_formats.Wan21.latent_channels, 1, *size, device=device)
+    samples = torch.zeros(batch, CHANNELS, 1, *size, device=device)
     return {"samples": samples, compat.LATENT_RATIOS[0]: LATENT_STRIDE}
 
 
@@ -65,6 +71,7 @@ def sample_latent(
     denoise: float = 1.0,
 ) -> Latent:
     """Returns the drawn LATENT: official solver, schedule and guidance."""
+    check_model(model)
     guider = DualGuider(model)
     guider.set_conds(positive, negative)
     guider.set_scales(all_cfg, part_cfg)
@@ -81,6 +88,7 @@ def sample_latent(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
+    check_finite(drawn, "the drawn latent", "the transformer, a LoRA on it, or the conditioning")
     drawn = drawn.to(comfy.model_management.intermediate_device())
     return {key: value for key, value in latent.items() if key not in compat.LATENT_RATIOS} | {"samples": drawn}
 

@@ -11,10 +11,12 @@ import numpy
 import torch
 from PIL import Image
 
-from ..internvl_u.checkpoint import check_weights, open_part
+from ..internvl_u.checkpoint import check_finite_weights, check_weights, open_part
 from ..internvl_u.images import resize
+from ..internvl_u.sampling import check_finite
 from ..internvl_u.vae import check_vae_config, to_wan
 from . import compat
+from .latents import CHANNELS, Latent, check_vae, latent_samples
 
 
 def load_vae(source: str) -> comfy.sd.VAE:
@@ -25,10 +27,11 @@ def load_vae(source: str) -> comfy.sd.VAE:
         RuntimeError: the files are damaged or of another model.
     """
     part = open_part(Path(source), "vae", compat.open_weights)
-    if part.source.is_dir():
+    if part.checkpoint.path.is_dir():
         check_vae_config(part)
     weights = to_wan(part.weights)
     check_weights(_expected(weights), weights, part.name)
+    check_finite_weights(weights, part.name)  # what is infinite would be cut off to white
     vae = comfy.sd.VAE(sd=weights)
     vae.throw_exception_if_invalid()
     vae.not_video = True
@@ -36,12 +39,17 @@ def load_vae(source: str) -> comfy.sd.VAE:
     return vae
 
 
-def decode(vae: comfy.sd.VAE, latent: torch.Tensor, width: int = 0, height: int = 0) -> torch.Tensor:
+def decode(vae: comfy.sd.VAE, latent: Latent, width: int = 0, height: int = 0) -> torch.Tensor:
     """Returns images [B, height, width, 3] in [0, 1], at a size in pixels (0: as drawn; Lanczos otherwise).
 
     ComfyUI centres a level on its value, the official pipeline is half a level brighter; this is the latter.
     """
-    images = vae.decode(latent)
+    check_vae(vae)
+    samples = latent_samples(latent)
+    if samples.shape[1] != CHANNELS:
+        raise ValueError(f"an empty LATENT of {samples.shape[1]} channels found: draw it before it is decoded")
+    images = vae.decode(samples)
+    check_finite(images, "the decoded image", "the latent or the VAE")
     if images.ndim == 5:
         images = images.flatten(0, 1)  # [B, frames, H, W, 3]
     images = (images + 0.5 / 255).clamp(0.0, 1.0)
@@ -60,7 +68,7 @@ def _resized(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
 def _load_patcher(source: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     vae = load_vae(source)
     if disable_dynamic and compat.is_dynamic(vae.patcher):
-        return vae.patcher.clone(disable_dynamic=True)
+        return compat.cloned_patcher(vae.patcher)
     return vae.patcher
 
 

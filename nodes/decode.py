@@ -34,4 +34,4 @@ class DecodeLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae: io.Vae.Type, samples: io.Latent.Type, width: int, height: int) -> io.NodeOutput:
-        return io.NodeOutput(decode(vae, samples["samples"], width, height))
+        return io.NodeOutput(decode(vae, samples, width, height))

@@ -27,9 +27,9 @@ class EncodePrompt(io.ComfyNode):
                     "prompt",
                     multiline=True,
                     placeholder="what to draw, or what to change",
-                    dynamic_prompts=True,
                     tooltip="What to draw, or what to change in the pictures, in English or Chinese. A full stop is "
-                    "added if the text does not end in one. Special tokens such as <img> are taken as plain text.",
+                    "added if the text does not end in one. Special tokens such as <img> "
+                    "and braces {a|b} are taken as plain text.",
                 ),
                 system_input("drawing or editing"),
                 io.Vae.Input("vae", optional=True, tooltip="Needed with pictures: from Load InternVL-U."),

@@ -59,7 +59,13 @@ def generation_inputs(max_new_tokens: int) -> list[io.Input]:
 def generation_config(
     max_new_tokens: int, how: str, temperature: float, top_p: float, beams: int, seed: int
 ) -> GenerationConfig:
-    """Returns what the values of `generation_inputs` mean."""
+    """Returns what the values of `generation_inputs` mean.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    if how not in HOW:
+        raise ValueError(f"how {how!r} found, one of {', '.join(HOW)} expected")
     sampling = how == "sampling"
     return GenerationConfig(
         max_new_tokens,

@@ -63,7 +63,11 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str, mllm_name: str = AUTO, vae_name: str = AUTO) -> bool | str:
+    def validate_inputs(
+        cls, model_name: str | None = None, mllm_name: str | None = AUTO, vae_name: str | None = AUTO
+    ) -> bool | str:
+        if model_name is None or mllm_name is None or vae_name is None:
+            return True  # it comes over a link and is not known yet
         try:
             model_folders.find(model_name, mllm_name, vae_name)
         except FileNotFoundError as error:
@@ -72,12 +76,15 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls, model_name: str, precision: str, mllm_name: str = AUTO, vae_name: str = AUTO
+        cls,
+        model_name: str | None = None,
+        precision: str | None = None,
+        mllm_name: str | None = AUTO,
+        vae_name: str | None = AUTO,
     ) -> list[tuple[str, int, int]]:
-        places = dict.fromkeys(model_folders.find(model_name, mllm_name, vae_name))
-        files = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*.*")))]
-        stats = [(str(file), file.stat()) for file in files if file.is_file()]
-        return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
+        if model_name is None or mllm_name is None or vae_name is None:
+            return []  # it comes over a link; what gives it is part of the cache's key
+        return model_folders.fingerprint(model_folders.find(model_name, mllm_name, vae_name))
 
     @classmethod
     def execute(cls, model_name: str, precision: str, mllm_name: str = AUTO, vae_name: str = AUTO) -> io.NodeOutput:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import folder_paths
 
-from ..internvl_u.checkpoint import HOW_TO_GET, PARTS, holds_language_model, holds_transformer, is_checkpoint
+from ..internvl_u.checkpoint import (
+    HOW_TO_GET,
+    PARTS,
+    holds_language_model,
+    holds_transformer,
+    is_checkpoint,
+    open_checkpoint,
+)
+from ..native import compat
 
 KEY = "InternVL-U"
 SHARED_KEY = "diffusers"
 TRANSFORMER_KEY, LANGUAGE_KEY, VAE_KEY = "diffusion_models", "text_encoders", "vae"
 AUTO = "auto"
 QWEN_VAE = "qwen_image_vae.safetensors"
+_answers: dict[tuple, bool] = {}
+_logger = logging.getLogger("internvl_u")
 
 
 class Found(NamedTuple):
@@ -44,32 +56,58 @@ def folders() -> dict[str, Path]:
     for root in roots():
         if root in own and is_checkpoint(root):
             found.setdefault(root.name, root)
-        for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        for folder in _children(root):
             # In a folder of our own a broken checkpoint is listed too: loading it says what is wrong with it.
-            if folder.is_dir() and (is_checkpoint(folder) or (root in own and _looks_meant(folder, root))):
+            if is_checkpoint(folder) or (root in own and _looks_meant(folder, root)):
                 found.setdefault(folder.name, folder)
     return found
 
 
 def files(key: str) -> dict[str, Path]:
-    """Returns the safetensors files of one of ComfyUI's model folders by name."""
-    names = (name for name in folder_paths.get_filename_list(key) if name.endswith(".safetensors"))
-    return {name: Path(folder_paths.get_full_path_or_raise(key, name)) for name in names}
+    """Returns the safetensors files of one of ComfyUI's model folders by name; what cannot be read is left out."""
+    found: dict[str, Path] = {}
+    try:
+        names = folder_paths.get_filename_list(key)
+    except OSError as error:
+        _logger.warning("InternVL-U: the files of %s cannot be listed (%s)", key, error)
+        return {}
+    for name in names:
+        if not name.endswith(".safetensors") or Path(name).name.startswith(".") or not _is_text(name):
+            continue
+        for root in folder_paths.get_folder_paths(key):
+            file = Path(root) / name
+            if _is_file(file):
+                found.setdefault(name, file)
+    return found
 
 
 def transformer_files() -> dict[str, Path]:
     """Returns the files in `diffusion_models` that hold InternVL-U's transformer."""
-    return {name: file for name, file in files(TRANSFORMER_KEY).items() if _holds_transformer(*_state(file))}
+    return {name: file for name, file in files(TRANSFORMER_KEY).items() if _cached(holds_transformer, file)}
 
 
 def language_files() -> dict[str, Path]:
     """Returns the files in `text_encoders` that hold InternVL-U's language model."""
-    return {name: file for name, file in files(LANGUAGE_KEY).items() if _holds_language_model(*_state(file))}
+    return {name: file for name, file in files(LANGUAGE_KEY).items() if _cached(holds_language_model, file)}
 
 
 def available() -> list[str]:
-    """Returns what the node offers: checkpoint folders, then single files."""
-    return [*folders(), *transformer_files()]
+    """Returns what the node offers: checkpoint folders, then single files.
+
+    No file is opened before the server answers: ComfyUI asks already while it starts.
+    """
+    return [*folders(), *(transformer_files() if compat.is_serving() else ())]
+
+
+def fingerprint(found: Found) -> list[tuple[str, int, int]]:
+    """Returns (path, time in ns, size) of each file that loading reads."""
+    stats = []
+    for place in dict.fromkeys(found):
+        for file in open_checkpoint(place).files():
+            with contextlib.suppress(OSError):  # it has just gone: loading says so
+                stat = file.stat()
+                stats.append((str(file), stat.st_mtime_ns, stat.st_size))
+    return stats
 
 
 def find(name: str, language: str = AUTO, vae: str = AUTO) -> Found:
@@ -79,7 +117,7 @@ def find(name: str, language: str = AUTO, vae: str = AUTO) -> Found:
         FileNotFoundError: there is none of this name; tells where it was looked for and how to get one.
     """
     inside = folders().get(name)
-    transformer = inside or transformer_files().get(name)
+    transformer = inside or _by_name(transformer_files(), name)
     if transformer is None:
         raise FileNotFoundError(_missing(name))
     return Found(
@@ -94,12 +132,13 @@ def _language_of(name: str, wanted: str) -> Path:
     if wanted == AUTO:
         twin = name.replace("internvl_u_", "internvl_u_mllm_")
         wanted = twin if twin in found else next(iter(found), AUTO)
-    if wanted not in found:
+    file = _by_name(found, wanted)
+    if file is None:
         raise FileNotFoundError(
             f"no language model {wanted!r} for {name} in {', '.join(folder_paths.get_folder_paths(LANGUAGE_KEY))}. "
             "`python -m internvl_u convert` writes it beside the transformer's file."
         )
-    return found[wanted]
+    return file
 
 
 def _vae_of(name: str, wanted: str) -> Path:
@@ -108,12 +147,18 @@ def _vae_of(name: str, wanted: str) -> Path:
         ours = (file for file in found if Path(file).name.startswith("internvl_u_vae"))
         qwen = (file for file in found if Path(file).name == QWEN_VAE)
         wanted = next(ours, next(qwen, AUTO))
-    if wanted not in found:
+    file = _by_name(found, wanted)
+    if file is None:
         raise FileNotFoundError(
             f"no VAE {wanted!r} for {name} in {', '.join(folder_paths.get_folder_paths(VAE_KEY))}. "
             f"`python -m internvl_u convert` writes it; {QWEN_VAE} does as well."
         )
-    return found[wanted]
+    return file
+
+
+def _by_name(found: dict[str, Path], name: str) -> Path | None:
+    """Returns the file of a name, whichever way its folders are separated: workflows come from other systems."""
+    return found.get(name) or {key.replace("\\", "/"): file for key, file in found.items()}.get(name.replace("\\", "/"))
 
 
 def _missing(name: str) -> str:
@@ -129,16 +174,36 @@ def _looks_meant(folder: Path, root: Path) -> bool:
     return not folder.name.startswith(".") and not (is_checkpoint(root) or folder.name in PARTS)
 
 
-def _state(file: Path) -> tuple[Path, int, int]:
-    stat = file.stat()
-    return file, stat.st_mtime_ns, stat.st_size
+def _children(root: Path) -> list[Path]:
+    try:
+        return sorted(child for child in root.iterdir() if child.is_dir() and _is_text(child.name))
+    except OSError:  # not there, or without the right to be read
+        return []
 
 
-@functools.lru_cache(maxsize=4096)
-def _holds_transformer(file: Path, mtime: int, size: int) -> bool:
-    return holds_transformer(file)
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except (OSError, ValueError):
+        return False
 
 
-@functools.lru_cache(maxsize=4096)
-def _holds_language_model(file: Path, mtime: int, size: int) -> bool:
-    return holds_language_model(file)
+def _is_text(name: str) -> bool:
+    """Returns whether a name is UTF-8: another one cannot be sent to the page, nor come back from it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _cached(question: Callable[[Path], bool], file: Path) -> bool:
+    """Returns what a function answers of a file, asked again only when the file has changed."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return False
+    key = (question, file, stat.st_mtime_ns, stat.st_size)
+    if key not in _answers:
+        _answers[key] = question(file)
+    return _answers[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..internvl_u.defaults import GUIDANCE, STEPS
-from ..native.guidance import DualGuider
+from ..native.guidance import DualGuider, check_model
 from ..native.sampler import dpmpp_2m_flow, flow_sigmas, sample_latent
 from .inputs import seed_input
 
@@ -114,6 +114,7 @@ class CreateGuider(io.ComfyNode):
         all_cfg: float,
         part_cfg: float,
     ) -> io.NodeOutput:
+        check_model(model)
         guider = DualGuider(model)
         guider.set_conds(positive, negative)
         guider.set_scales(all_cfg, part_cfg)

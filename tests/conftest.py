@@ -1,8 +1,11 @@
 """Fixtures for all tests: the pack under a name of its own, golden data, ComfyUI in this process and as a server."""
 
 import asyncio
+import contextlib
 import importlib
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -37,6 +40,14 @@ TEXT_CASES = ("qa_one", "qa_two", "qa_text_only", "qa_beam")
 pack = types.ModuleType("pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["pack"] = pack
+# `training` and `benchmarks` are run from the root, where `internvl_u` is a package of its own. In tests they share the
+# pack's: a second copy would have classes of its own, and no span or config would be equal to the other copy's.
+for name in ("", *(f".{file.stem}" for file in (ROOT / "internvl_u").glob("[!_]*.py"))):
+    sys.modules[f"internvl_u{name}"] = importlib.import_module(f"pack.internvl_u{name}")
+for name in ("training", "benchmarks"):
+    spec = importlib.machinery.PathFinder.find_spec(name, [str(ROOT)])
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 Span = importlib.import_module("pack.internvl_u.rope").Span
 comfyui_tools = importlib.import_module("pack.tools.comfyui")
 version_of = importlib.import_module("pack.tools.fetch").version_of
@@ -255,6 +266,12 @@ class Server(comfyui_tools.Server):
                     return events, previews
 
 
+def make_base(base):
+    """Fills a ComfyUI base directory: this pack, the tiny checkpoint under two names, and the nano model."""
+    comfyui_tools.make_base(base, {"tiny": CHECKPOINT, "InternVL-U": CHECKPOINT, NANO.name: NANO})
+    return base.resolve()
+
+
 def make_extra_paths(base):
     """Fills folders outside the base directory and returns the YAML file that tells ComfyUI of them."""
     for folder, name in (("own", "elsewhere"), ("shared", "in-diffusers"), ("shared", "tiny")):
@@ -267,9 +284,21 @@ def make_extra_paths(base):
 
 
 @pytest.fixture(scope="session")
+def new_server(comfyui, tmp_path_factory):
+    """Starts servers on base directories of their own, which `prepare(base)` may fill; they end with the tests."""
+    with contextlib.ExitStack() as running:
+
+        def start(name, prepare=lambda base: None, *flags):
+            base = make_base(tmp_path_factory.mktemp(name))
+            prepare(base)
+            return running.enter_context(Server(comfyui, base, *flags))
+
+        yield start
+
+
+@pytest.fixture(scope="session")
 def server(comfyui, tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    comfyui_tools.make_base(base, {"tiny": CHECKPOINT, "InternVL-U": CHECKPOINT, NANO.name: NANO})
+    base = make_base(tmp_path_factory.mktemp("comfyui"))
     extra = make_extra_paths(base)
     with Server(comfyui, base, "--preview-method", "latent2rgb", "--extra-model-paths-config", extra) as running:
         yield running

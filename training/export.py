@@ -8,42 +8,33 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pack.internvl_u.tokenizer import Tokenizer
-from pack.training import draw, tokenizer, understand
-from pack.training.log import load_state
-from pack.training.studies import DRAWN
 from safetensors.torch import save_file
+
+from internvl_u.tokenizer import Tokenizer
+
+from . import mllm, mllm_model, mmdit, mmdit_model
+from .checkpointing import load_ema
+from .data.samples import OUTPUT_SIZES
+from .tokenizer import vocabulary_size
 
 SIDE = 64
 """Width and height that are drawn where nobody says otherwise."""
 
 
-def averaged(file: Path, prefix: str = "average/model.") -> dict[str, torch.Tensor]:
-    """Returns the averaged weights of a stage's state.
-
-    Raises:
-        FileNotFoundError: the stage has not run.
-    """
-    state = load_state(file)
-    if state is None:
-        raise FileNotFoundError(f"no {file}: run that stage first")
-    return {name.removeprefix(prefix): value for name, value in state[0].items() if name.startswith(prefix)}
-
-
 def export(work: Path, out: Path) -> None:
     """Writes language model, transformer and settings into `out`, beside the tokenizer and the VAE that are there."""
-    words, vocabulary = Tokenizer(out / "processor"), tokenizer.size(out / "processor")
+    tokenizer, vocabulary = Tokenizer(out / "processor"), vocabulary_size(out / "processor")
     _json(out / "model_index.json", MODEL_INDEX)
     _json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     _json(out / "processor" / "processor_config.json", PROCESSOR)
-    _json(out / "vlm" / "config.json", vlm_config(understand.language_config(words, vocabulary)))
+    _json(out / "vlm" / "config.json", vlm_config(mllm_model.language_config(tokenizer, vocabulary)))
     _json(out / "generation_decoder" / "config.json", decoder_config())
-    _weights(out / "vlm" / "model.safetensors", averaged(work / "understand.safetensors"))
-    state = work / "draw.safetensors"
-    weights = averaged(state) if state.exists() else draw.new_model().state_dict()
+    _weights(out / "vlm" / "model.safetensors", load_ema(work / f"{mllm.NAME}.safetensors"))
+    state = work / f"{mmdit.NAME}.safetensors"
+    weights = load_ema(state) if state.exists() else mmdit_model.new_model().state_dict()
     weights = {f"decoder.{name}": value for name, value in weights.items()}
     # The released file has this token too; nothing reads it.
-    weights["encoder_padding_token"] = torch.zeros(draw.CONFIG.context_width)
+    weights["encoder_padding_token"] = torch.zeros(mmdit_model.CONFIG.context_width)
     _weights(out / "generation_decoder" / "model.safetensors", weights)
 
 
@@ -60,7 +51,7 @@ def _json(file: Path, value: Mapping) -> None:
 
 def vlm_config(language: Mapping) -> dict:
     """Returns `vlm/config.json`, with the settings of the released file that do not depend on size."""
-    vision = understand.VISION
+    vision = mllm_model.VISION
     return {
         "anyres_image_size": False,
         "architectures": ["InternVLUChatModel"],
@@ -115,7 +106,7 @@ def vlm_config(language: Mapping) -> dict:
 
 def decoder_config() -> dict:
     """Returns `generation_decoder/config.json`, likewise."""
-    config = draw.CONFIG
+    config = mmdit_model.CONFIG
     packed = config.channels * config.patch_size**2
     return {
         "all_cfg_scale": 4.5,
@@ -211,7 +202,7 @@ SCHEDULER = {
 PROCESSOR = {
     "image_processor_kwargs": {
         "do_resize": True,
-        "size": {"height": understand.IMAGE, "width": understand.IMAGE},
+        "size": {"height": mllm_model.IMAGE_SIZE, "width": mllm_model.IMAGE_SIZE},
         "crop_to_patches": False,
         "min_patches": 1,
         "max_patches": 12,
@@ -234,14 +225,14 @@ PROCESSOR = {
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
         "do_convert_rgb": True,
-        "min_dynamic_patch": DRAWN.smallest_area // 8**2,
-        "max_dynamic_patch": DRAWN.largest_area // 8**2,
-        "max_length": DRAWN.longest_side,
+        "min_dynamic_patch": OUTPUT_SIZES.smallest_area // 8**2,
+        "max_dynamic_patch": OUTPUT_SIZES.largest_area // 8**2,
+        "max_length": OUTPUT_SIZES.longest_side,
         "vae_downsample_factor": 8,
         "temporal_patch_size": 1,
         "gen_down_sample_ratio": 0.5,
     },
-    "image_seq_length": understand.VISION.grid**2,
+    "image_seq_length": mllm_model.VISION.grid**2,
     "processor_class": "InternVLUProcessor",
 }
 

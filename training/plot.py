@@ -1,6 +1,6 @@
-"""Draws the logs of all stages into one picture, where matplotlib is installed.
+"""Draws the logs of all stages into one image, where matplotlib is installed.
 
-python training/plot.py WORK [FILE.png]
+python -m training.plot WORK [FILE.png]
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
-SHOWN = {"vae": ("psnr", "psnr_noise"), "understand": ("one", "two", "riddle", "edit thought"), "draw": ("loss",)}
+SHOWN = {
+    "vae": ("psnr", "psnr_noise"),
+    "mllm": ("one image", "two images", "riddle", "edit thought"),
+    "mmdit": ("loss",),
+}
 """What is shown of each stage's log, over the minutes."""
 
 

@@ -1,4 +1,4 @@
-"""The nano model's tokenizer: a small byte-level BPE over the world's language, with all special tokens."""
+"""Stage 0: the nano model's tokenizer, a small byte-level BPE over the captions' language, with all special tokens."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import json
 import random
 from pathlib import Path
 
-from pack.internvl_u import tokenizer as special
-from pack.internvl_u.prompt import PARTIAL_PROMPT
-from pack.training import edits, questions, riddles, words, world
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
+
+from internvl_u import tokenizer as special
+from internvl_u.prompt import PARTIAL_PROMPT, SYSTEM_ANSWER, SYSTEM_DRAW, SYSTEM_EDIT
+
+from .data import captions, edits, questions, riddles
+from .data.scenes import counted_scene, random_scene, related_scene
 
 VOCABULARY = 1200
 """Tokens without the special ones."""
@@ -40,14 +43,14 @@ def corpus(seed: int = 0):
     """Yields the texts that the tokenizer learns from."""
     rng = random.Random(seed)
     for i in range(CORPUS):
-        scene = (world.random_scene, world.related_scene, world.counted_scene)[i % 3](rng)
+        scene = (random_scene, related_scene, counted_scene)[i % 3](rng)
         edit, riddle = edits.random_edit(rng), riddles.random_riddle(rng)
-        asked = [*questions.questions(rng, scene)[:2], questions.knowledge(rng), *questions.pair(rng)[2][:2]]
-        said = [words.caption(rng, scene), edit.instruction, edits.thought(edit), riddle.text, riddle.thought]
-        for text in (*said, *(part for question in asked for part in (question.text, question.answer))):
+        asked = [*questions.questions(rng, scene)[:2], questions.knowledge(rng), *questions.image_pair(rng)[2][:2]]
+        texts = [captions.caption(rng, scene), edit.instruction, edits.thought(edit), riddle.text, riddle.thought]
+        for text in (*texts, *(part for question in asked for part in (question.text, question.answer))):
             yield text
             yield text[:1].upper() + text[1:] + "."
-        for system in (special.SYSTEM_ANSWER, special.SYSTEM_DRAW, special.SYSTEM_EDIT):
+        for system in (SYSTEM_ANSWER, SYSTEM_DRAW, SYSTEM_EDIT):
             yield f"system\n{system}"
         yield from SENTENCES
 
@@ -99,7 +102,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     _write(folder / "tokenizer_config.json", settings)
 
 
-def size(folder: Path) -> int:
+def vocabulary_size(folder: Path) -> int:
     """Returns how many tokens a saved tokenizer has, special ones included."""
     return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
 

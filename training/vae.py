@@ -1,31 +1,48 @@
-"""Trains the nano model's VAE: an AutoencoderKLQwenImage that knows only flat shapes.
+"""Stage 1: the nano model's VAE, an AutoencoderKLQwenImage that knows only flat shapes.
 
-    python training/vae.py --out FOLDER [--work FOLDER] [--minutes M] [--threads N]
+What a latent says is laid down beforehand (`LatentTarget`): the mean colour of its 8 x 8 pixels, placed so that
+ComfyUI's previews show it, and the thirteen strongest patterns around it. The encoder learns to say just that, and the
+decoder to draw sharp images from it, however noisy. Such latents are smooth: a small transformer learns to draw with
+them sooner than with those that an encoder finds by itself.
 
-Run again with the same work folder it goes on. What a latent says is laid down beforehand (`Meaning`): the mean colour
-of its 8 x 8 pixels, placed so that ComfyUI's previews show it, and the thirteen strongest patterns around it. The
-encoder learns to tell just that, and the decoder to draw sharp pictures from it, however noisy. Such latents are
-smooth: a small transformer learns to draw with them sooner than with those that an encoder finds by itself.
+    python -m training.vae --out FOLDER [--work FOLDER] [--minutes M] [--threads N]
+
+Run again with the same work folder it goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
-from pack.training import world
-from pack.training.codec import LATENTS, clear_unused, decode_flat, encode_flat, fold, new_model, opened, publish
-from pack.training.log import Log, load_state, save_state
-from pack.training.optimiser import Averaged, KernelMuon, restore, state_of
 from torch import nn
 
+from .data.scenes import IMAGE_SIZES, any_scene, oversample_stars, render
+from .distributed import set_up_process
+from .optim import EMA, make_kernel_optimizers
+from .trainer import Losses, TimeSchedule, Trainer, weighted_sum
+from .vae_model import (
+    LATENTS,
+    clear_unused,
+    decode_frame,
+    encode_frame,
+    fold_statistics,
+    load_unfolded,
+    new_model,
+    save_model,
+)
+
+NAME = "vae"
+COLUMNS = ("loss", "psnr", "psnr_noise")
+EMA_DECAY = 0.999
 PATCH = 8
+"""Pixels along a side of what one latent says."""
 PREVIEW = (
     (-0.1299, -0.1692, 0.2932),
     (0.0671, 0.0406, 0.0442),
@@ -54,7 +71,7 @@ STRONGEST = 1.0
 """Spread of the strongest pattern; weaker ones are spread less, by the square root of their ratio."""
 
 PIXELS = 64 * 64 * 24
-"""Pixels in a batch, whatever the size of its pictures."""
+"""Pixels in a batch, whatever the size of its images."""
 
 COMPILED = (64, 64)
 """The one size for which the loss is compiled (most of a minute, then 1.6 times as fast)."""
@@ -68,41 +85,55 @@ NOISE = 0.3
 STARS = 0.5
 """Chance that a scene without a star gives way to another."""
 
-COLUMNS = ("step", "seconds", "loss", "psnr", "psnr_noise")
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What each loss counts in the total."""
+
+    image_l1: float = 1.0
+    image_l2: float = 1.0
+    edge_loss: float = 0.5
+    """Of the differences between neighbouring pixels."""
+    latent_l2: float = 1.0
+    """Of the encoder's latents, from `LatentTarget`."""
+    latent_l1: float = 0.2
 
 
-# Pictures
+WEIGHTS = LossWeights()
 
 
-def draw_batch(rng: random.Random, size: tuple[int, int], count: int, stars: float = 0.0) -> torch.Tensor:
-    """Returns random pictures of one (width, height), [count, 3, height, width] in [-1, 1]."""
-    scenes = (world.starry(rng, lambda: world.any_scene(rng, size), stars) for _ in range(count))
-    pictures = [np.asarray(world.draw(scene)) for scene in scenes]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+# Images
 
 
-def batch_of(seed: int, step: int) -> torch.Tensor:
-    """Returns the pictures of a training step."""
+def render_batch(rng: random.Random, size: tuple[int, int], count: int, stars: float = 0.0) -> torch.Tensor:
+    """Returns random images of one (width, height), [count, 3, height, width] in [-1, 1]."""
+    scenes = (oversample_stars(rng, lambda: any_scene(rng, size), stars) for _ in range(count))
+    images = [np.asarray(render(scene)) for scene in scenes]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def training_batch(seed: int, step: int) -> torch.Tensor:
+    """Returns the images of a training step."""
     rng = random.Random(f"vae {seed} {step}")
-    size = rng.choices(world.PICTURES, [SIZE_WEIGHTS.get(size, 1) for size in world.PICTURES])[0]
-    return draw_batch(rng, size, PIXELS // (size[0] * size[1]), STARS)
+    size = rng.choices(IMAGE_SIZES, [SIZE_WEIGHTS.get(size, 1) for size in IMAGE_SIZES])[0]
+    return render_batch(rng, size, PIXELS // (size[0] * size[1]), STARS)
 
 
-def picture_set(name: str, count: int) -> list[torch.Tensor]:
-    """Returns a fixed set of pictures, about `count` in all, one batch for each size."""
-    each = -(-count // len(world.PICTURES))
-    return [draw_batch(random.Random(f"vae {name} {size}"), size, each) for size in world.PICTURES]
+def image_set(name: str, count: int) -> list[torch.Tensor]:
+    """Returns a fixed set of images, about `count` in all, one batch for each size."""
+    each = -(-count // len(IMAGE_SIZES))
+    return [render_batch(random.Random(f"vae {name} {size}"), size, each) for size in IMAGE_SIZES]
 
 
 # Training
 
 
-class Meaning(nn.Module):
-    """What latents are to say of their 8 x 8 pixels: a fixed linear map, found from pictures."""
+class LatentTarget(nn.Module):
+    """What latents are to say of their 8 x 8 pixels: a fixed linear map, found from images."""
 
-    def __init__(self, pictures: list[torch.Tensor]):
+    def __init__(self, images: list[torch.Tensor]):
         super().__init__()
-        patches = torch.cat([F.unfold(some, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1) for some in pictures])
+        patches = torch.cat([F.unfold(x, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1) for x in images])
         means = patches.unflatten(1, (3, -1)).mean(-1)
         around = patches - means.repeat_interleave(PATCH**2, 1)
         variances, patterns = torch.linalg.eigh(torch.cov(around.T))
@@ -111,19 +142,19 @@ class Meaning(nn.Module):
 
         shown, bias = torch.tensor(PREVIEW), torch.tensor(PREVIEW_BIAS)
         colours = shown @ torch.linalg.inv(shown.T @ shown)  # [16, 3]: previews of these are red, green and blue
-        unseen = torch.linalg.qr(torch.cat([shown, turn(count)], 1))[0][:, 3:]  # previews do not see these
+        unseen = torch.linalg.qr(torch.cat([shown, random_directions(count)], 1))[0][:, 3:]  # previews do not see these
         means_of = torch.block_diag(*[torch.full((1, PATCH**2), PATCH**-2.0)] * 3)  # [3, 192]
         shapes = unseen @ torch.diag(STRONGEST * (spread / spread[0]).sqrt() / spread) @ patterns.T
         weight = CONTRAST * colours @ means_of + shapes
         self.register_buffer("weight", weight.view(LATENTS, 3, PATCH, PATCH))
         self.register_buffer("bias", -colours @ bias - shapes @ around.mean(0))
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Returns the latents [B, 16, h, w] of pictures [B, 3, 8 h, 8 w]."""
-        return F.conv2d(pictures, self.weight, self.bias, stride=PATCH)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the latents [B, 16, h, w] of images [B, 3, 8 h, 8 w]."""
+        return F.conv2d(images, self.weight, self.bias, stride=PATCH)
 
 
-def turn(count: int) -> torch.Tensor:
+def random_directions(count: int) -> torch.Tensor:
     """Returns fixed random directions [16, count], so that no latent channel is strong and none is weak."""
     return torch.randn(LATENTS, count, generator=torch.Generator().manual_seed(0))
 
@@ -138,146 +169,125 @@ def disturb(latents: torch.Tensor) -> torch.Tensor:
     return latents * gain + sigma * (torch.randn_like(latents) + shift)
 
 
-def edges(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def edges(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the differences between neighbours, across and down."""
-    return pictures.diff(dim=3), pictures.diff(dim=2)
+    return images.diff(dim=3), images.diff(dim=2)
 
 
-def loss_of(model: AutoencoderKLQwenImage, meant: Meaning, pictures: torch.Tensor) -> torch.Tensor:
-    """Returns the training loss on pictures [B, 3, H, W]."""
-    latents, wanted = encode_flat(model, pictures), meant(pictures).float()
+def compute_losses(
+    model: AutoencoderKLQwenImage, latent_target: LatentTarget, images: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Returns the losses of images [B, 3, H, W], by their names in `LossWeights`."""
+    latents, wanted = encode_frame(model, images), latent_target(images).float()
     # The decoder must not bend what the encoder says.
-    made = decode_flat(model, disturb(latents.detach()))
-    off = made - pictures
-    sharp = sum(edge.abs().mean() for edge in edges(off))
-    told = latents - wanted
-    return off.abs().mean() + off.square().mean() + 0.5 * sharp + told.square().mean() + 0.2 * told.abs().mean()
+    decoded = decode_frame(model, disturb(latents.detach()))
+    error = decoded - images
+    edge_loss = sum(edge.abs().mean() for edge in edges(error))
+    latent_error = latents - wanted
+    return {
+        "image_l1": error.abs().mean(),
+        "image_l2": error.square().mean(),
+        "edge_loss": edge_loss,
+        "latent_l2": latent_error.square().mean(),
+        "latent_l1": latent_error.abs().mean(),
+    }
 
 
-def psnr(made: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    """Returns the mean over pictures of the PSNR in dB."""
-    errors = [((a.clamp(-1, 1) - b) / 2).square().mean((1, 2, 3)) for a, b in zip(made, wanted)]
+def total_loss(model: AutoencoderKLQwenImage, latent_target: LatentTarget, images: torch.Tensor) -> torch.Tensor:
+    """Returns the training loss on images [B, 3, H, W]."""
+    return weighted_sum(compute_losses(model, latent_target, images), WEIGHTS)
+
+
+def psnr(decoded: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """Returns the mean over images of the PSNR in dB."""
+    errors = [((a.clamp(-1, 1) - b) / 2).square().mean((1, 2, 3)) for a, b in zip(decoded, wanted)]
     return float((-10 * torch.cat(errors).clamp_min(1e-10).log10()).mean())
 
 
 @torch.no_grad()
-def measure(model: AutoencoderKLQwenImage, held: list[torch.Tensor], noise: float = 0.2) -> tuple[float, float]:
-    """Returns the PSNR on held-out pictures from clean latents and from latents with noise."""
-    latents = [encode_flat(model, some) for some in held]
+def measure(model: AutoencoderKLQwenImage, held_out: list[torch.Tensor], noise: float = 0.2) -> tuple[float, float]:
+    """Returns the PSNR on held-out images from clean latents and from latents with noise."""
+    latents = [encode_frame(model, images) for images in held_out]
     generator = torch.Generator().manual_seed(0)
-    noisy = [some + noise * torch.randn(some.shape, generator=generator) for some in latents]
-    return tuple(psnr([decode_flat(model, some) for some in kind], held) for kind in (latents, noisy))
+    noisy = [clean + noise * torch.randn(clean.shape, generator=generator) for clean in latents]
+    return tuple(psnr([decode_frame(model, x) for x in kind], held_out) for kind in (latents, noisy))
 
 
-class Run:
-    """A training run that can be stopped at any time and goes on from its last state."""
+class VAEStage:
+    """The VAE, and the loss of each step."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.step, self.seconds = options, 0, 0.0
-        self.model = (opened(options.decoder_of) if options.decoder_of else new_model(options.seed)).requires_grad_()
-        self.model.to(options.device)
+        self.options = options
+        self.model = load_unfolded(options.decoder_of) if options.decoder_of else new_model(options.seed)
+        self.model.requires_grad_().to(options.device)
         if options.decoder_of:
             self.model.encoder.requires_grad_(False)
             self.model.quant_conv.requires_grad_(False)
-        self.average = Averaged(self.model, 0.999)
-        kernels, rest = [], []
-        for name, weight in self.model.named_parameters():
-            if weight.requires_grad and "time_conv" not in name:
-                (kernels if weight.ndim >= 4 and name.endswith("weight") else rest).append(weight)
-        self.optimisers = (
-            KernelMuon(kernels, options.rate),
-            torch.optim.AdamW(rest, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0),
-        )
-        self.log = Log(options.work / "vae.csv", COLUMNS)
-        self.held = picture_set("held out", 128)
-        self.meaning = Meaning(picture_set("meaning", 900)).to(options.device)
-        self.compiled_loss = torch.compile(loss_of, dynamic=False) if options.compile else loss_of
-        self._resume()
+        self.network = self.model
+        self.held_out = image_set("held out", 128)
+        self.latent_target = LatentTarget(image_set("meaning", 900)).to(options.device)
+        self.compiled_loss = torch.compile(total_loss, dynamic=False) if options.compile else total_loss
 
-    def _resume(self) -> None:
-        found = load_state(self.options.work / "vae.safetensors")
-        if found is None:
-            return
-        tensors, facts = found
-        self.step, self.seconds = facts["step"], facts["seconds"]
-        restore(self.model, self.average, self.optimisers, tensors)
-        self.log.cut(self.step)
+    def losses(self, step: int) -> Losses:
+        """Returns the loss of a step."""
+        options = self.options
+        torch.manual_seed(options.seed * 1_000_003 + step)
+        images = training_batch(options.seed, step).to(options.device, memory_format=torch.channels_last)
+        compute = self.compiled_loss if images.shape[2:] == COMPILED else total_loss
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=options.bf16):
+            loss = compute(self.model, self.latent_target, images)
+        return {"total": loss, "loss": loss}
 
-    def save(self) -> None:
-        """Writes the state from which another run goes on."""
-        facts = {"step": self.step, "seconds": self.seconds, "seed": self.options.seed}
-        tensors = state_of(self.model, self.average, self.optimisers)
-        save_state(self.options.work / "vae.safetensors", tensors, facts)
+    def report(self, ema: EMA) -> dict[str, float]:
+        """Returns the PSNR of the averaged model on held-out images, from clean latents and from noisy ones."""
+        clean, noisy = measure(self.averaged(ema), self.held_out)
+        return {"psnr": clean, "psnr_noise": noisy}
 
-    def averaged(self) -> AutoencoderKLQwenImage:
+    def averaged(self, ema: EMA) -> AutoencoderKLQwenImage:
         """Returns a copy of the model with the averaged weights."""
         model = new_model(self.options.seed)
-        model.load_state_dict(self.average.weights)
+        model.load_state_dict(ema.weights)
         return model.eval().requires_grad_(False)
 
-    def train(self) -> AutoencoderKLQwenImage:
-        """Trains until the time is over and returns the averaged model."""
-        limit, begun, noted, losses = 60 * self.options.minutes, time.time() - self.seconds, self.seconds, []
-        while self.seconds < limit:
-            losses.append(self.advance(self.seconds / limit))
-            self.seconds = time.time() - begun
-            if self.seconds - noted > self.options.every:
-                noted = self.seconds
-                self.note(sum(losses) / len(losses))
-                losses = []
-        if losses:
-            self.note(sum(losses) / len(losses))
-        return self.averaged()
 
-    def advance(self, progress: float) -> float:
-        """Makes one step, at the learning rate of this `progress` (0 to 1) through the run, and returns the loss."""
-        rate = self.options.rate * min(1.0, (self.step + 1) / 200) * 0.5 * (1 + np.cos(np.pi * min(1.0, progress)))
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = float(rate)
-        torch.manual_seed(self.options.seed * 1_000_003 + self.step)
-        pictures = batch_of(self.options.seed, self.step).to(self.options.device, memory_format=torch.channels_last)
-        compute = self.compiled_loss if pictures.shape[2:] == COMPILED else loss_of
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=self.options.bf16):
-            loss = compute(self.model, self.meaning, pictures)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        self.step += 1
-        self.average.update(self.step)
-        return float(loss.detach())
-
-    def note(self, loss: float) -> None:
-        """Writes a row to the log, and the state."""
-        clean, noisy = measure(self.averaged(), self.held)
-        self.log.append(step=self.step, seconds=self.seconds, loss=loss, psnr=clean, psnr_noise=noisy)
-        print(
-            f"{self.step} steps, {self.seconds:.0f} s, loss {loss:.4f}, {clean:.2f} dB, noisy {noisy:.2f}", flush=True
-        )
-        self.save()
+def make_trainer(options: argparse.Namespace, stage: VAEStage) -> Trainer:
+    """Returns the trainer, which has gone back to the last state in the work folder."""
+    learning = ((name, weight) for name, weight in stage.model.named_parameters() if "time_conv" not in name)
+    trainer = Trainer(
+        stage,
+        make_kernel_optimizers(learning, options.lr),
+        TimeSchedule(options.lr, 60 * options.minutes, options.log_seconds),
+        ema_decay=EMA_DECAY,
+        work=options.work,
+        name=NAME,
+        columns=COLUMNS,
+    )
+    trainer.resume()
+    return trainer
 
 
 def main(options: argparse.Namespace) -> None:
     """Trains, or goes on training, and writes the VAE to `options.out`."""
-    torch.set_num_threads(options.threads)
-    model = Run(options).train()
+    set_up_process(options.threads)
+    stage = VAEStage(options)
+    trainer = make_trainer(options, stage)
+    trainer.fit()
+    model = stage.averaged(trainer.ema)
     clear_unused(model)
-    fold(model)
-    publish(model, options.out, getattr(torch, options.dtype))
+    fold_statistics(model)
+    save_model(model, options.out, getattr(torch, options.dtype))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Returns the command line's options."""
-    parser = argparse.ArgumentParser(description="Trains the nano model's VAE.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained VAE")
     parser.add_argument("--work", type=Path, default=Path("vae-work"), help="folder of the log and the running state")
     parser.add_argument("--minutes", type=float, default=25.0, help="training time, over all runs")
-    parser.add_argument("--every", type=float, default=60.0, help="seconds between measurements")
+    parser.add_argument("--log-seconds", type=float, default=60.0, help="seconds between rows of the log, and states")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate at its highest")
+    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--decoder-of", type=Path, help="a trained VAE: train on its decoder alone, for its latents")

@@ -9,7 +9,8 @@ from PIL import Image
 pytest.importorskip("scipy")
 
 from pack.tools import demo
-from pack.training import judge
+
+from training.eval import detector
 
 TIMEOUT = 60_000  # ms
 IS_OPEN = "window.app?.extensionManager?.workflow?.activeWorkflow?.filename?.startsWith('text_to_image')"
@@ -38,7 +39,7 @@ def test_the_first_workflow_is_open_and_draws_its_prompt(nano, page):
     page.evaluate("app.extensionManager.command.execute('Comfy.QueuePrompt')")
     page.wait_for_function("app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]?.naturalWidth === 256")
     (file,) = (nano.base / "output").glob("*.png")
-    reading = judge.read(Image.open(file))
+    reading = detector.detect(Image.open(file))
     assert reading.background == "white"
     assert sorted(thing.name for thing in reading.things) == ["blue square", "red circle"]
 

@@ -196,7 +196,7 @@ def test_a_size_out_of_range_is_refused(server, graph, golden, width):
     assert "value_" in json.dumps(answer["node_errors"])
 
 
-@pytest.mark.parametrize("prompt", ["", "a cat <img> and <|im_end|>", "<IMG_CONTEXT>" * 3, "x" * 5000])
+@pytest.mark.parametrize("prompt", ["", "a cat <img> and <|im_end|>", "<IMG_CONTEXT>" * 3, "x" * 3000])
 def test_odd_prompts_draw_a_picture(server, graph, golden, prompt):
     nodes = graph("text_to_image", golden("t2i_square"), prompt=prompt, steps=1)
     entry = server.run(nodes)

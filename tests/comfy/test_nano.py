@@ -5,8 +5,9 @@ from PIL import Image
 
 pytest.importorskip("scipy")
 
-from pack.training import judge, world
-from pack.training.world import Scene, Thing
+from training.data import scenes
+from training.data.scenes import Scene, Thing
+from training.eval import detector
 
 MODEL = "internvl-u-nano"
 SIDE = 64
@@ -34,7 +35,7 @@ def put_picture(server):
     """Draws a scene into ComfyUI's input folder; returns the file's name."""
 
     def put(scene, name):
-        world.draw(scene).save(server.base / "input" / name)
+        scenes.render(scene).save(server.base / "input" / name)
         return name
 
     return put
@@ -45,7 +46,7 @@ def drawn(server, graph):
     assert entry["status"]["status_str"] == "success", server.error(entry)
     saver = [name for name, node in graph.items() if node["class_type"] == "SaveImage"][-1]
     picture = server.picture(entry, saver)
-    return judge.read(Image.fromarray(picture)), picture.shape
+    return detector.detect(Image.fromarray(picture)), picture.shape
 
 
 def said(server, graph):
@@ -65,7 +66,7 @@ def test_a_red_circle_is_drawn_to_the_left_of_a_blue_square(server, nano_graph, 
     assert shape == (SIDE, SIDE, 3)
     assert reading.background == "white" and names(reading) == ["blue square", "red circle"]
     seen = {thing.name: thing for thing in reading.things}
-    assert judge.relation(seen["red circle"], seen["blue square"]) == "left"
+    assert detector.relation(seen["red circle"], seen["blue square"]) == "left"
 
 
 @pytest.mark.parametrize(
@@ -83,9 +84,9 @@ def test_an_edit_changes_what_it_names_and_keeps_the_rest(
     graph = nano_graph("edit", prompt=instruction, image=put_picture(BEFORE, "before.png"))
     reading, _ = drawn(server, graph)
     assert reading.background == background and names(reading) == things
-    before = judge.read(world.draw(BEFORE))
+    before = detector.detect(scenes.render(BEFORE))
     stayed = [thing for thing in before.things if thing.name in things]
-    assert all(any(judge.kept(old, new) for new in reading.things) for old in stayed)
+    assert all(any(detector.is_kept(old, new) for new in reading.things) for old in stayed)
 
 
 def test_a_riddle_is_drawn_after_thinking(server, nano_graph):

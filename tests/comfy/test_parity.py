@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 def test_our_sampler_draws_the_official_latent_and_picture(loaded, draw, parts, case, normalised, near, same_picture):
     samples = draw(loaded.model, loaded.mllm, case)
     near(normalised(samples), case["final_latents"])
-    picture = parts.vae.decode(loaded.vae, samples, case.width, case.height)
+    picture = parts.vae.decode(loaded.vae, {"samples": samples}, case.width, case.height)
     same_picture((picture[0] * 255).to(torch.uint8), case["image_u8"])
 
 

@@ -51,6 +51,13 @@ def test_the_nodes_are_schemas_over_the_other_layers(file):
         assert module.split(".")[0] not in {"comfy", *LIBRARY}, module
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "training").rglob("*.py")), ids=lambda f: f.name)
+def test_training_stands_on_the_library_alone(file):
+    for module, level in imports(file):
+        inside = len(file.relative_to(ROOT / "training").parts)
+        assert level <= inside if level else module.split(".")[0] not in HOST | {"pack", "native", "benchmarks"}, module
+
+
 def test_functions_and_files_are_short():
     for folder in ("internvl_u", "native", "nodes"):
         for file in files(folder):

@@ -1,11 +1,11 @@
-"""The nano model's scores, on a few cases of each task: well below what `training/score.py` finds with many."""
+"""The nano model's scores, on a few cases of each task: well below what `training.eval.score` finds with many."""
 
 import pytest
 
 pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
-from pack.training import score
+from training.eval import score
 
 COUNT = 40
 LEAST = {
@@ -21,17 +21,17 @@ LEAST = {
 @pytest.mark.parametrize("task", LEAST)
 def test_the_nano_model_is_as_good_as_it_says(task):
     outcomes = score.score(score.MODEL, [task], COUNT, workers=1)[task]
-    wrong = [outcome for outcome in outcomes if not outcome.right]
-    assert score.share(outcomes) >= LEAST[task], wrong
+    wrong = [outcome for outcome in outcomes if not outcome.correct]
+    assert score.accuracy(outcomes) >= LEAST[task], wrong
 
 
 def test_riddles_need_thinking():
     outcomes = score.score(score.MODEL, ["riddle, not thinking"], COUNT, workers=1)["riddle, not thinking"]
-    assert score.share(outcomes) <= LEAST["riddle, thinking"] - 0.25
+    assert score.accuracy(outcomes) <= LEAST["riddle, thinking"] - 0.25
 
 
 def test_a_score_counts_what_is_right():
     outcomes = [score.Outcome(right, "", "", "") for right in (True, True, False, True)]
-    assert score.share(outcomes) == 0.75
+    assert score.accuracy(outcomes) == 0.75
     lines = score.table({"one thing": outcomes}).splitlines()
     assert lines[-1] == "| one thing | 75.0% | 4 | 95% |"

@@ -18,8 +18,8 @@ const AREA_STYLE = `flex: 1; min-width: 0; padding: 4px 6px 24px; border: 0; out
 const BUTTON_STYLE = `position: absolute; right: 16px; bottom: 4px; padding: 1px 6px; cursor: pointer; ${BORDER}
   background: var(--comfy-menu-bg, #353535); color: inherit; font: 10px/1.5 sans-serif;`;
 
-const heard = new Set(); // ids of the nodes that wrote in the running job
-const away = new Map(); // newest texts for workflows that are open in other tabs
+const liveNodes = new Set(); // ids of the nodes that wrote in the running job
+const pendingByWorkflow = new Map(); // newest texts for workflows that are open in other tabs
 
 const element = (tag, style, fields) => Object.assign(document.createElement(tag), fields, { style });
 
@@ -100,22 +100,22 @@ function write(path, text) {
 
 const isOpen = (workflow) => !workflow || workflow === rootGraph()?.id;
 
-function hear({ detail }) {
-  heard.add(detail.node);
+function onLiveText({ detail }) {
+  liveNodes.add(detail.node);
   if (isOpen(detail.workflow)) write(detail.node, detail.text);
-  else away.set(`${detail.workflow} ${detail.node}`, detail);
+  else pendingByWorkflow.set(`${detail.workflow} ${detail.node}`, detail);
 }
 
 // A result from the cache was not written live; any other one is known already.
 function takeResult({ detail }) {
   const path = String(detail.display_node ?? detail.node);
-  if (!heard.has(path)) write(path, detail.output?.text?.[0]);
+  if (!liveNodes.has(path)) write(path, detail.output?.text?.[0]);
 }
 
 // The frontend keeps a changed graph for the next page load, but looks for changes only after user actions.
 function storeGraph() {
   const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
-  if (!heard.size) return;
+  if (!liveNodes.size) return;
   if (tracker?.captureCanvasState) tracker.captureCanvasState();
   else tracker?.checkState?.();
 }
@@ -125,8 +125,8 @@ app.registerExtension({
 
   setup() {
     document.addEventListener("wheel", takeWheel, { capture: true, passive: true });
-    api.addEventListener("execution_start", () => heard.clear());
-    api.addEventListener(EVENT, hear);
+    api.addEventListener("execution_start", () => liveNodes.clear());
+    api.addEventListener(EVENT, onLiveText);
     api.addEventListener("executed", takeResult);
     for (const end of ["execution_success", "execution_interrupted", "execution_error"])
       api.addEventListener(end, storeGraph);
@@ -146,9 +146,9 @@ app.registerExtension({
   },
 
   afterConfigureGraph() {
-    for (const [key, { workflow, node, text }] of away) {
+    for (const [key, { workflow, node, text }] of pendingByWorkflow) {
       if (!isOpen(workflow)) continue;
-      away.delete(key);
+      pendingByWorkflow.delete(key);
       write(node, text);
     }
   },

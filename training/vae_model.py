@@ -1,4 +1,4 @@
-"""The nano model's VAE: an AutoencoderKLQwenImage with narrow layers, run on single pictures and written to files."""
+"""The network of the nano VAE: an AutoencoderKLQwenImage with narrow layers, run on single frames, and its files."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ POSTERIOR_STD = 0.05
 """What the encoder calls its own uncertainty, in normalised units: a constant, for those who sample from it."""
 
 
-def run_flat(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Returns what a part of diffusers' VAE makes of one frame, [B, C, H, W] in and out.
+def run_frame(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Returns the output of a part of diffusers' VAE for one frame, [B, C, H, W] in and out.
 
     For one frame the causal convolutions see zeros for the past, so only the last slice of their kernels counts, and
     the convolutions over time are skipped.
@@ -53,53 +53,53 @@ def run_flat(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         inverse = torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-12)
         return (wide * inverse * module.gamma.view(1, -1, 1, 1)).to(x.dtype)
     if isinstance(module, QwenImageResidualBlock):
-        h = run_flat(module.conv1, F.silu(run_flat(module.norm1, x)))
-        h = run_flat(module.conv2, F.silu(run_flat(module.norm2, h)))
-        return h + (run_flat(module.conv_shortcut, x) if module.in_dim != module.out_dim else x)
+        h = run_frame(module.conv1, F.silu(run_frame(module.norm1, x)))
+        h = run_frame(module.conv2, F.silu(run_frame(module.norm2, h)))
+        return h + (run_frame(module.conv_shortcut, x) if module.in_dim != module.out_dim else x)
     if isinstance(module, QwenImageResample):
         down, conv = module.resample
         up = module.mode.startswith("upsample")
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest-exact") if up else down(x))
     if isinstance(module, QwenImageAttentionBlock):
-        return attend_flat(module, x)
+        return attend_frame(module, x)
     raise TypeError(type(module).__name__)
 
 
-def attend_flat(module: QwenImageAttentionBlock, x: torch.Tensor) -> torch.Tensor:
-    """Returns x with self-attention over all its places added, [B, C, H, W]."""
+def attend_frame(module: QwenImageAttentionBlock, x: torch.Tensor) -> torch.Tensor:
+    """Returns x with self-attention over all its positions added, [B, C, H, W]."""
     batch, channels, height, width = x.shape
-    qkv = module.to_qkv(run_flat(module.norm, x)).flatten(2).transpose(1, 2)[:, None]
+    qkv = module.to_qkv(run_frame(module.norm, x)).flatten(2).transpose(1, 2)[:, None]
     mixed = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
     return x + module.proj(mixed[:, 0].transpose(1, 2).reshape(batch, channels, height, width))
 
 
-def run_middle(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Returns what the middle of the encoder or decoder makes of x, [B, C, H, W]."""
+def run_mid_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Returns the output of the middle block of the encoder or decoder, [B, C, H, W]."""
     for part in (block.resnets[0], block.attentions[0], block.resnets[1]):
-        x = run_flat(part, x)
+        x = run_frame(part, x)
     return x
 
 
-def encode_flat(model: AutoencoderKLQwenImage, pictures: torch.Tensor) -> torch.Tensor:
-    """Returns the mean latents [B, 16, h, w], not normalised, of pictures [B, 3, 8 h, 8 w] in [-1, 1]."""
+def encode_frame(model: AutoencoderKLQwenImage, images: torch.Tensor) -> torch.Tensor:
+    """Returns the mean latents [B, 16, h, w], not normalised, of images [B, 3, 8 h, 8 w] in [-1, 1]."""
     encoder = model.encoder
-    x = run_flat(encoder.conv_in, pictures)
+    x = run_frame(encoder.conv_in, images)
     for block in encoder.down_blocks:
-        x = run_flat(block, x)
-    x = run_middle(encoder.mid_block, x)
-    x = run_flat(encoder.conv_out, F.silu(run_flat(encoder.norm_out, x)))
-    return run_flat(model.quant_conv, x)[:, :LATENTS].float()
+        x = run_frame(block, x)
+    x = run_mid_block(encoder.mid_block, x)
+    x = run_frame(encoder.conv_out, F.silu(run_frame(encoder.norm_out, x)))
+    return run_frame(model.quant_conv, x)[:, :LATENTS].float()
 
 
-def decode_flat(model: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
-    """Returns pictures [B, 3, 8 h, 8 w], not clamped, from what `model.post_quant_conv` takes, [B, 16, h, w]."""
+def decode_frame(model: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
+    """Returns images [B, 3, 8 h, 8 w], not clamped, from what `model.post_quant_conv` takes, [B, 16, h, w]."""
     decoder = model.decoder
-    x = run_flat(decoder.conv_in, run_flat(model.post_quant_conv, latents))
-    x = run_middle(decoder.mid_block, x)
+    x = run_frame(decoder.conv_in, run_frame(model.post_quant_conv, latents))
+    x = run_mid_block(decoder.mid_block, x)
     for block in decoder.up_blocks:
         for part in (*block.resnets, *(block.upsamplers or ())):
-            x = run_flat(part, x)
-    return run_flat(decoder.conv_out, F.silu(run_flat(decoder.norm_out, x))).float()
+            x = run_frame(part, x)
+    return run_frame(decoder.conv_out, F.silu(run_frame(decoder.norm_out, x))).float()
 
 
 def new_model(seed: int) -> AutoencoderKLQwenImage:
@@ -131,35 +131,40 @@ def clear_unused(model: AutoencoderKLQwenImage) -> None:
 
 
 @torch.no_grad()
-def fold(model: AutoencoderKLQwenImage) -> None:
+def fold_statistics(model: AutoencoderKLQwenImage) -> None:
     """Makes the encoder give latents that the released mean and spread normalise, and the decoder take them.
 
-    Before, the model works with normalised latents; what it makes of a picture does not change.
+    Before, the model works with normalised latents; what it makes of an image does not change.
     """
-    into, back = model.quant_conv, model.post_quant_conv
+    to_latent, from_latent = model.quant_conv, model.post_quant_conv
     mean, std = torch.tensor(LATENTS_MEAN), torch.tensor(LATENTS_STD)
-    into.weight[:LATENTS] *= std.view(-1, 1, 1, 1, 1)
-    into.bias[:LATENTS] = into.bias[:LATENTS] * std + mean
-    into.weight[LATENTS:] = 0
-    into.bias[LATENTS:] = 2 * (POSTERIOR_STD * std).log()
-    back.weight /= std.view(1, -1, 1, 1, 1)
-    back.bias -= back.weight[:, :, -1, 0, 0] @ mean
+    to_latent.weight[:LATENTS] *= std.view(-1, 1, 1, 1, 1)
+    to_latent.bias[:LATENTS] = to_latent.bias[:LATENTS] * std + mean
+    to_latent.weight[LATENTS:] = 0
+    to_latent.bias[LATENTS:] = 2 * (POSTERIOR_STD * std).log()
+    from_latent.weight /= std.view(1, -1, 1, 1, 1)
+    from_latent.bias -= from_latent.weight[:, :, -1, 0, 0] @ mean
 
 
 @torch.no_grad()
-def opened(folder: Path) -> AutoencoderKLQwenImage:
-    """Returns a published model as it was before `fold`, in fp32; only the encoder's spread is not brought back."""
-    model = AutoencoderKLQwenImage.from_pretrained(folder, torch_dtype=torch.float32)
-    into, back = model.quant_conv, model.post_quant_conv
+def unfold_statistics(model: AutoencoderKLQwenImage) -> None:
+    """Takes back `fold_statistics`; only the encoder's spread is not brought back."""
+    to_latent, from_latent = model.quant_conv, model.post_quant_conv
     mean, std = torch.tensor(LATENTS_MEAN), torch.tensor(LATENTS_STD)
-    into.weight[:LATENTS] /= std.view(-1, 1, 1, 1, 1)
-    into.bias[:LATENTS] = (into.bias[:LATENTS] - mean) / std
-    back.bias += back.weight[:, :, -1, 0, 0] @ mean
-    back.weight *= std.view(1, -1, 1, 1, 1)
+    to_latent.weight[:LATENTS] /= std.view(-1, 1, 1, 1, 1)
+    to_latent.bias[:LATENTS] = (to_latent.bias[:LATENTS] - mean) / std
+    from_latent.bias += from_latent.weight[:, :, -1, 0, 0] @ mean
+    from_latent.weight *= std.view(1, -1, 1, 1, 1)
+
+
+def load_unfolded(folder: Path) -> AutoencoderKLQwenImage:
+    """Returns a trained model as it was before `fold_statistics`, in fp32."""
+    model = AutoencoderKLQwenImage.from_pretrained(folder, torch_dtype=torch.float32)
+    unfold_statistics(model)
     return model
 
 
-def publish(model: AutoencoderKLQwenImage, folder: Path, dtype: torch.dtype) -> None:
+def save_model(model: AutoencoderKLQwenImage, folder: Path, dtype: torch.dtype) -> None:
     """Writes config.json and the weights of a folded model in the released layout."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "AutoencoderKLQwenImage", "_diffusers_version": "0.35.1", **CONFIG}

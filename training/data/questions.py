@@ -1,15 +1,15 @@
-"""Questions about one picture, about two, and about no picture, each with its one right answer."""
+"""Questions about one image, about two, and about no image, each with its one right answer."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 
-from pack.training import words, world
-from pack.training.edits import random_edit
-from pack.training.riddles import COLOUR_CLUES, SHAPE_CLUES
-from pack.training.words import NO, YES, Question, _colour, _shape, ask, plain
-from pack.training.world import Scene, Thing
+from . import captions, scenes
+from .captions import NO, YES, Question, colour_words, make_question, plain_name, shape_words
+from .edits import random_edit
+from .riddles import COLOUR_CLUES, SHAPE_CLUES
+from .scenes import Scene, Thing
 
 SIDES = {"left": "To the left", "right": "To the right", "above": "Above", "below": "Below", "inside": "Inside"}
 COUNTS = {number: (str(number), str(number)) for number in range(4)}
@@ -31,20 +31,20 @@ def _about_colour(rng: random.Random, scene: Scene) -> list[Question]:
     found = []
     for thing in _only(scene, "shape"):
         found.append(
-            ask(
+            make_question(
                 rng,
                 "colour",
-                (thing.colour.capitalize(), words.ZH_COLOUR[thing.colour]),
+                (thing.colour.capitalize(), captions.ZH_COLOUR[thing.colour]),
                 ("what colour is the {s}?", "what color is the {s}?", "which colour does the {s} have?"),
                 ("{s}是什么颜色？",),
-                s=_shape(rng, thing.shape),
+                s=shape_words(rng, thing.shape),
             )
         )
     found.append(
-        ask(
+        make_question(
             rng,
             "background",
-            (scene.background.capitalize(), words.ZH_BACKGROUND[scene.background]),
+            (scene.background.capitalize(), captions.ZH_BACKGROUND[scene.background]),
             ("what colour is the background?", "which colour is the background?", "what is the background colour?"),
             ("背景是什么颜色？",),
         )
@@ -57,26 +57,26 @@ def _about_shape(rng: random.Random, scene: Scene) -> list[Question]:
     if not alone:
         return []
     thing = rng.choice(alone)
-    answer = (thing.shape.capitalize(), words.ZH_SHAPE[thing.shape])
+    answer = (thing.shape.capitalize(), captions.ZH_SHAPE[thing.shape])
     if len(scene.things) == 1 and rng.random() < 0.5:
         wordings = ("what shape is it?", "which shape is in the picture?", "what shape do you see?")
-        return [ask(rng, "shape", answer, wordings, ("图中是什么形状？",))]
+        return [make_question(rng, "shape", answer, wordings, ("图中是什么形状？",))]
     wordings = ("which shape is {c}?", "what shape is {c}?", "what is the {c} shape?")
-    return [ask(rng, "shape", answer, wordings, ("{c}的是什么形状？",), c=_colour(rng, thing.colour))]
+    return [make_question(rng, "shape", answer, wordings, ("{c}的是什么形状？",), c=colour_words(rng, thing.colour))]
 
 
 def _about_count(rng: random.Random, scene: Scene) -> list[Question]:
-    total = ask(
+    total = make_question(
         rng,
         "count",
         COUNTS[len(scene.things)],
         ("how many shapes are there?", "how many shapes do you see?", "how many things are in the picture?"),
         ("图中有几个形状？",),
     )
-    shape = rng.choice((rng.choice(scene.things).shape, rng.choice(world.SHAPES)))
+    shape = rng.choice((rng.choice(scene.things).shape, rng.choice(scenes.SHAPES)))
     number = sum(thing.shape == shape for thing in scene.things)
-    plural = (words._plural(rng.choice(words.SHAPE_WORDS[shape])), words.ZH_SHAPE[shape])
-    some = ask(
+    plural = (captions.plural(rng.choice(captions.SHAPE_WORDS[shape])), captions.ZH_SHAPE[shape])
+    some = make_question(
         rng,
         "count",
         COUNTS[number],
@@ -90,10 +90,12 @@ def _about_count(rng: random.Random, scene: Scene) -> list[Question]:
 def _about_place(rng: random.Random, scene: Scene) -> list[Question]:
     found = []
     for thing in _only(scene, "shape"):
-        if where := world.place(thing):
-            answer = (where.capitalize(), words.ZH_PLACE[where])
+        if where := scenes.region_of(thing):
+            answer = (where.capitalize(), captions.ZH_PLACE[where])
             wordings = ("where is the {s}?", "where in the picture is the {s}?")
-            found.append(ask(rng, "where", answer, wordings, ("{s}在哪里？",), s=_shape(rng, thing.shape)))
+            found.append(
+                make_question(rng, "where", answer, wordings, ("{s}在哪里？",), s=shape_words(rng, thing.shape))
+            )
     return found
 
 
@@ -101,7 +103,7 @@ def _about_size(rng: random.Random, scene: Scene) -> list[Question]:
     if len({thing.name for thing in scene.things}) < 2:
         return []
     one, other = rng.sample(scene.things, 2)
-    sizes = tuple(world.SIZES)
+    sizes = tuple(scenes.SIZES)
     difference = sizes.index(one.size) - sizes.index(other.size)
     if difference == 0 or one.name == other.name:
         return []
@@ -116,18 +118,18 @@ def _about_relation(rng: random.Random, scene: Scene) -> list[Question]:
     if len(scene.things) < 2 or len(_only(scene, "shape")) < len(scene.things):
         return []
     one, other = rng.sample(scene.things, 2)
-    how = world.relation(scene, one, other)
+    how = scenes.relation(scene, one, other)
     if how is None:
         return []
     text = rng.choice(("where is the {} relative to the {}?", "how does the {} lie to the {}?")).format(
         one.shape, other.shape
     )
     found = [Question("relation", text, SIDES[how])]
-    for asked in (how, words.OPPOSITE.get(how, rng.choice(tuple(words.OPPOSITE)))):
-        text = f"is the {one.shape} {rng.choice(words.RELATION_WORDS[asked])} the {other.shape}?"
+    for asked in (how, captions.OPPOSITE.get(how, rng.choice(tuple(captions.OPPOSITE)))):
+        text = f"is the {one.shape} {rng.choice(captions.RELATION_WORDS[asked])} the {other.shape}?"
         found.append(Question("yes or no", text, (YES if asked == how else NO)[0]))
     if len(scene.things) == 2:
-        text = f"what is {rng.choice(words.RELATION_WORDS[how])} the {other.shape}?"
+        text = f"what is {rng.choice(captions.RELATION_WORDS[how])} the {other.shape}?"
         found.append(Question("relation", text, f"The {one.name}"))
     return found
 
@@ -138,25 +140,27 @@ def _about_presence(rng: random.Random, scene: Scene) -> list[Question]:
     if rng.random() < 0.5:
         asked = rng.choice(
             (
-                (there.shape, rng.choice(tuple(world.COLOURS))),
-                (rng.choice(world.SHAPES), there.colour),
-                (rng.choice(world.SHAPES), rng.choice(tuple(world.COLOURS))),
+                (there.shape, rng.choice(tuple(scenes.COLOURS))),
+                (rng.choice(scenes.SHAPES), there.colour),
+                (rng.choice(scenes.SHAPES), rng.choice(tuple(scenes.COLOURS))),
                 (rng.choice(scene.things).shape, rng.choice(scene.things).colour),
             )
         )
     present = any((thing.shape, thing.colour) == asked for thing in scene.things)
-    name = words.a(f"{rng.choice(words.COLOUR_WORDS[asked[1]])} {rng.choice(words.SHAPE_WORDS[asked[0]])}")
-    chinese = f"{words.ZH_COLOUR[asked[1]]}的{words.ZH_SHAPE[asked[0]]}"
+    name = captions.with_article(
+        f"{rng.choice(captions.COLOUR_WORDS[asked[1]])} {rng.choice(captions.SHAPE_WORDS[asked[0]])}"
+    )
+    chinese = f"{captions.ZH_COLOUR[asked[1]]}的{captions.ZH_SHAPE[asked[0]]}"
     answer = ("Yes", "有") if present else ("No", "没有")
     wordings = ("is there {n}?", "is there {n} in the picture?", "do you see {n}?", "does the picture show {n}?")
-    return [ask(rng, "yes or no", answer, wordings, ("图中有{n}吗？",), n=(name, chinese))]
+    return [make_question(rng, "yes or no", answer, wordings, ("图中有{n}吗？",), n=(name, chinese))]
 
 
 def _to_describe(rng: random.Random, scene: Scene) -> list[Question]:
     text = rng.choice(("describe the picture.", "what do you see?", "what is in the picture?", "describe this image."))
-    if rng.random() < words.CHINESE:
+    if rng.random() < captions.CHINESE_SHARE:
         text = rng.choice(("描述这张图片。", "图中有什么？"))
-    return [Question("describe", text, words.plain_scene(scene).capitalize() + ".")]
+    return [Question("describe", text, captions.describe(scene).capitalize() + ".")]
 
 
 _ONE = (
@@ -171,16 +175,16 @@ _ONE = (
 )
 
 
-def pair(rng: random.Random, picture: tuple[int, int] | None = None) -> tuple[Scene, Scene, list[Question]]:
+def image_pair(rng: random.Random, image_size: tuple[int, int] | None = None) -> tuple[Scene, Scene, list[Question]]:
     """Returns two scenes and questions about both: an edit's before and after, or two that are unrelated."""
     if rng.random() < 0.6:
-        edit = random_edit(rng, picture=picture)
+        edit = random_edit(rng, image_size=image_size)
         text = rng.choice(
             ("what changed?", "what has changed?", "what is different in the second picture?", "what was changed?")
         )
         found = [Question("what changed", text, edit.change)]
         return edit.before, edit.after, found + _compare(rng, edit.before, edit.after)
-    one, other = (world.random_scene(rng, None, picture) for _ in range(2))
+    one, other = (scenes.random_scene(rng, None, image_size) for _ in range(2))
     return one, other, _compare(rng, one, other)
 
 
@@ -195,14 +199,14 @@ def _compare(rng: random.Random, one: Scene, other: Scene) -> list[Question]:
     thing = rng.choice((*one.things, *other.things))
     places = [any(thing.name == t.name for t in scene.things) for scene in (one, other)]
     answer = "In both" if all(places) else "In the first" if places[0] else "In the second"
-    found.append(Question("in which", f"in which picture is {plain(thing)}?", answer))
+    found.append(Question("in which", f"in which picture is {plain_name(thing)}?", answer))
     return found
 
 
 def knowledge(rng: random.Random) -> Question:
-    """Returns a question without a picture, about what the riddles need."""
+    """Returns a question without an image, about what the riddles need."""
     if rng.random() < 0.5:
-        shape = rng.choice(world.SHAPES)
+        shape = rng.choice(scenes.SHAPES)
         clue = rng.choice(SHAPE_CLUES[shape])
         return Question("knowledge", f"which shape is {clue}?", shape.capitalize())
     colour = rng.choice(tuple(COLOUR_CLUES))

@@ -1,13 +1,13 @@
-"""Riddles: wishes for a picture that must be thought out, with a written thought that ends in the plain scene."""
+"""Riddles: wishes for an image that must be thought out, with a written thought that ends in the plain scene."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 
-from pack.training import world
-from pack.training.words import NUMBERS, RELATION_WORDS, _ordered, plain_scene
-from pack.training.world import Scene, Thing
+from . import scenes
+from .captions import NUMBERS, RELATION_WORDS, describe, ordered_pair, with_article
+from .scenes import Scene, Thing
 
 SHAPE_CLUES = {
     "circle": ("a round shape without a hole", "the shape of a coin", "the shape of a full moon"),
@@ -27,7 +27,7 @@ COLOUR_CLUES = {
     "pink": ("a flamingo", "a piglet", "what red and white make"),
     "cyan": ("a swimming pool", "printer ink that is not black, pink or yellow", "what blue and green make"),
 }
-GROUND_CLUES = {
+BACKGROUND_CLUES = {
     "white": ("snow", "milk"),
     "black": ("coal", "the night"),
     "grey": ("ash", "an elephant"),
@@ -50,20 +50,20 @@ class Riddle:
     thought: str
 
 
-def random_riddle(rng: random.Random, picture: tuple[int, int] | None = None) -> Riddle:
+def random_riddle(rng: random.Random, image_size: tuple[int, int] | None = None) -> Riddle:
     """Returns a riddle about one thing, two related things, or two or three that are alike."""
     kind = rng.random()
     if kind < 0.55:
-        scene = world.random_scene(rng, 1, picture)
+        scene = scenes.random_scene(rng, 1, image_size)
     elif kind < 0.75:
-        scene = world.counted_scene(rng, None, picture)
+        scene = scenes.counted_scene(rng, None, image_size)
     else:
-        scene = world.related_scene(rng, None, picture)
+        scene = scenes.related_scene(rng, None, image_size)
     steps: list[str] = []
-    things = _ordered(scene)[:2] if kind >= 0.75 else scene.things[:1]
+    things = ordered_pair(scene)[:2] if kind >= 0.75 else scene.things[:1]
     asked = [_thing_clue(rng, thing, steps) for thing in things]
     if len(things) == 2:
-        text = f"{asked[0]} {rng.choice(RELATION_WORDS[_ordered(scene)[2]][:2])} {asked[1]}"
+        text = f"{asked[0]} {rng.choice(RELATION_WORDS[ordered_pair(scene)[2]][:2])} {asked[1]}"
     elif len(scene.things) > 1:
         count = rng.choice(COUNT_CLUES[len(scene.things)])
         steps.append(f"{count} is {NUMBERS[len(scene.things)]}")
@@ -71,21 +71,21 @@ def random_riddle(rng: random.Random, picture: tuple[int, int] | None = None) ->
     else:
         text = asked[0]
     if scene.background != "white" or rng.random() < 0.3:
-        clue = rng.choice(GROUND_CLUES[scene.background])
+        clue = rng.choice(BACKGROUND_CLUES[scene.background])
         steps.append(f"{clue} is {scene.background}")
         text += rng.choice(
             (", on a ground like {}", ", and behind it the colour of {}", ", the background like {}")
         ).format(clue)
     thinking = " ".join(f"{step[0].upper()}{step[1:]}." for step in steps)
-    return Riddle(text, scene, f"{thinking} So: {plain_scene(scene)}.")
+    return Riddle(text, scene, f"{thinking} So: {describe(scene)}.")
 
 
 def _thing_clue(rng: random.Random, thing: Thing, steps: list[str]) -> str:
     """Returns how a riddle speaks of a thing, and adds what must be thought of it to `steps`."""
     shape = rng.choice(SHAPE_CLUES[thing.shape])
     colour = rng.choice(COLOUR_CLUES[thing.colour])
-    steps += [f"{shape} is {_with_article(thing.shape)}", f"{colour} is {thing.colour}"]
-    other = rng.choice([name for name in world.COLOURS if name != thing.colour])
+    steps += [f"{shape} is {with_article(thing.shape)}", f"{colour} is {thing.colour}"]
+    other = rng.choice([name for name in scenes.COLOURS if name != thing.colour])
     wordings = (
         "{shape} in the colour of {colour}",
         "{shape}, coloured like {colour}",
@@ -94,7 +94,3 @@ def _thing_clue(rng: random.Random, thing: Thing, steps: list[str]) -> str:
         "{shape} in the colour of {colour} and not of {wrong}",
     )
     return rng.choice(wordings).format(shape=shape, colour=colour, wrong=rng.choice(COLOUR_CLUES[other]))
-
-
-def _with_article(shape: str) -> str:
-    return f"a {shape}"

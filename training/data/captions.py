@@ -8,10 +8,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from pack.training import world
-from pack.training.world import Scene, Thing
+from . import scenes
+from .scenes import Scene, Thing
 
-CHINESE = 0.12
+CHINESE_SHARE = 0.12
 """Share of captions, edits and questions that are in Chinese."""
 
 SHAPE_WORDS = {
@@ -22,11 +22,11 @@ SHAPE_WORDS = {
     "cross": ("cross", "cross", "plus sign"),
     "ring": ("ring", "ring", "hoop"),
 }
-COLOUR_WORDS = {name: (name,) for name in world.COLOURS} | {
+COLOUR_WORDS = {name: (name,) for name in scenes.COLOURS} | {
     "purple": ("purple", "purple", "violet"),
     "cyan": ("cyan", "cyan", "turquoise"),
 }
-BACKGROUND_WORDS = {name: (name,) for name in world.BACKGROUNDS} | {
+BACKGROUND_WORDS = {name: (name,) for name in scenes.BACKGROUNDS} | {
     "grey": ("grey", "gray"),
     "navy": ("navy", "navy", "dark blue"),
 }
@@ -80,12 +80,12 @@ ZH_PLACE = {
 }
 
 
-def a(words: str) -> str:
+def with_article(words: str) -> str:
     """Returns the words with their article."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def named(rng: random.Random, thing: Thing, size: float = 0.4) -> str:
+def random_name(rng: random.Random, thing: Thing, size: float = 0.4) -> str:
     """Returns what a thing is called, without an article; with its size at the chance `size`."""
     words = [rng.choice(COLOUR_WORDS[thing.colour]), rng.choice(SHAPE_WORDS[thing.shape])]
     if rng.random() < (size if thing.size != "medium" else size / 4):
@@ -93,57 +93,58 @@ def named(rng: random.Random, thing: Thing, size: float = 0.4) -> str:
     return " ".join(words)
 
 
-def plain(thing: Thing) -> str:
+def plain_name(thing: Thing) -> str:
     """Returns the plain name of a thing with its article."""
-    return a(thing.name)
+    return with_article(thing.name)
 
 
-def plain_scene(scene: Scene, background: bool = True) -> str:
+def describe(scene: Scene, background: bool = True) -> str:
     """Returns the plain sentence for a scene, without its full stop: what thoughts and descriptions end in.
 
     Related things are named the inner, left or upper one first, others from left to right.
     """
     things = sorted(scene.things, key=lambda thing: thing.x)
-    ending = f" on {a(scene.background)} background" if background else ""
+    ending = f" on {with_article(scene.background)} background" if background else ""
     if len(things) > 1 and len({thing.name for thing in things}) == 1:
-        return f"{NUMBERS[len(things)]} {_plural(things[0].name)}{ending}"
+        return f"{NUMBERS[len(things)]} {plural(things[0].name)}{ending}"
     if len(things) == 2:
-        one, other, how = _ordered(scene)
+        one, other, how = ordered_pair(scene)
         if how:
-            return f"{plain(one)} {RELATION_WORDS[how][0]} {plain(other)}{ending}"
-    return _listed([plain(thing) for thing in things]) + ending
+            return f"{plain_name(one)} {RELATION_WORDS[how][0]} {plain_name(other)}{ending}"
+    return _join_names([plain_name(thing) for thing in things]) + ending
 
 
-def _ordered(scene: Scene) -> tuple[Thing, Thing, str | None]:
-    """The two things of a scene and their relation, the inner, left or upper one first."""
+def ordered_pair(scene: Scene) -> tuple[Thing, Thing, str | None]:
+    """Returns the two things of a scene and their relation, the inner, left or upper one first."""
     one, other = scene.things
-    how = world.relation(scene, one, other)
-    if how in ("right", "below") or (how is None and world.inside(scene, other, one)):
+    how = scenes.relation(scene, one, other)
+    if how in ("right", "below") or (how is None and scenes.is_inside(scene, other, one)):
         one, other = other, one
-        how = world.relation(scene, one, other)
+        how = scenes.relation(scene, one, other)
     return one, other, how
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _plural(name: str) -> str:
+def plural(name: str) -> str:
+    """Returns the plural of a name that ends in a shape."""
     return name + ("es" if name.endswith("s") else "s")
 
 
 # Captions
 
 
-def caption(rng: random.Random, scene: Scene, whole: bool = False) -> str:
-    """Returns a wish for a picture that the scene fulfils; with `whole` it says how two related things lie."""
-    if rng.random() < CHINESE:
+def caption(rng: random.Random, scene: Scene, with_relation: bool = False) -> str:
+    """Returns a prompt that the scene fulfils; with `with_relation` it says how two related things lie."""
+    if rng.random() < CHINESE_SHARE:
         return _caption_zh(rng, scene)
     background = rng.choice(BACKGROUND_WORDS[scene.background])
-    what = _content(rng, scene, whole)
+    what = _describe_randomly(rng, scene, with_relation)
     if scene.background == "white" and rng.random() < 0.5:
         return rng.choice(("{}", "{}", "{}", "draw {}", "a picture of {}", "please draw {}", "show me {}")).format(what)
-    ground = rng.choice(
+    template = rng.choice(
         (
             "{what} on {a_ground} background",
             "{what} on {a_ground} background",
@@ -158,34 +159,36 @@ def caption(rng: random.Random, scene: Scene, whole: bool = False) -> str:
             "on {a_ground} background: {what}",
         )
     )
-    return ground.format(what=what, ground=background, a_ground=a(background))
+    return template.format(what=what, ground=background, a_ground=with_article(background))
 
 
-def _content(rng: random.Random, scene: Scene, whole: bool) -> str:
+def _describe_randomly(rng: random.Random, scene: Scene, with_relation: bool) -> str:
     things = list(scene.things)
     if len(things) > 1 and len({thing.name for thing in things}) == 1:
-        return f"{NUMBERS[len(things)]} {_plural(named(rng, things[0], 0.2))}"
+        return f"{NUMBERS[len(things)]} {plural(random_name(rng, things[0], 0.2))}"
     if len(things) == 1:
-        where = world.place(things[0])
-        name = a(named(rng, things[0]))
+        where = scenes.region_of(things[0])
+        name = with_article(random_name(rng, things[0]))
         return f"{name} {rng.choice(PLACE_WORDS[where])}" if where and rng.random() < 0.3 else name
     if len(things) == 2:
-        one, other, how = _ordered(scene)
-        if how and (rng.random() < 0.85 or whole):
+        one, other, how = ordered_pair(scene)
+        if how and (rng.random() < 0.85 or with_relation):
             if how != "inside" and rng.random() < 0.5:
                 one, other, how = other, one, OPPOSITE[how]
-            first, second = a(named(rng, one, 0.2)), a(named(rng, other, 0.2))
+            first, second = with_article(random_name(rng, one, 0.2)), with_article(random_name(rng, other, 0.2))
             if how == "inside" and rng.random() < 0.25:
                 return f"{second} with {first} inside it"
             return f"{first} {rng.choice(RELATION_WORDS[how])} {second}"
-        if rng.random() < 0.3 and all(world.place(thing) for thing in things):
-            names = [f"{a(named(rng, t, 0.2))} {rng.choice(PLACE_WORDS[world.place(t)])}" for t in things]
-            return " and ".join(names)
+        if rng.random() < 0.3 and all(scenes.region_of(thing) for thing in things):
+            places = (PLACE_WORDS[scenes.region_of(thing)] for thing in things)
+            named = (f"{with_article(random_name(rng, t, 0.2))} {rng.choice(p)}" for t, p in zip(things, places))
+            return " and ".join(named)
     rng.shuffle(things)
-    return _listed([a(named(rng, thing, 0.2)) for thing in things])
+    return _join_names([with_article(random_name(rng, thing, 0.2)) for thing in things])
 
 
-def _named_zh(rng: random.Random, thing: Thing, size: float = 0.3, number: str = "一个") -> str:
+def random_name_zh(rng: random.Random, thing: Thing, size: float = 0.3, number: str = "一个") -> str:
+    """Returns what a thing is called in Chinese, with how many there are."""
     grown = ZH_SIZE[thing.size] if rng.random() < (size if thing.size != "medium" else size / 4) else ""
     return f"{number}{grown}{ZH_COLOUR[thing.colour]}的{ZH_SHAPE[thing.shape]}"
 
@@ -194,13 +197,13 @@ def _caption_zh(rng: random.Random, scene: Scene) -> str:
     things = list(scene.things)
     ground = f"{ZH_BACKGROUND[scene.background]}背景"
     if len(things) > 1 and len({thing.name for thing in things}) == 1:
-        what = _named_zh(rng, things[0], 0.0, ZH_NUMBER[len(things)])
-    elif len(things) == 2 and _ordered(scene)[2]:
-        one, other, how = _ordered(scene)
-        what = f"{_named_zh(rng, one)}在{_named_zh(rng, other)}的{ZH_RELATION[how]}"
+        what = random_name_zh(rng, things[0], 0.0, ZH_NUMBER[len(things)])
+    elif len(things) == 2 and ordered_pair(scene)[2]:
+        one, other, how = ordered_pair(scene)
+        what = f"{random_name_zh(rng, one)}在{random_name_zh(rng, other)}的{ZH_RELATION[how]}"
     else:
-        what = "和".join(_named_zh(rng, thing) for thing in things)
-        where = world.place(things[0])
+        what = "和".join(random_name_zh(rng, thing) for thing in things)
+        where = scenes.region_of(things[0])
         if len(things) == 1 and where and rng.random() < 0.3:
             what = f"{ZH_PLACE[where]}有{what}"
     if scene.background == "white" and rng.random() < 0.5:
@@ -222,26 +225,28 @@ class Edit:
     change: str
 
 
-def reference(rng: random.Random, scene: Scene, thing: Thing, short: float = 0.6) -> str:
+def referring_expression(rng: random.Random, scene: Scene, thing: Thing, short: float = 0.6) -> str:
     """Returns words that mean this one thing of the scene: its shape or colour alone where that is enough."""
     others = [other for other in scene.things if other is not thing]
     if rng.random() < short and all(other.shape != thing.shape for other in others):
         return f"the {rng.choice(SHAPE_WORDS[thing.shape])}"
     if rng.random() < short / 3 and all(other.colour != thing.colour for other in others):
         return f"the {rng.choice(COLOUR_WORDS[thing.colour])} shape"
-    return f"the {named(rng, thing, 0.0)}"
+    return f"the {random_name(rng, thing, 0.0)}"
 
 
-def reference_zh(rng: random.Random, scene: Scene, thing: Thing) -> str:
+def referring_expression_zh(rng: random.Random, scene: Scene, thing: Thing) -> str:
     """Returns Chinese words that mean this one thing of the scene."""
     if rng.random() < 0.5 and all(other is thing or other.shape != thing.shape for other in scene.things):
         return ZH_SHAPE[thing.shape]
     return f"{ZH_COLOUR[thing.colour]}的{ZH_SHAPE[thing.shape]}"
 
 
-def say(rng: random.Random, english: tuple[str, ...], chinese: tuple[str, ...], **words: tuple[str, str]) -> str:
+def fill_template(
+    rng: random.Random, english: tuple[str, ...], chinese: tuple[str, ...], **words: tuple[str, str]
+) -> str:
     """Returns one of the sentences, its blanks filled; each word is given as (English, Chinese)."""
-    if rng.random() < CHINESE:
+    if rng.random() < CHINESE_SHARE:
         return rng.choice(chinese).format(**{name: pair[1] for name, pair in words.items()})
     return rng.choice(english).format(**{name: pair[0] for name, pair in words.items()})
 
@@ -261,15 +266,17 @@ class Question:
 YES, NO = ("Yes", "是"), ("No", "不是")
 
 
-def _shape(rng: random.Random, name: str) -> tuple[str, str]:
+def shape_words(rng: random.Random, name: str) -> tuple[str, str]:
+    """Returns a shape in English and in Chinese."""
     return rng.choice(SHAPE_WORDS[name]), ZH_SHAPE[name]
 
 
-def _colour(rng: random.Random, name: str) -> tuple[str, str]:
+def colour_words(rng: random.Random, name: str) -> tuple[str, str]:
+    """Returns a colour in English and in Chinese."""
     return rng.choice(COLOUR_WORDS[name]), ZH_COLOUR[name]
 
 
-def ask(
+def make_question(
     rng: random.Random,
     kind: str,
     answer: tuple[str, str],
@@ -278,6 +285,6 @@ def ask(
     **words: tuple[str, str],
 ) -> Question:
     """Returns a question in one of the wordings; the answer is in the question's language."""
-    language = 1 if chinese and rng.random() < CHINESE else 0
+    language = 1 if chinese and rng.random() < CHINESE_SHARE else 0
     filled = {name: pair[language] for name, pair in words.items()}
     return Question(kind, rng.choice((english, chinese)[language]).format(**filled), answer[language])

@@ -1,6 +1,6 @@
-"""Draws docs/nano.png, what the nano model draws, edits and thinks, and the pictures that its workflows begin with.
+"""Draws docs/nano.png, what the nano model draws, edits and thinks, and the images that its workflows begin with.
 
-python training/gallery.py [--model FOLDER]
+python -m training.eval.gallery [--model FOLDER]
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ import argparse
 import textwrap
 from pathlib import Path
 
-from pack.internvl_u.pipeline import ImageRequest, Pipeline
-from pack.training import world
-from pack.training.score import MODEL, ROOT
-from pack.training.world import Scene, Thing
 from PIL import Image, ImageDraw, ImageFont
 
+from internvl_u.pipeline import ImageRequest, Pipeline
+
+from ..data import scenes
+from ..data.scenes import Scene, Thing
+from .score import MODEL, ROOT
+
 SEED = 1234
-SHOWN = 256  # pixels a side of the pictures that workflows begin with
+SHOWN = 256  # pixels per side of the images that workflows begin with
 SIDE, GAP, COLUMNS, LINE = 128, 18, 5, 14  # pixels, but for COLUMNS
 
 BEFORE = Scene(
@@ -45,23 +47,23 @@ RIDDLES = (
 
 
 def gallery(pipeline: Pipeline) -> Image.Image:
-    """Returns all pictures in rows, each over what was asked for."""
+    """Returns all images in rows, each over what was asked for."""
     cells = [(pipeline.draw(ImageRequest(text, seed=SEED)), text) for text in DRAWN]
-    before = world.draw(BEFORE)
+    before = scenes.render(BEFORE)
     cells += [(pipeline.draw(ImageRequest(text, images=(before,), seed=SEED)), f"> {text}") for text in EDITED]
     for text in RIDDLES:
         thought = pipeline.think(ImageRequest(text, seed=SEED))
         cells.append((pipeline.draw(ImageRequest(text, seed=SEED, thought=thought)), f"{text} ({thought})"))
-    cells = [(picture, textwrap.fill(text, 24)) for picture, text in cells]
+    cells = [(image, textwrap.fill(text, 24)) for image, text in cells]
     rows = [cells[first : first + COLUMNS] for first in range(0, len(cells), COLUMNS)]
     heights = [SIDE + GAP + LINE * max(1 + text.count("\n") for _, text in row) for row in rows]
     sheet = Image.new("RGB", (GAP + COLUMNS * (SIDE + GAP), GAP + sum(heights)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, row in enumerate(rows):
         y = GAP + sum(heights[:i])
-        for j, (picture, text) in enumerate(row):
+        for j, (image, text) in enumerate(row):
             x = GAP + j * (SIDE + GAP)
-            sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+            sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
             pen.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline="#cccccc")
             pen.multiline_text((x, y + SIDE + 3), text, fill="black", font=font)
     return sheet
@@ -75,7 +77,7 @@ def main() -> None:
     inputs = ROOT / "demo" / "input"
     inputs.mkdir(exist_ok=True)
     for name, scene in (("before", BEFORE), ("after", AFTER)):
-        world.draw(scene, SHOWN, SHOWN).save(inputs / f"nano_{name}.png", optimize=True)
+        scenes.render(scene, SHOWN, SHOWN).save(inputs / f"nano_{name}.png", optimize=True)
     gallery(Pipeline(options.model)).save(ROOT / "docs" / "nano.png", optimize=True)
 
 

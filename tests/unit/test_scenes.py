@@ -1,4 +1,4 @@
-"""The small world that training draws, and the judge that reads its pictures back."""
+"""The synthetic scenes that training learns from, and the detector that reads their images back."""
 
 import io
 import math
@@ -8,35 +8,36 @@ from dataclasses import replace
 
 import numpy
 import pytest
-from pack.training import world
-from pack.training.world import Scene, Thing
 from PIL import Image, ImageDraw, ImageFilter
 
-pytest.importorskip("scipy", reason="the judge needs scipy, which ComfyUI brings")
-from pack.training import judge  # noqa: E402
+from training.data import scenes
+from training.data.scenes import Scene, Thing
 
-MAKERS = (world.random_scene, world.related_scene, world.counted_scene)
+pytest.importorskip("scipy", reason="the detector needs scipy, which ComfyUI brings")
+from training.eval import detector  # noqa: E402
+
+MAKERS = (scenes.random_scene, scenes.related_scene, scenes.counted_scene)
 RED, BLUE = Thing("circle", "red", "medium", 0.28, 0.3), Thing("star", "blue", "small", 0.75, 0.7)
 SCENE = Scene(96, 96, "beige", (RED, BLUE))
 
 
-def scenes(count, seed):
+def make_scenes(count, seed):
     """Returns scenes of every kind, half of them off the grid."""
     rng = random.Random(seed)
     made = [MAKERS[i % 3](rng) for i in range(count)]
-    return [world.loosened(rng, scene) if i % 2 else scene for i, scene in enumerate(made)]
+    return [scenes.jitter(rng, scene) if i % 2 else scene for i, scene in enumerate(made)]
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    return [(scene, world.draw(scene)) for scene in scenes(600, 7)]
+    return [(scene, scenes.render(scene)) for scene in make_scenes(600, 7)]
 
 
 def wrong(scene, image):
     """Returns what a picture of the scene was read as, or None where that is right."""
-    reading = judge.read(image)
-    placed = all(any(judge.same_thing(seen, thing, 0.03) for seen in reading.things) for thing in scene.things)
-    if not (judge.matches(reading, scene) and placed):
+    reading = detector.detect(image)
+    placed = all(any(detector.is_thing(seen, thing, 0.03) for seen in reading.things) for thing in scene.things)
+    if not (detector.matches_scene(reading, scene) and placed):
         seen = ", ".join(f"{thing.name} at {thing.x:.2f} {thing.y:.2f}" for thing in reading.things)
         return f"{scene}\n    read as {reading.background}: {seen}"
 
@@ -49,8 +50,8 @@ def assert_read(pairs, least):
 
 def red_on_white(draw):
     """Returns a picture of 96 x 96 in which `draw(pen, colour, hole)` drew at four times the size."""
-    image = Image.new("RGB", (384, 384), world.BACKGROUNDS["white"])
-    draw(ImageDraw.Draw(image), world.COLOURS["red"], world.BACKGROUNDS["white"])
+    image = Image.new("RGB", (384, 384), scenes.BACKGROUNDS["white"])
+    draw(ImageDraw.Draw(image), scenes.COLOURS["red"], scenes.BACKGROUNDS["white"])
     return image.reduce(4)
 
 
@@ -64,23 +65,23 @@ def on_levels(change):
     return apply
 
 
-# The world
+# The scenes
 
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_seed_gives_the_same_scene_and_picture(make):
     one, again, other = (make(random.Random(seed)) for seed in (3, 3, 4))
     assert one == again != other
-    assert world.draw(one).tobytes() == world.draw(again).tobytes()
-    assert world.draw(one).size == (one.width, one.height)
+    assert scenes.render(one).tobytes() == scenes.render(again).tobytes()
+    assert scenes.render(one).size == (one.width, one.height)
 
 
 def test_things_lie_in_the_picture_and_clear_of_each_other():
-    made = scenes(600, 1)
-    assert all(world.fits(scene) and 1 <= len(scene.things) <= 3 for scene in made)
-    assert {(scene.width, scene.height) for scene in made} == set(world.PICTURES)
-    assert not world.fits(replace(SCENE, things=(RED, replace(BLUE, x=0.4, y=0.4))))
-    assert not world.fits(replace(SCENE, things=(replace(RED, x=0.1),)))
+    made = make_scenes(600, 1)
+    assert all(scenes.fits(scene) and 1 <= len(scene.things) <= 3 for scene in made)
+    assert {(scene.width, scene.height) for scene in made} == set(scenes.IMAGE_SIZES)
+    assert not scenes.fits(replace(SCENE, things=(RED, replace(BLUE, x=0.4, y=0.4))))
+    assert not scenes.fits(replace(SCENE, things=(replace(RED, x=0.1),)))
 
 
 def test_things_are_put_on_a_grid_of_the_shorter_side_and_loosened_off_it():
@@ -89,17 +90,17 @@ def test_things_are_put_on_a_grid_of_the_shorter_side_and_loosened_off_it():
         scene = MAKERS[i % 3](rng)
         sides = scene.width / min(scene.width, scene.height), scene.height / min(scene.width, scene.height)
         for thing in scene.things:
-            steps = [place * side / world.GRID for place, side in zip((thing.x, thing.y), sides, strict=True)]
+            steps = [place * side / scenes.GRID_STEP for place, side in zip((thing.x, thing.y), sides, strict=True)]
             assert all(abs(step - round(step)) < 1e-9 for step in steps)
     moved = 0
-    for scene in scenes(300, 6)[::2]:
-        loose = world.loosened(rng, scene)
-        assert world.fits(loose)
+    for scene in make_scenes(300, 6)[::2]:
+        loose = scenes.jitter(rng, scene)
+        assert scenes.fits(loose)
         moved += loose != scene
         for before, after in zip(scene.things, loose.things, strict=True):
             assert replace(after, x=before.x, y=before.y) == before
-        if len(scene.things) == 2 and (world.inside(scene, *scene.things[::-1])):
-            assert world.inside(loose, *loose.things[::-1])
+        if len(scene.things) == 2 and (scenes.is_inside(scene, *scene.things[::-1])):
+            assert scenes.is_inside(loose, *loose.things[::-1])
     assert moved > 140
 
 
@@ -107,27 +108,27 @@ def test_things_are_put_on_a_grid_of_the_shorter_side_and_loosened_off_it():
 def test_two_things_lie_as_wished_and_are_seen_to(wished):
     rng = random.Random(2)
     for _ in range(20):
-        scene = world.related_scene(rng, wished)
+        scene = scenes.related_scene(rng, wished)
         one, other = reversed(scene.things) if wished == "inside" else scene.things
-        assert world.relation(scene, one, other) == wished
-        seen = judge.read(world.draw(scene)).things
-        (a,), (b,) = ([thing for thing in seen if judge.same_thing(thing, named)] for named in (one, other))
-        assert judge.relation(a, b) == wished, scene
-        assert judge.inside(a, b) == (wished == "inside") and not judge.inside(b, a)
+        assert scenes.relation(scene, one, other) == wished
+        seen = detector.detect(scenes.render(scene)).things
+        (a,), (b,) = ([thing for thing in seen if detector.is_thing(thing, named)] for named in (one, other))
+        assert detector.relation(a, b) == wished, scene
+        assert detector.is_inside(a, b) == (wished == "inside") and not detector.is_inside(b, a)
 
 
 def test_what_is_added_without_a_place_goes_into_the_first_free_corner():
     scene = Scene(64, 64, "white", (Thing("circle", "red", "medium", 0.25, 0.5),))
-    added = world.put_in_a_corner(scene, Thing("star", "blue", "small"))
+    added = scenes.add_in_corner(scene, Thing("star", "blue", "small"))
     assert added.things[:1] == scene.things and (added.things[1].x, added.things[1].y) == (0.75, 0.25)
     full = Scene(64, 64, "white", (Thing("circle", "red", "large", 0.5, 0.5),))
-    assert world.put_in_a_corner(full, Thing("star", "blue", "small")) is None
+    assert scenes.add_in_corner(full, Thing("star", "blue", "small")) is None
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_counted_things_are_alike(count):
-    (name,) = {thing.name for thing in world.counted_scene(random.Random(5), count).things}
-    seen = judge.read(world.draw(world.counted_scene(random.Random(5), count))).things
+    (name,) = {thing.name for thing in scenes.counted_scene(random.Random(5), count).things}
+    seen = detector.detect(scenes.render(scenes.counted_scene(random.Random(5), count))).things
     assert [thing.name for thing in seen] == [name] * count
 
 
@@ -138,23 +139,23 @@ def test_drawn_scenes_are_read_back(drawn):
     assert_read(drawn, 0.995)
 
 
-@pytest.mark.parametrize("shape", world.SHAPES)
-@pytest.mark.parametrize("size", world.SIZES)
+@pytest.mark.parametrize("shape", scenes.SHAPES)
+@pytest.mark.parametrize("size", scenes.SIZES)
 def test_a_thing_of_each_size_is_read_at_each_place(shape, size):
     for column, row in ((0.17, 0.83), (0.5, 0.5), (0.83, 0.17)):
-        half = world.SIZES[size] / 2 + world.EDGE
+        half = scenes.SIZES[size] / 2 + scenes.MARGIN
         thing = Thing(shape, "green", size, *(min(max(value, half), 1 - half) for value in (column, row)))
-        (seen,) = judge.read(world.draw(Scene(64, 64, "black", (thing,)))).things
-        assert judge.same_thing(seen, thing, 0.02) and judge.size(seen) == size
-        places = [place for place in world.PLACES if judge.is_at(seen, place)]
-        assert world.place(thing) is None or places == [world.place(thing)]
+        (seen,) = detector.detect(scenes.render(Scene(64, 64, "black", (thing,)))).things
+        assert detector.is_thing(seen, thing, 0.02) and detector.nearest_size(seen) == size
+        places = [place for place in scenes.REGIONS if detector.is_in_region(seen, place)]
+        assert scenes.region_of(thing) is None or places == [scenes.region_of(thing)]
 
 
-@pytest.mark.parametrize("background", world.BACKGROUNDS)
+@pytest.mark.parametrize("background", scenes.BACKGROUNDS)
 def test_each_colour_is_read_on_each_background(background):
-    for colour in world.COLOURS:
+    for colour in scenes.COLOURS:
         scene = Scene(64, 96, background, (Thing("ring", colour, "small", 0.6, 0.4),))
-        assert wrong(scene, world.draw(scene)) is None
+        assert wrong(scene, scenes.render(scene)) is None
 
 
 def jpeg(image):
@@ -213,26 +214,28 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_seen(change):
-    before = judge.read(world.draw(SCENE))
-    after = judge.read(world.draw(replace(SCENE, things=CHANGES[change])))
+    before = detector.detect(scenes.render(SCENE))
+    after = detector.detect(scenes.render(replace(SCENE, things=CHANGES[change])))
     same_names = change in ("moved", "resized", "swapped")
-    assert judge.matches(before, SCENE) and judge.matches(after, SCENE) == same_names
-    assert judge.kept(before, before) and judge.kept(before, after) == (change == "one more")
+    assert detector.matches_scene(before, SCENE) and detector.matches_scene(after, SCENE) == same_names
+    assert detector.is_kept(before, before) and detector.is_kept(before, after) == (change == "one more")
     red, blue = before.things
-    assert judge.kept(blue, after) == (change != "swapped") and judge.kept(red, after) == (change == "one more")
+    assert detector.is_kept(blue, after) == (change != "swapped") and detector.is_kept(red, after) == (
+        change == "one more"
+    )
 
 
 def test_another_background_is_seen_and_the_things_are_kept():
-    before = judge.read(world.draw(SCENE))
-    for background in set(world.BACKGROUNDS) - {SCENE.background}:
-        after = judge.read(world.draw(replace(SCENE, background=background)))
-        assert not judge.matches(after, SCENE) and judge.kept(before, after)
+    before = detector.detect(scenes.render(SCENE))
+    for background in set(scenes.BACKGROUNDS) - {SCENE.background}:
+        after = detector.detect(scenes.render(replace(SCENE, background=background)))
+        assert not detector.matches_scene(after, SCENE) and detector.is_kept(before, after)
 
 
 def test_of_two_alike_one_is_not_enough():
-    one = judge.read(world.draw(replace(SCENE, things=(RED,))))
-    twice = judge.Reading(one.background, one.things * 2)
-    assert judge.kept(one, twice) and not judge.kept(twice, one)
+    one = detector.detect(scenes.render(replace(SCENE, things=(RED,))))
+    twice = detector.DetectedScene(one.background, one.things * 2)
+    assert detector.is_kept(one, twice) and not detector.is_kept(twice, one)
 
 
 def polygon(*points):
@@ -289,7 +292,7 @@ BLOBS = {
 
 @pytest.mark.parametrize("blob", BLOBS)
 def test_a_shape_of_no_kind_is_unknown(blob):
-    (seen,) = judge.read(red_on_white(BLOBS[blob])).things
+    (seen,) = detector.detect(red_on_white(BLOBS[blob])).things
     assert (seen.shape, seen.colour) == ("unknown", "red")
 
 
@@ -298,7 +301,7 @@ def test_hardly_any_random_polygon_has_a_shape():
     for _ in range(60):
         angles = sorted(rng.uniform(0, 2 * math.pi) for _ in range(7))
         corners = [(48 + rng.uniform(12, 38) * math.cos(a), 48 + rng.uniform(12, 38) * math.sin(a)) for a in angles]
-        shapes.update(thing.shape for thing in judge.read(red_on_white(polygon(*corners))).things)
+        shapes.update(thing.shape for thing in detector.detect(red_on_white(polygon(*corners))).things)
     assert shapes["unknown"] >= 0.95 * shapes.total()
 
 
@@ -307,10 +310,10 @@ def test_hardly_any_random_polygon_has_a_shape():
     [((128, 128, 128), "grey square"), ((128, 255, 128), "unknown square"), ((150, 150, 255), "unknown square")],
 )
 def test_a_thing_in_a_colour_of_no_thing_is_one_too_many(levels, name):
-    image = world.draw(SCENE)
+    image = scenes.render(SCENE)
     ImageDraw.Draw(image).rectangle((60, 10, 80, 30), fill=levels)
-    reading = judge.read(image)
-    assert not judge.matches(reading, SCENE)
+    reading = detector.detect(image)
+    assert not detector.matches_scene(reading, SCENE)
     assert Counter(thing.name for thing in reading.things) == Counter(["red circle", "blue star", name])
 
 
@@ -320,5 +323,5 @@ def test_a_picture_of_something_else_has_no_known_thing(size):
     noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=numpy.uint8))
     clouds = noise.resize([side // 16 for side in size]).resize(size, Image.Resampling.BICUBIC)
     for image in (noise, clouds, Image.new("RGB", size, "red"), Image.linear_gradient("L").resize(size)):
-        assert not [thing for thing in judge.read(image).things if "unknown" not in thing.name]
-    assert judge.read(Image.new("RGB", size, "white")) == judge.Reading("white", ())
+        assert not [thing for thing in detector.detect(image).things if "unknown" not in thing.name]
+    assert detector.detect(Image.new("RGB", size, "white")) == detector.DetectedScene("white", ())

@@ -1,9 +1,9 @@
 """Scores the nano model on scenes that training never saw, through the shipped inference at its defaults.
 
-    python training/score.py [--model FOLDER] [--count 200] [--only TASK]... [--workers N] [--out FILE.csv]
+    python -m training.eval.score [--model FOLDER] [--count 200] [--only TASK]... [--workers N] [--out FILE.csv]
 
-Pictures are judged by `judge` from their pixels alone, answers must be exact. Each task has seeds of its own, so that
-a score is the same however many workers there are.
+Images are judged by `detector` from their pixels alone, answers must be exact. Each task has seeds of its own, so
+that a score is the same however many workers there are.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from pack.internvl_u.pipeline import ImageRequest, Pipeline
-from pack.training import edits, judge, questions, riddles, words, world
-from pack.training.world import Scene
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+from internvl_u.pipeline import ImageRequest, Pipeline
+
+from ..data import captions, edits, questions, riddles, scenes
+from ..data.scenes import Scene
+from . import detector
+
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "demo" / "internvl-u-nano"
 
 
@@ -35,7 +38,7 @@ MODEL = ROOT / "demo" / "internvl-u-nano"
 class Outcome:
     """One case: whether it was right, and what was asked, wanted and found."""
 
-    right: bool
+    correct: bool
     asked: str
     wanted: str
     found: str
@@ -45,59 +48,61 @@ Task = Callable[[Pipeline, random.Random], Outcome]
 
 
 def draw_one(pipeline: Pipeline, rng: random.Random) -> Outcome:
-    """A picture of one thing: shape, colour and background must be right."""
-    scene = world.random_scene(rng, 1)
-    return _drawn(pipeline, rng, scene, words.caption(rng, scene))
+    """An image of one thing: shape, colour and background must be right."""
+    scene = scenes.random_scene(rng, 1)
+    return _drawn(pipeline, rng, scene, captions.caption(rng, scene))
 
 
 def draw_two(pipeline: Pipeline, rng: random.Random) -> Outcome:
-    """A picture of two things: both, their relation and the background must be right."""
-    scene = world.related_scene(rng)
-    return _drawn(pipeline, rng, scene, words.caption(rng, scene, whole=True))
+    """An image of two things: both, their relation and the background must be right."""
+    scene = scenes.related_scene(rng)
+    return _drawn(pipeline, rng, scene, captions.caption(rng, scene, with_relation=True))
 
 
 def draw_three(pipeline: Pipeline, rng: random.Random) -> Outcome:
-    """A picture of three different things: all and the background must be right."""
-    scene = world.random_scene(rng, 3)
-    return _drawn(pipeline, rng, scene, words.caption(rng, scene), related=False)
+    """An image of three different things: all and the background must be right."""
+    scene = scenes.random_scene(rng, 3)
+    return _drawn(pipeline, rng, scene, captions.caption(rng, scene), related=False)
 
 
 def draw_count(pipeline: Pipeline, rng: random.Random) -> Outcome:
-    """A picture of two or three equal things: their number, what they are and the background must be right."""
-    scene = world.counted_scene(rng)
-    return _drawn(pipeline, rng, scene, words.caption(rng, scene), related=False)
+    """An image of two or three equal things: their number, what they are and the background must be right."""
+    scene = scenes.counted_scene(rng)
+    return _drawn(pipeline, rng, scene, captions.caption(rng, scene), related=False)
 
 
 def edit(pipeline: Pipeline, rng: random.Random) -> Outcome:
     """An edit: what was asked must have happened, and all the rest must still be as it was."""
     wanted = edits.random_edit(rng)
-    before = world.draw(wanted.before)
-    picture = pipeline.draw(ImageRequest(wanted.instruction, images=(before,), seed=rng.randrange(1 << 30)))
-    found = judge.read(picture)
-    return Outcome(_edited(found, wanted), wanted.instruction, _said(wanted.after), _told(found))
+    before = scenes.render(wanted.before)
+    image = pipeline.draw(ImageRequest(wanted.instruction, images=(before,), seed=rng.randrange(1 << 30)))
+    found = detector.detect(image)
+    return Outcome(_edited(found, wanted), wanted.instruction, _describe_wanted(wanted.after), _describe_found(found))
 
 
 def ask_one(pipeline: Pipeline, rng: random.Random) -> Outcome:
-    """A question about one picture; the answer must be exact. Descriptions are no short answers and do not count."""
-    scene = rng.choice((world.random_scene, world.related_scene, world.counted_scene))(rng)
+    """A question about one image; the answer must be exact. Descriptions are no short answers and do not count."""
+    scene = rng.choice((scenes.random_scene, scenes.related_scene, scenes.counted_scene))(rng)
     question = next(q for q in questions.questions(rng, scene) if q.kind != "describe")
-    return _answered(pipeline, question, [world.draw(scene)])
+    return _answered(pipeline, question, [scenes.render(scene)])
 
 
 def ask_two(pipeline: Pipeline, rng: random.Random) -> Outcome:
-    """A question about two pictures; the answer must be exact."""
-    one, other, found = questions.pair(rng)
-    return _answered(pipeline, rng.choice(found), [world.draw(one), world.draw(other)])
+    """A question about two images; the answer must be exact."""
+    one, other, found = questions.image_pair(rng)
+    return _answered(pipeline, rng.choice(found), [scenes.render(one), scenes.render(other)])
 
 
 def riddle(pipeline: Pipeline, rng: random.Random, think: bool = True) -> Outcome:
-    """A riddle, thought over first: the picture must show what was meant."""
+    """A riddle, thought over first: the image must show what was meant."""
     asked = riddles.random_riddle(rng)
-    drawing = ImageRequest(asked.text, seed=rng.randrange(1 << 30))
-    thought = pipeline.think(drawing) if think else ""
-    picture = pipeline.draw(ImageRequest(asked.text, seed=drawing.seed, thought=thought))
-    found = judge.read(picture)
-    return Outcome(_shown(found, asked.scene), asked.text, _said(asked.scene), f"{_told(found)} <- {thought}")
+    request = ImageRequest(asked.text, seed=rng.randrange(1 << 30))
+    thought = pipeline.think(request) if think else ""
+    image = pipeline.draw(ImageRequest(asked.text, seed=request.seed, thought=thought))
+    found = detector.detect(image)
+    return Outcome(
+        _shown(found, asked.scene), asked.text, _describe_wanted(asked.scene), f"{_describe_found(found)} <- {thought}"
+    )
 
 
 def riddle_alone(pipeline: Pipeline, rng: random.Random) -> Outcome:
@@ -120,29 +125,29 @@ TASKS: dict[str, tuple[Task, float | None]] = {
 
 
 def _drawn(pipeline: Pipeline, rng: random.Random, scene: Scene, caption: str, related: bool = True) -> Outcome:
-    found = judge.read(pipeline.draw(ImageRequest(caption, seed=rng.randrange(1 << 30))))
-    return Outcome(_shown(found, scene, related), caption, _said(scene), _told(found))
+    found = detector.detect(pipeline.draw(ImageRequest(caption, seed=rng.randrange(1 << 30))))
+    return Outcome(_shown(found, scene, related), caption, _describe_wanted(scene), _describe_found(found))
 
 
-def _shown(found: judge.Reading, scene: Scene, related: bool = True) -> bool:
-    """Tells whether a picture shows the scene: background, things, and how two different things lie."""
-    if not judge.matches(found, scene):
+def _shown(found: detector.DetectedScene, scene: Scene, related: bool = True) -> bool:
+    """Returns whether an image shows the scene: background, things, and how two different things lie."""
+    if not detector.matches_scene(found, scene):
         return False
     if not related or len(scene.things) != 2 or scene.things[0].name == scene.things[1].name:
         return True
-    wanted = world.relation(scene, *scene.things) or world.relation(scene, *scene.things[::-1])
+    wanted = scenes.relation(scene, *scene.things) or scenes.relation(scene, *scene.things[::-1])
     if wanted is None:
         return True
     seen = {thing.name: thing for thing in found.things}
     one, other = (seen[thing.name] for thing in scene.things)
-    if world.relation(scene, *scene.things) is None:
+    if scenes.relation(scene, *scene.things) is None:
         one, other = other, one
-    return judge.relation(one, other) == wanted
+    return detector.relation(one, other) == wanted
 
 
-def _edited(found: judge.Reading, wanted: edits.Edit) -> bool:
-    """Tells whether a picture is the edit's outcome, every thing where and as large as it should be."""
-    if not judge.matches(found, wanted.after):
+def _edited(found: detector.DetectedScene, wanted: edits.Edit) -> bool:
+    """Returns whether an image is the edit's outcome, every thing where and as large as it should be."""
+    if not detector.matches_scene(found, wanted.after):
         return False
     left = list(found.things)
     for thing in wanted.after.things:
@@ -153,8 +158,8 @@ def _edited(found: judge.Reading, wanted: edits.Edit) -> bool:
     return True
 
 
-def _near(seen: judge.Seen, thing: world.Thing, wanted: edits.Edit) -> bool:
-    """Tells whether a thing is where it should be; one that was added or moved may lie freely on an open axis."""
+def _near(seen: detector.Detection, thing: scenes.Thing, wanted: edits.Edit) -> bool:
+    """Returns whether a thing is where it should be; one that was added or moved may lie freely on an open axis."""
     old = thing in wanted.before.things
     if wanted.kind == "add" and not old:
         return True
@@ -162,16 +167,16 @@ def _near(seen: judge.Seen, thing: world.Thing, wanted: edits.Edit) -> bool:
     return math.dist((seen.x, seen.y), (thing.x, thing.y)) < slack
 
 
-def _answered(pipeline: Pipeline, question: words.Question, pictures: list[Image.Image]) -> Outcome:
-    answer = pipeline.answer(question.text, pictures)
+def _answered(pipeline: Pipeline, question: captions.Question, images: list[Image.Image]) -> Outcome:
+    answer = pipeline.answer(question.text, images)
     return Outcome(answer == question.answer, f"{question.kind}: {question.text}", question.answer, answer)
 
 
-def _said(scene: Scene) -> str:
-    return words.plain_scene(scene)
+def _describe_wanted(scene: Scene) -> str:
+    return captions.describe(scene)
 
 
-def _told(found: judge.Reading) -> str:
+def _describe_found(found: detector.DetectedScene) -> str:
     return f"{', '.join(thing.name for thing in found.things) or 'nothing'} on {found.background}"
 
 
@@ -179,15 +184,15 @@ def _told(found: judge.Reading) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def opened(model: Path) -> Pipeline:
-    """Returns the model, once a process."""
+def load_pipeline(model: Path) -> Pipeline:
+    """Returns the model, once per process."""
     torch.set_num_threads(1)
     return Pipeline(model)
 
 
 def case(model: Path, task: str, number: int) -> Outcome:
     """Returns the outcome of one case of a task. With and without thinking the riddles are the same."""
-    return TASKS[task][0](opened(model), random.Random(f"score {task.split(',')[0]} {number}"))
+    return TASKS[task][0](load_pipeline(model), random.Random(f"score {task.split(',')[0]} {number}"))
 
 
 def score(model: Path, tasks: list[str], count: int, workers: int) -> dict[str, list[Outcome]]:
@@ -205,9 +210,9 @@ def _case(model: Path, one: tuple[str, int]) -> Outcome:
     return case(model, *one)
 
 
-def share(outcomes: list[Outcome]) -> float:
+def accuracy(outcomes: list[Outcome]) -> float:
     """Returns the share that was right."""
-    return sum(outcome.right for outcome in outcomes) / len(outcomes)
+    return sum(outcome.correct for outcome in outcomes) / len(outcomes)
 
 
 def table(scores: dict[str, list[Outcome]]) -> str:
@@ -215,7 +220,7 @@ def table(scores: dict[str, list[Outcome]]) -> str:
     lines = ["| task | right | of | goal |", "|---|---|---|---|"]
     for task, outcomes in scores.items():
         goal = TASKS[task][1]
-        lines.append(f"| {task} | {share(outcomes):.1%} | {len(outcomes)} | {f'{goal:.0%}' if goal else ''} |")
+        lines.append(f"| {task} | {accuracy(outcomes):.1%} | {len(outcomes)} | {f'{goal:.0%}' if goal else ''} |")
     return "\n".join(lines)
 
 
@@ -228,17 +233,17 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default %(default)s)")
     parser.add_argument("--out", type=Path, help="CSV file of every case")
     options = parser.parse_args()
-    begun = time.monotonic()
+    started = time.monotonic()
     scores = score(options.model, options.only or list(TASKS), options.count, options.workers)
     print(table(scores))
-    print(f"{time.monotonic() - begun:.0f} s")
+    print(f"{time.monotonic() - started:.0f} s")
     if options.out:
         with options.out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("task", "right", "asked", "wanted", "found"))
             for task, outcomes in scores.items():
-                writer.writerows((task, int(o.right), o.asked, o.wanted, o.found) for o in outcomes)
-    missed = [task for task, outcomes in scores.items() if TASKS[task][1] and share(outcomes) < TASKS[task][1]]
+                writer.writerows((task, int(o.correct), o.asked, o.wanted, o.found) for o in outcomes)
+    missed = [task for task, outcomes in scores.items() if TASKS[task][1] and accuracy(outcomes) < TASKS[task][1]]
     return 1 if missed else 0
 
 

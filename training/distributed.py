@@ -1,8 +1,9 @@
-"""Several processes that train one model together, each on a core of its own: faster than one with several threads."""
+"""Data-parallel training on a CPU: one process per core is faster than one process with several threads."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -11,26 +12,33 @@ from pathlib import Path
 import torch
 from torch import distributed, multiprocessing, nn
 
-Work = Callable[[argparse.Namespace, int], None]
+Train = Callable[[argparse.Namespace, int], None]
 
 
-def start(work: Work, options: argparse.Namespace) -> None:
-    """Runs `work(options, rank)` in `options.workers` processes that can average gradients, and waits for all."""
+def launch(train: Train, options: argparse.Namespace) -> None:
+    """Runs `train(options, rank)` in `options.workers` processes that can average gradients, and waits for all."""
     if options.workers == 1:
-        torch.set_num_threads(options.threads)
-        return work(options, 0)
+        set_up_process(options.threads)
+        return train(options, 0)
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_join, (work, options, Path(folder) / "meeting"), options.workers)
+        multiprocessing.spawn(_run_worker, (train, options, Path(folder) / "rendezvous"), options.workers)
 
 
-def _join(rank: int, work: Work, options: argparse.Namespace, meeting: Path) -> None:
-    torch.set_num_threads(max(1, options.threads // options.workers))
+def set_up_process(threads: int) -> None:
+    """Sets the threads that torch uses in this process, and has its progress shown."""
+    torch.set_num_threads(threads)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("training").setLevel(logging.INFO)
+
+
+def _run_worker(rank: int, train: Train, options: argparse.Namespace, rendezvous: Path) -> None:
+    set_up_process(max(1, options.threads // options.workers))
     if hasattr(os, "sched_setaffinity") and options.threads == options.workers:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    distributed.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=options.workers)
+    distributed.init_process_group("gloo", init_method=rendezvous.as_uri(), rank=rank, world_size=options.workers)
     try:
-        work(options, rank)
+        train(options, rank)
     finally:
         distributed.destroy_process_group()
 

@@ -1,7 +1,7 @@
-"""Reads a picture of the small world back into what it shows, from its pixels alone.
+"""Detects the things in an image of the synthetic world: what it shows, from its pixels alone.
 
-The picture may come from a model: colours a little off, soft or wobbly edges, specks and noise are forgiven; a shape
-or a colour that is none of the world's is "unknown". Nothing here knows what the picture should show.
+The image may come from a model: colours a little off, soft or wobbly edges, specks and noise are forgiven; a shape
+or a colour that is none of the world's is "unknown". Nothing here knows what the image should show.
 """
 
 from __future__ import annotations
@@ -12,39 +12,40 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy
-from pack.training import world
 from PIL import Image
 from scipy import ndimage
 
+from ..data import scenes
+
 UNKNOWN = "unknown"
-PALETTE = {**world.COLOURS, **world.BACKGROUNDS}
+PALETTE = {**scenes.COLOURS, **scenes.BACKGROUNDS}
 NAMES = (*PALETTE, UNKNOWN)
 
-# Pixels that a picture is brought to, so that an edge is a few pixels wide whatever the size was. None of the world's
+# Pixels that an image is brought to, so that an edge is a few pixels wide whatever the size was. None of the world's
 # own sizes: resampling takes the edge off noise.
 SHORT_SIDE = 112
-FLAT = 40  # most levels between neighbours on one surface; an edge has more
-SEED = 6  # least pixels of a flat patch that counts as a surface
-SPECK = 0.004  # of the picture: less is no thing, and no hole in one
-SPECK_PIXELS = 12  # of the picture as it came
-FARTHEST = 75  # levels from a colour of the palette; 35 in each channel are 61
-HOLE = 0.04  # of the filled outline: less is no hole
-CELLS = 48  # along a side of the templates
-REACH = 3.0  # of the templates to each side of the centre, in standard deviations of the shape
-STRETCH = 1.22  # most that width by height may differ from the shape's
+MAX_CONTRAST = 40  # most levels between neighbours on one surface; an edge has more
+MIN_PATCH = 6  # least pixels of a flat patch that counts as a surface
+MIN_AREA = 0.004  # of the image: less is no thing, and no hole in one
+MIN_AREA_PIXELS = 12  # of the image as it came
+MAX_DISTANCE = 75  # levels from a colour of the palette; 35 in each channel are 61
+MIN_HOLE = 0.04  # of the filled outline: less is no hole
+TEMPLATE_CELLS = 48  # along a side of the templates
+TEMPLATE_REACH = 3.0  # of the templates to each side of the centre, in standard deviations of the shape
+MAX_STRETCH = 1.22  # most that width by height may differ from the shape's
 # Least overlap with the template. The longer a shape's outline, the more the same wobble takes away. Pentagons,
-# parallelograms and four-pointed stars come close to these; tests/unit/test_world.py has the shapes on both sides.
-LIKENESS = {"circle": 0.90, "square": 0.88, "triangle": 0.77, "star": 0.71, "cross": 0.78, "ring": 0.75}
-LEAD = 0.02  # of the best overlap over the next
+# parallelograms and four-pointed stars come close to these; tests/unit/test_scenes.py has the shapes on both sides.
+MIN_OVERLAP = {"circle": 0.90, "square": 0.88, "triangle": 0.77, "star": 0.71, "cross": 0.78, "ring": 0.75}
+MIN_LEAD = 0.02  # of the best overlap over the next
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A thing found in a picture; shape or colour is "unknown" where it is none of the world's.
+class Detection:
+    """A thing found in an image; shape or colour is "unknown" where it is none of the world's.
 
-    `x`, `y` is the centre of its box; `box` its left, top, right and bottom, all in fractions of the picture's width
-    and height. `area` is a fraction of the picture: what lies on the thing counts, the hole of a ring does not.
-    `ratio` is the picture's width by its height.
+    `x`, `y` is the centre of its box; `box` its left, top, right and bottom, all in fractions of the image's width
+    and height. `area` is a fraction of the image: what lies on the thing counts, the hole of a ring does not.
+    `ratio` is the image's width by its height.
     """
 
     shape: str
@@ -60,29 +61,29 @@ class Seen:
         return f"{self.colour} {self.shape}"
 
     def lengths(self, across: float, down: float) -> tuple[float, float]:
-        """Returns fractions of the picture's width and height as fractions of its shorter side."""
+        """Returns fractions of the image's width and height as fractions of its shorter side."""
         return across * max(self.ratio, 1), down * max(1 / self.ratio, 1)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a picture shows: the colour that most of its border has, and its things, larger ones first."""
+class DetectedScene:
+    """What an image shows: the colour that most of its border has, and its things, larger ones first."""
 
     background: str
-    things: tuple[Seen, ...]
+    things: tuple[Detection, ...]
 
 
-def read(image: Image.Image) -> Reading:
-    """Returns what a picture of any size shows; one that is not of the small world gives unknown things or none."""
+def detect(image: Image.Image) -> DetectedScene:
+    """Returns what an image of any size shows; one that is not of the small world gives unknown things or none."""
     scale = SHORT_SIDE / min(image.size)
     width, height = (round(side * scale) for side in image.size)
     pixels = numpy.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
-    least = max(SPECK * width * height, SPECK_PIXELS * scale**2)
+    least = max(MIN_AREA * width * height, MIN_AREA_PIXELS * scale**2)
     labels = _absorb_specks(_label(pixels), least)
     border = numpy.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
     background = int(numpy.bincount(border).argmax())
     things = [_describe(pixels, own, whole) for own, whole in _regions(labels, background)]
-    return Reading(NAMES[background], tuple(sorted(things, key=lambda thing: -thing.area)))
+    return DetectedScene(NAMES[background], tuple(sorted(things, key=lambda thing: -thing.area)))
 
 
 def _label(pixels: numpy.ndarray) -> numpy.ndarray:
@@ -117,7 +118,7 @@ def _table() -> numpy.ndarray:
     """Returns those indices [64, 64, 64]. In RGB: when colours shift, this palette is confused more often in Lab."""
     levels = numpy.moveaxis(numpy.indices((64, 64, 64)), 0, -1) * 4 + 1.5
     apart = numpy.array([numpy.square(levels - known).sum(-1) for known in PALETTE.values()])
-    return numpy.where(apart.min(0) <= FARTHEST**2, apart.argmin(0), len(PALETTE)).astype(numpy.uint8)
+    return numpy.where(apart.min(0) <= MAX_DISTANCE**2, apart.argmin(0), len(PALETTE)).astype(numpy.uint8)
 
 
 def _trusted(pixels: numpy.ndarray, labels: numpy.ndarray) -> numpy.ndarray:
@@ -125,8 +126,8 @@ def _trusted(pixels: numpy.ndarray, labels: numpy.ndarray) -> numpy.ndarray:
     same = ndimage.minimum_filter(labels, 3) == ndimage.maximum_filter(labels, 3)
     planes = numpy.moveaxis(pixels, -1, 0).copy()
     contrast = ndimage.maximum_filter(planes, (1, 3, 3)) - ndimage.minimum_filter(planes, (1, 3, 3))
-    patches, _ = ndimage.label(same & (contrast.max(0) <= FLAT))
-    large = numpy.bincount(patches.ravel()) >= SEED
+    patches, _ = ndimage.label(same & (contrast.max(0) <= MAX_CONTRAST))
+    large = numpy.bincount(patches.ravel()) >= MIN_PATCH
     large[0] = False
     return large[patches]
 
@@ -173,13 +174,13 @@ def _fill(mask: numpy.ndarray) -> numpy.ndarray:
     return (gaps != gaps[0, 0])[1:-1, 1:-1]
 
 
-def _describe(pixels: numpy.ndarray, own: numpy.ndarray, whole: numpy.ndarray) -> Seen:
+def _describe(pixels: numpy.ndarray, own: numpy.ndarray, whole: numpy.ndarray) -> Detection:
     height, width = own.shape
     rows, columns = ndimage.find_objects(whole.astype(numpy.uint8))[0]
     box = (columns.start / width, rows.start / height, columns.stop / width, rows.stop / height)
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     shape, colour = _shape(whole[rows, columns]), _colour(pixels, own)
-    return Seen(shape, colour, x, y, float(whole.mean()), box, width / height)
+    return Detection(shape, colour, x, y, float(whole.mean()), box, width / height)
 
 
 def _colour(pixels: numpy.ndarray, own: numpy.ndarray) -> str:
@@ -192,17 +193,17 @@ def _shape(mask: numpy.ndarray) -> str:
     """Returns the shape of a mask; "unknown" where it is not enough like one, or as much like another."""
     overlaps = sorted(((overlap, shape) for shape, overlap in _overlaps(mask).items()), reverse=True)
     overlap, shape = overlaps[0]
-    return shape if overlap >= LIKENESS.get(shape, 1) and overlap - overlaps[1][0] >= LEAD else UNKNOWN
+    return shape if overlap >= MIN_OVERLAP.get(shape, 1) and overlap - overlaps[1][0] >= MIN_LEAD else UNKNOWN
 
 
 def _overlaps(mask: numpy.ndarray) -> dict[str, float]:
     """Returns intersection by union, 0..1, of a mask and each shape that its hole and its stretch allow, else 0."""
     outline = _fill(mask)
-    hollow = 1 - mask.sum() / outline.sum() >= HOLE
+    hollow = 1 - mask.sum() / outline.sum() >= MIN_HOLE
     cells, ratio = _sample(mask if hollow else outline)
-    overlaps = dict.fromkeys(world.SHAPES, 0.0)
+    overlaps = dict.fromkeys(scenes.SHAPES, 0.0)
     for shape, (template, proper) in _templates().items():
-        if (shape == "ring") == hollow and 1 / STRETCH <= ratio / proper <= STRETCH:
+        if (shape == "ring") == hollow and 1 / MAX_STRETCH <= ratio / proper <= MAX_STRETCH:
             overlaps[shape] = float(numpy.minimum(cells, template).sum() / numpy.maximum(cells, template).sum())
     return overlaps
 
@@ -218,84 +219,87 @@ def _sample(mask: numpy.ndarray) -> tuple[numpy.ndarray, float]:
         places = numpy.arange(len(weights)) + 0.5
         centre.append((weights * places).sum() / weights.sum())
         spread.append(math.sqrt((weights * (places - centre[axis]) ** 2).sum() / weights.sum() + 1 / 12))
-    margin = math.ceil(REACH * max(spread))
-    picture = Image.fromarray(numpy.pad(mask, margin).astype(numpy.float32))
-    box = [centre[axis] + margin + side * REACH * spread[axis] for side in (-1, 1) for axis in (0, 1)]
-    return numpy.asarray(picture.resize((CELLS, CELLS), Image.Resampling.BOX, box)), spread[0] / spread[1]
+    margin = math.ceil(TEMPLATE_REACH * max(spread))
+    image = Image.fromarray(numpy.pad(mask, margin).astype(numpy.float32))
+    box = [centre[axis] + margin + side * TEMPLATE_REACH * spread[axis] for side in (-1, 1) for axis in (0, 1)]
+    cells = image.resize((TEMPLATE_CELLS, TEMPLATE_CELLS), Image.Resampling.BOX, box)
+    return numpy.asarray(cells), spread[0] / spread[1]
 
 
 @cache
 def _templates() -> dict[str, tuple[numpy.ndarray, float]]:
     """Returns the sample of each shape as the world draws it."""
     samples = {}
-    for shape in world.SHAPES:
-        scene = world.Scene(512, 512, "black", (world.Thing(shape, "red", "large"),))
-        samples[shape] = _sample(numpy.asarray(world.draw(scene))[..., 0] > 120)
+    for shape in scenes.SHAPES:
+        scene = scenes.Scene(512, 512, "black", (scenes.Thing(shape, "red", "large"),))
+        samples[shape] = _sample(numpy.asarray(scenes.render(scene))[..., 0] > 120)
     return samples
 
 
-def matches(reading: Reading, scene: world.Scene) -> bool:
-    """Tells whether a picture has the scene's background and just its things by shape and colour, wherever they are."""
+def matches_scene(reading: DetectedScene, scene: scenes.Scene) -> bool:
+    """Returns whether an image has the scene's background and just its things by shape and colour, anywhere."""
     wanted = Counter(thing.name for thing in scene.things)
     return reading.background == scene.background and Counter(thing.name for thing in reading.things) == wanted
 
 
-def same_thing(seen: Seen, thing: world.Thing, near: float | None = None) -> bool:
-    """Tells whether shape and colour are the thing's; with `near`, also whether it is that close to the thing's place.
+def is_thing(seen: Detection, thing: scenes.Thing, near: float | None = None) -> bool:
+    """Returns whether shape and colour are the thing's; with `near`, also whether it is that close to its place.
 
-    `near` is in fractions of the picture's width and height.
+    `near` is in fractions of the image's width and height.
     """
     close = near is None or max(abs(seen.x - thing.x), abs(seen.y - thing.y)) <= near
     return close and seen.name == thing.name
 
 
-def inside(inner: Seen, outer: Seen, slack: float = 0.01) -> bool:
-    """Tells whether `inner` lies on the middle of a larger `outer`; boxes may be off by `slack` of the picture."""
+def is_inside(inner: Detection, outer: Detection, slack: float = 0.01) -> bool:
+    """Returns whether `inner` lies on the middle of a larger `outer`; boxes may be off by `slack` of the image."""
     a, b = inner.box, outer.box
     contained = min(a[0] - b[0], a[1] - b[1], b[2] - a[2], b[3] - a[3]) >= -slack
     off_centre = max(abs(inner.x - outer.x) / (b[2] - b[0]), abs(inner.y - outer.y) / (b[3] - b[1]))
     return contained and off_centre <= 0.25 and inner.area < outer.area
 
 
-def relation(one: Seen, other: Seen, clear: float = 1.25, least: float = 0.12) -> str | None:
+def relation(one: Detection, other: Detection, clear: float = 1.25, least: float = 0.12) -> str | None:
     """Returns how `one` lies to `other`: left, right, above, below, inside; None where that is not clear.
 
     By the offset of their centres. The larger part decides; it must be `clear` times the smaller one and `least` of
-    the picture's shorter side.
+    the image's shorter side.
     """
-    if inside(one, other):
+    if is_inside(one, other):
         return "inside"
     across, down = one.lengths(one.x - other.x, one.y - other.y)
     larger, smaller = max(abs(across), abs(down)), min(abs(across), abs(down))
-    if inside(other, one) or larger < max(clear * smaller, least):
+    if is_inside(other, one) or larger < max(clear * smaller, least):
         return None
     if abs(across) > abs(down):
         return "left" if across < 0 else "right"
     return "above" if down < 0 else "below"
 
 
-def is_at(seen: Seen, place: str, slack: float = 0.05) -> bool:
-    """Tells whether the centre lies in a place of world.PLACES, or outside it by at most `slack` of the picture."""
-    cell = world.PLACES[place]
+def is_in_region(seen: Detection, region: str, slack: float = 0.05) -> bool:
+    """Returns whether the centre lies in one of scenes.REGIONS, or outside it by at most `slack` of the image."""
+    cell = scenes.REGIONS[region]
     return all(i / 3 - slack <= value <= (i + 1) / 3 + slack for i, value in zip(cell, (seen.x, seen.y)))
 
 
-def size(seen: Seen) -> str:
-    """Returns the size of world.SIZES that is nearest by ratio."""
-    shape = seen.shape if seen.shape in world.SHAPES else "circle"
+def nearest_size(seen: Detection) -> str:
+    """Returns the size of scenes.SIZES that is nearest by ratio."""
+    shape = seen.shape if seen.shape in scenes.SHAPES else "circle"
     left, top, right, bottom = seen.box
     length = math.hypot(*seen.lengths(right - left, bottom - top))
 
     def off(name: str) -> float:
-        return abs(math.log(length / math.hypot(*world.Thing(shape, seen.colour, name).extent())))
+        return abs(math.log(length / math.hypot(*scenes.Thing(shape, seen.colour, name).extent())))
 
-    return min(world.SIZES, key=off)
+    return min(scenes.SIZES, key=off)
 
 
-def kept(before: Seen | Reading, after: Seen | Reading, shift: float = 0.08, growth: float = 1.6) -> bool:
-    """Tells whether each thing of `before` is still in `after`, where there may be others.
+def is_kept(
+    before: Detection | DetectedScene, after: Detection | DetectedScene, shift: float = 0.08, growth: float = 1.6
+) -> bool:
+    """Returns whether each thing of `before` is still in `after`, where there may be others.
 
-    Still: of the same shape and colour, its centre moved by at most `shift` of the picture's width and height, its
+    Still: of the same shape and colour, its centre moved by at most `shift` of the image's width and height, its
     area changed by at most a factor of `growth`. Two things do not count as kept by the same one.
     """
     free = list(_things(after))
@@ -313,5 +317,5 @@ def kept(before: Seen | Reading, after: Seen | Reading, shift: float = 0.08, gro
     return True
 
 
-def _things(what: Seen | Reading) -> tuple[Seen, ...]:
-    return what.things if isinstance(what, Reading) else (what,)
+def _things(what: Detection | DetectedScene) -> tuple[Detection, ...]:
+    return what.things if isinstance(what, DetectedScene) else (what,)

@@ -1,0 +1,107 @@
+"""A server whose model folders are full of what does not belong there, and graphs for it."""
+
+import json
+import os
+import socket
+import struct
+
+import pytest
+
+
+def header(value, data=b""):
+    """Bytes of a file in the form of safetensors, whatever its header says."""
+    text = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(shape=(1,), offsets=(0, 4), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+QUERY, KEY = (f"transformer_blocks.0.attn.{name}.weight" for name in ("to_q", "to_k"))
+ODD_FILES = {
+    "empty": b"",
+    "seven bytes": b"1234567",
+    "a page": b"<!DOCTYPE html><html>not found</html>",
+    "lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "zeros": bytes(64),
+    "ones": b"\xff" * 64,
+    "longer than the file": struct.pack("<Q", 10**6) + b"{}",
+    "no json": header(b"{]"),
+    "no utf-8": header(b'{"txt_norm.weight\xff": 1}'),
+    "a list": header([]),
+    "a number": header(5),
+    "null": header(None),
+    "metadata null": header({"__metadata__": None, "txt_norm.weight": entry()}),
+    "metadata a list": header({"__metadata__": [1], "txt_norm.weight": entry()}),
+    "metadata of numbers": header({"__metadata__": {"internvl_u": 5}, "txt_norm.weight": entry()}),
+    "ours but no json": header({"__metadata__": {"internvl_u": "{"}}),
+    "ours but a list": header({"__metadata__": {"internvl_u": "[]"}}),
+    "ours with a part that is none": header({"__metadata__": {"internvl_u": '{"part": ["vlm"]}'}}),
+    "a scalar to_q": header({"txt_norm.weight": entry(), QUERY: 5, KEY: entry()}),
+    "to_q without a shape": header({"txt_norm.weight": entry(), QUERY: {"dtype": "F32"}, KEY: entry()}),
+    "to_q of no axes": header({"txt_norm.weight": entry(), QUERY: entry(()), KEY: entry(())}),
+    "shape of texts": header({"txt_norm.weight": entry(), QUERY: entry(["a", "b"]), KEY: entry((1, 1))}),
+    "negative shape": header({"txt_norm.weight": entry(), QUERY: entry((-2, 1)), KEY: entry((-1, 1))}),
+    "huge number": header(b'{"txt_norm.weight": {"shape": [' + b"9" * 5000 + b"]}}"),
+    "deep": header(b'{"txt_norm.weight":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    "offsets beyond": header({"txt_norm.weight": entry((1,), (0, 10**12)), QUERY: entry(), KEY: entry()}),
+    "offsets backwards": header({"txt_norm.weight": entry((1,), (4, 0)), QUERY: entry(), KEY: entry()}),
+    "nan": header(b'{"txt_norm.weight": NaN}'),
+    "another model": header({"model.layers.0.weight": entry()}, bytes(4)),
+}
+ODD_NAMES = ("a\nb", "<b>bold", "quo\"te'", "emoji \N{GRINNING FACE}", "sp ace", "per%20cent", "-dash")
+FOLDERS = ("diffusion_models", "text_encoders", "vae")
+
+
+SOURCE = """
+class Source:
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "give", ("COMBO",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("STRING", {})}}
+
+    def give(self, value):
+        return (value,)
+
+
+NODE_CLASS_MAPPINGS = {"TestsSource": Source}
+"""
+
+
+def litter(base):
+    """Puts what does not belong there into ComfyUI's model folders, and beside the weights of a model."""
+    for key in FOLDERS:
+        folder = base / "models" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in ODD_FILES.items():
+            (folder / f"{name}.safetensors").write_bytes(data)
+        for name in ODD_NAMES:
+            (folder / f"{name}.safetensors").write_bytes(b"")
+        for name in ("._model.safetensors", "Thumbs.db", ".DS_Store", "model.safetensors.part"):
+            (folder / name).write_bytes(b"\0\5\26\7")
+        (folder / "dead.safetensors").symlink_to(folder / "nowhere")
+        (folder / "itself.safetensors").symlink_to(folder / "itself.safetensors")
+        (folder / "a folder.safetensors").mkdir()
+        os.mkfifo(folder / "pipe.safetensors")
+        bind = socket.socket(socket.AF_UNIX)
+        here = os.getcwd()
+        os.chdir(folder)  # a socket's path may not be long
+        bind.bind("socket.safetensors")
+        os.chdir(here)
+        bind.close()
+        os.close(os.open(os.fsencode(folder) + b"/no utf-8 \xff.safetensors", os.O_CREAT))
+    (base / "custom_nodes" / "tests_source.py").write_text(SOURCE)  # a value that comes over a link
+    own = base / "models" / "InternVL-U"
+    (own / "dead").symlink_to(own / "nowhere")
+    (own / "itself").symlink_to(own / "itself")
+    (own / "a file").write_bytes(b"")
+    os.mkdir(os.fsencode(own) + b"/no utf-8 \xff")
+    os.mkfifo(own / "pipe")
+
+
+@pytest.fixture(scope="session")
+def littered(new_server):
+    """A running server in whose model folders lies what does not belong there."""
+    return new_server("hostile", litter)

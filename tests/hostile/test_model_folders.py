@@ -1,0 +1,153 @@
+"""What lies in the model folders: nothing there takes the loader from the server, and nothing foreign is offered."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from pack.internvl_u import header
+from pack.internvl_u.checkpoint import Folder, SingleFile, holds_language_model, holds_transformer, weight_files
+
+from .conftest import FOLDERS, ODD_FILES, ODD_NAMES, entry
+from .conftest import header as file_of
+
+GRAPH = Path(__file__).parent.parent / "workflows" / "text_to_image.api.json"
+
+
+def graph(**values):
+    nodes = json.loads(GRAPH.read_text(encoding="utf-8"))
+    small = {"model_name": "tiny", "precision": "fp32", "preset": "custom", "width": 32, "height": 32, "steps": 1}
+    for node in nodes.values():
+        for key, value in (small | values).items():
+            if key in node["inputs"]:
+                node["inputs"][key] = value
+    return nodes
+
+
+def loader(server):
+    return server.get("/object_info/InternVLU_LoadModel")["InternVLU_LoadModel"]["input"]
+
+
+def test_the_loader_is_there_and_offers_only_models(littered):
+    inputs = loader(littered)
+    assert inputs["required"]["model_name"][1]["options"] == ["InternVL-U", "internvl-u-nano", "tiny"]
+    assert inputs["optional"]["mllm_name"][1]["options"] == ["auto"]
+
+
+def test_files_are_shown_by_their_names_as_they_are(littered):
+    offered = loader(littered)["optional"]["vae_name"][1]["options"]
+    assert {f"{name}.safetensors" for name in (*ODD_NAMES, *ODD_FILES)} == set(offered) - {"auto"}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_an_odd_file_is_no_model_of_ours_and_a_clear_error_as_a_vae(littered, name):
+    answer = littered.queue(graph(model_name=f"{name}.safetensors"))
+    assert "no InternVL-U model" in json.dumps(answer)
+    entry = littered.run(graph(vae_name=f"{name}.safetensors"))
+    assert entry["status"]["status_str"] == "error"
+    assert name in littered.error(entry) or "vae" in littered.error(entry).lower()
+    assert littered.run(graph())["status"]["status_str"] == "success"
+
+
+@pytest.mark.parametrize("name", ["dead", "itself", "a folder", "pipe", "socket", "._model", "nowhere"])
+def test_what_is_no_file_is_not_found(littered, name):
+    assert "no VAE" in json.dumps(littered.queue(graph(vae_name=f"{name}.safetensors")))
+    assert littered.run(graph())["status"]["status_str"] == "success"
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_a_header_is_checked_before_it_is_used(tmp_path, name):
+    file = tmp_path / "file.safetensors"
+    file.write_bytes(ODD_FILES[name])
+    assert holds_transformer(file) is False and holds_language_model(file) is False
+    if name not in ("another model", "ours but no json", "ours but a list", "ours with a part that is none"):
+        with pytest.raises(RuntimeError, match="is no readable safetensors file"):
+            header.read_header(file)
+
+
+def test_other_systems_separators_find_a_file(comfyui, tmp_path):
+    from pack.nodes import model_folders
+
+    found = {"folder/file.safetensors": tmp_path, "other\\file.safetensors": tmp_path / "b"}
+    assert model_folders._by_name(found, "folder\\file.safetensors") == tmp_path
+    assert model_folders._by_name(found, "other/file.safetensors") == tmp_path / "b"
+    assert model_folders._by_name(found, "nothing") is None
+
+
+def test_what_is_no_weight_file_is_left_alone(broken):
+    folder = broken / "generation_decoder"
+    (folder / "._model.safetensors").write_bytes(b"\0\5\26\7")
+    (folder / "Thumbs.db").write_bytes(b"")
+    os.mkfifo(folder / "pipe.safetensors")
+    (folder / "folder.safetensors").mkdir()
+    assert [file.name for file in weight_files(folder)] == ["model.safetensors"]
+
+
+def test_thousands_of_foreign_files_cost_little_once_they_are_known(comfyui, tmp_path, monkeypatch):
+    import folder_paths
+    from pack.nodes import model_folders
+
+    big = file_of({f"layers.{i}.weight": entry() for i in range(1200)})
+    assert 90_000 < len(big) < 130_000
+    for i in range(3000):
+        (tmp_path / f"{i}.safetensors").write_bytes(big)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    opened = []
+    original = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *args, **kwargs: opened.append(self) or original(self, *args, **kwargs)
+    )
+    assert model_folders.transformer_files() == {}
+    first = len(opened)
+    begun = time.process_time()
+    assert model_folders.transformer_files() == {}
+    taken = time.process_time() - begun
+    assert first == 3000 and len(opened) == 3000, "a file that has not changed is opened again"
+    # Processor time, not the clock's: 3,000 looks at a file cost some 0.05 s.
+    assert taken < 0.5
+
+
+def test_no_file_is_opened_before_the_server_answers(comfyui, monkeypatch):
+    from pack.nodes import model_folders
+
+    monkeypatch.setattr(model_folders, "transformer_files", lambda: pytest.fail("looked into files"))
+    assert "tiny" not in model_folders.available()
+
+
+def test_only_what_is_loaded_counts_as_a_change(broken):
+    before = Folder(broken).files()
+    (broken / ".cache").mkdir()
+    (broken / ".cache" / "x.json").write_text("{}")
+    (broken / "notes.txt").write_text("x")
+    (broken / "vae" / "preview.png").write_text("x")
+    assert Folder(broken).files() == before
+    names = {str(file.relative_to(broken)) for file in before}
+    assert {
+        "model_index.json",
+        "vlm/config.json",
+        "processor/tokenizer.json",
+        "vlm/model.safetensors.index.json",
+    } <= names
+    assert SingleFile(broken / "x").files() == [broken / "x"]
+
+
+@pytest.mark.parametrize("linked", ["model_name", "mllm_name", "vae_name"])
+def test_a_name_over_a_link_is_loaded_once(littered, linked):
+    values = {"model_name": "tiny", "mllm_name": "auto", "vae_name": "auto"}
+    cached = []
+    for seed in (1, 2):
+        nodes = graph(seed=seed)
+        load = littered.find(nodes, "InternVLU_LoadModel")
+        nodes["name"] = {"class_type": "TestsSource", "inputs": {"value": values[linked]}}
+        nodes[load]["inputs"] |= values | {linked: ["name", 0]}
+        entry = littered.run(nodes)
+        assert entry["status"]["status_str"] == "success", entry["status"]
+        cached.append(next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached"))
+    assert load in cached[1]
+
+
+def test_every_folder_is_littered(littered):
+    """So that the tests above do not pass for want of litter."""
+    for key in FOLDERS:
+        assert len(os.listdir(littered.base / "models" / key)) > len(ODD_FILES)
