@@ -1,7 +1,7 @@
 """Try, test and develop this node pack with one command. Each command does its own set-up.
 
     python dev.py demo [--prompt TEXT] [--out FILE]   the nano model draws and tells what it drew, no browser
-    python dev.py test [pytest arguments]             ruff, then the tests
+    python dev.py test [pytest arguments]             ruff, types, then the tests
     python dev.py ui [--port PORT]                    ComfyUI with this pack, in the browser
     python dev.py nox [nox arguments]                 any session of noxfile.py: -l lists them
 
@@ -25,12 +25,12 @@ from tools.processes import ROOT, Child, DevError, say
 
 
 def test(comfyui: str | None, arguments: list[str]) -> int:
-    """Run nox's sessions lint and tests; without arguments for pytest, also tests_older."""
+    """Run nox's sessions lint and tests; without arguments for pytest, also types and tests_older."""
     folder = demo.prepare(comfyui)
     env = {"INTERNVLU_COMFYUI": str(folder)}
     if not fetch.is_ours(folder):
         env["PYTHONPYCACHEPREFIX"] = str(environment.DEV / "pycache")
-    sessions = ["lint", "tests"] if arguments else ["lint", "tests", "tests_older"]
+    sessions = ["lint", "tests"] if arguments else ["lint", "types", "tests", "tests_older"]
     return nox(["-s", *sessions, "--", *arguments], **env)
 
 

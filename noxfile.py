@@ -4,9 +4,9 @@
 
 These use .venv, which they make if need be, and the ComfyUI of `python dev.py test`:
 
+    nox -s types                  basedpyright over what ships
     nox -s tests                  all tests
     nox -s tests_older            the tests without the browser, on the older transformers line
-    nox -s types                  basedpyright over what ships; not yet a part of `dev.py test`
     nox -s workflows [-- NAME]    makes the shipped workflows, their cards and the pictures of the help pages anew
 
 The others test other versions, each in an environment of its own:
@@ -54,7 +54,7 @@ PINS = {
 
 nox.options.default_venv_backend = "uv|venv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "tests", "tests_older"]
+nox.options.sessions = ["lint", "types", "tests", "tests_older"]
 
 
 @nox.session
@@ -90,7 +90,7 @@ def tests_older(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Runs basedpyright over what ships."""
     comfyui = development_environment()
-    session.install("basedpyright")
+    session.install("basedpyright==1.40.2")  # another one may find something else
     command = ("basedpyright", "--level", "error", "--pythonpath", str(environment.PYTHON))
     session.run(*command, env={"PYTHONPATH": str(comfyui)})
 
