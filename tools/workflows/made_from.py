@@ -19,7 +19,9 @@ NAMES = [*graphs.COLUMNS, *wiring.PARTS]
 OURS = "InternVLU_"
 # Widgets that list what lies in folders.
 FOLDER_WIDGETS = {"model_name", "mllm_name", "vae_name"}
-OF_AN_INPUT = ("default", "min", "max", "step", "round", "multiline", "tooltip", "display_name", "advanced", "options")
+OF_AN_INPUT = ("default", "min", "max", "step", "round", "multiline", "display_name", "advanced", "options")
+OF_A_NODE = ("name", "display_name", "output", "output_name")
+EXPLANATIONS = ("tooltip", "description", "category", "output_tooltips")  # on help pages, not in workflows and pictures
 
 
 def hashes(info: dict) -> dict[str, str]:
@@ -44,7 +46,7 @@ def of_node(name: str, info: dict) -> dict:
     """Returns what a help page is made from: the node, and the graph in its picture."""
     workflow, parts = wiring.PARTS[name]
     used = [node for column in graphs.COLUMNS[workflow] for node in column if node[0] in parts.split()]
-    return {"node": ours(info[name]), "sizes": wiring.SIZES, **drawn(workflow, used, info)}
+    return {"node": ours(info[name], EXPLANATIONS), "sizes": wiring.SIZES, **drawn(workflow, used, info)}
 
 
 def drawn(name: str, used: list[tuple], info: dict) -> dict:
@@ -71,20 +73,19 @@ def described(node: tuple, links: list[list[str]], info: dict) -> object:
     return {key: "COMBO" if isinstance(inputs.get(key), list) else inputs.get(key) for key in wanted}
 
 
-def ours(node: dict) -> dict:
+def ours(node: dict, also: tuple[str, ...] = ()) -> dict:
     """Returns a node's description without what depends on the files in folders or on ComfyUI's version."""
 
     def options(name: str, given: dict) -> dict:
         unsteady = ("default", "options") if name in FOLDER_WIDGETS else ()
-        return {key: given[key] for key in OF_AN_INPUT if key in given and key not in unsteady}
+        return {key: given[key] for key in (*OF_AN_INPUT, *also) if key in given and key not in unsteady}
 
     inputs = {
         group: [[name, kind, *(options(name, one) for one in rest)] for name, (kind, *rest) in fields.items()]
         for group, fields in node["input"].items()
         if group != "hidden"
     }
-    stated = ("name", "display_name", "description", "category", "output", "output_name", "output_tooltips")
-    return {"input": inputs, **{key: node[key] for key in stated}}
+    return {"input": inputs, **{key: node[key] for key in (*OF_A_NODE, *also) if key in node}}
 
 
 def weights() -> list[str]:
