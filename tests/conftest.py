@@ -1,6 +1,7 @@
 """Fixtures for all tests: the pack under a name of its own, golden data, ComfyUI in this process and as a server."""
 
 import asyncio
+import contextlib
 import importlib
 import importlib.machinery
 import importlib.metadata
@@ -8,16 +9,11 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
-import socket
 import struct
-import subprocess
 import sys
 import time
 import types
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +49,8 @@ for name in ("training", "benchmarks"):
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 Span = importlib.import_module("pack.internvl_u.rope").Span
+comfyui_tools = importlib.import_module("pack.tools.comfyui")
+version_of = importlib.import_module("pack.tools.fetch").version_of
 
 
 def versions():
@@ -68,20 +66,20 @@ def versions():
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     kernels = torch.backends.cpu.get_cpu_capability()
-    comfyui = Path(os.environ.get("INTERNVLU_COMFYUI") or "/nowhere") / "comfyui_version.py"
-    found = re.search(r'"(.+)"', comfyui.read_text(encoding="utf-8")) if comfyui.is_file() else None
+    comfyui = os.environ.get("INTERNVLU_COMFYUI")
     packages = ("torch", "transformers", "tokenizers", "huggingface_hub", "numpy", "Pillow", "diffusers", "safetensors")
     return {
         "processor": f"{names[0] if names else platform.processor() or platform.machine()} ({kernels})",
         "system": platform.system(),
         "Python": platform.python_version(),
         **{package: version(package) for package in packages},
-        "ComfyUI": found[1] if found else "none",
+        "ComfyUI": version_of(Path(comfyui)) if comfyui else "none",
     }
 
 
 def pytest_report_header():
-    return [f"{key}: {value}" for key, value in versions().items()]
+    folder = os.environ.get("INTERNVLU_COMFYUI") or "none: the tests that need it are skipped"
+    return [*(f"{key}: {value}" for key, value in versions().items()), f"ComfyUI's folder: {folder}"]
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -218,72 +216,11 @@ def native(comfyui):
     return importlib.import_module("pack.native.load")
 
 
-class Server:
-    """A running ComfyUI with only this pack, on a free loopback port and a base directory of its own."""
+class Server(comfyui_tools.Server):
+    """A running ComfyUI with only this pack, and what tests ask of it."""
 
     def __init__(self, comfyui, base, *flags):
-        self.base = base
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = base / "server.log"
-        command = [sys.executable, str(comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
-        command += ["--base-directory", str(base), "--disable-auto-launch", "--database-url", "sqlite:///:memory:"]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen([*command, *flags], stdout=log, stderr=log, cwd=base)
-        deadline = time.monotonic() + 180
-        while not self._answers():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.process.kill()
-                raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-3000:]}")
-            time.sleep(0.3)
-
-    def _answers(self):
-        try:
-            return bool(self.get("/system_stats"))
-        except OSError:
-            return False
-
-    def get(self, path):
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            return json.loads(answer.read())
-
-    def post(self, path, body):
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.loads(answer.read() or b"{}")
-        except urllib.error.HTTPError as error:
-            return json.loads(error.read())
-
-    def queue(self, graph, client_id="tests"):
-        return self.post("/prompt", {"prompt": graph, "client_id": client_id})
-
-    def wait(self, prompt_id, timeout=120):
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            history = self.get(f"/history/{prompt_id}")
-            if prompt_id in history:
-                return history[prompt_id]
-            time.sleep(0.1)
-        raise TimeoutError(f"job {prompt_id} did not end in {timeout} s:\n{self.log.read_text()[-2000:]}")
-
-    def run(self, graph, timeout=120):
-        """Runs a graph in API format; returns its history entry."""
-        answer = self.queue(graph)
-        assert "prompt_id" in answer, answer
-        return self.wait(answer["prompt_id"], timeout)
-
-    def files(self, entry, node, kind="images"):
-        return [self.base / "output" / item["subfolder"] / item["filename"] for item in entry["outputs"][node][kind]]
-
-    def find(self, graph, kind):
-        """Returns the id of the one node of a kind in an API graph."""
-        (found,) = [name for name, node in graph.items() if node["class_type"] == kind]
-        return found
+        super().__init__(sys.executable, comfyui, base, "--cpu", *flags, own_group=False)
 
     def with_latent(self, graph):
         """Adds core's SaveLatent, named "latent", at the point where the picture is decoded."""
@@ -328,28 +265,11 @@ class Server:
                 if event["type"] in {"execution_success", "execution_error", "execution_interrupted"}:
                     return events, previews
 
-    def error(self, entry):
-        return next(
-            data["exception_message"] for kind, data in entry["status"]["messages"] if kind == "execution_error"
-        )
-
-    def stop(self):
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
 
 def make_base(base):
     """Fills a ComfyUI base directory: this pack, the tiny checkpoint under two names, and the nano model."""
-    for folder in ("custom_nodes", "models/InternVL-U", "models/loras", "input", "output", "user", "temp"):
-        (base / folder).mkdir(parents=True)
-    (base / "custom_nodes" / "internvl-u").symlink_to(ROOT)
-    for name in ("tiny", "InternVL-U"):
-        (base / "models" / "InternVL-U" / name).symlink_to(CHECKPOINT)
-    (base / "models" / "InternVL-U" / NANO.name).symlink_to(NANO)
-    return base
+    comfyui_tools.make_base(base, {"tiny": CHECKPOINT, "InternVL-U": CHECKPOINT, NANO.name: NANO})
+    return base.resolve()
 
 
 def make_extra_paths(base):
@@ -366,23 +286,19 @@ def make_extra_paths(base):
 @pytest.fixture(scope="session")
 def new_server(comfyui, tmp_path_factory):
     """Starts servers on base directories of their own, which `prepare(base)` may fill; they end with the tests."""
-    running = []
+    with contextlib.ExitStack() as running:
 
-    def start(name, prepare=lambda base: None, *flags):
-        base = make_base(tmp_path_factory.mktemp(name))
-        prepare(base)
-        running.append(Server(comfyui, base, *flags))
-        return running[-1]
+        def start(name, prepare=lambda base: None, *flags):
+            base = make_base(tmp_path_factory.mktemp(name))
+            prepare(base)
+            return running.enter_context(Server(comfyui, base, *flags))
 
-    yield start
-    for one in running:
-        one.stop()
+        yield start
 
 
 @pytest.fixture(scope="session")
 def server(comfyui, tmp_path_factory):
     base = make_base(tmp_path_factory.mktemp("comfyui"))
     extra = make_extra_paths(base)
-    running = Server(comfyui, base, "--preview-method", "latent2rgb", "--extra-model-paths-config", str(extra))
-    yield running
-    running.stop()
+    with Server(comfyui, base, "--preview-method", "latent2rgb", "--extra-model-paths-config", extra) as running:
+        yield running

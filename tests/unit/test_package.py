@@ -1,7 +1,6 @@
 """Rules that hold for the tree itself: layers, versions, what is published."""
 
 import ast
-import importlib.util
 import os
 import re
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pack.internvl_u
 import pytest
+from pack.tools import tested
 
 ROOT = Path(__file__).parent.parent.parent
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "latent_preview", "nodes", "server"}
@@ -111,7 +111,9 @@ def test_comfy_cli_finds_the_pack_in_order():
 def test_the_published_files_hold_nothing_that_the_registry_flags():
     names = published()
     assert ROOT / "nodes" / "load.py" in names and ROOT / "dev.py" not in names
-    assert not [name for name in names if "tests" in name.relative_to(ROOT).parts]
+    for_developers = {"tests", "tools", "training", "benchmarks", "demo", ".ci", ".github"}
+    assert not [name for name in names if for_developers & set(name.relative_to(ROOT).parts)]
+    assert not [name for name in names if name.name.startswith(".")]
     for name in names:
         pattern = SCANNED.get(name.suffix)
         if pattern:
@@ -119,8 +121,5 @@ def test_the_published_files_hold_nothing_that_the_registry_flags():
 
 
 def test_the_readme_lists_the_versions_that_were_tested():
-    spec = importlib.util.spec_from_file_location("make_tested", ROOT / "tests" / "tools" / "make_tested.py")
-    make_tested = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_tested)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == make_tested.filled(readme)
+    assert readme == tested.filled(readme)

@@ -1,6 +1,13 @@
-"""The shipped graphs with values for the nano model. Data only, for make_workflows.py and make_wiring.py."""
+"""The shipped graphs with values for the nano model: data for build.py, wiring.py and the demo."""
 
-from graphs import COLUMNS
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .graphs import COLUMNS
+
+TWINS = Path(__file__).resolve().parents[2] / "tests" / "workflows"
 
 MODEL = "internvl-u-nano"
 NOTE = """## {title}
@@ -82,6 +89,20 @@ def columns(name: str) -> list[list[tuple]]:
         return VALUES.get(kind, {}) | VALUES.get(node, {}) | TEXTS[name].get(node, {})
 
     return [[(node, kind, given | values(node, kind)) for node, kind, given in column] for column in COLUMNS[name]]
+
+
+def api(name: str) -> dict:
+    """Returns a graph in the API's format: the shipped workflow's twin with the nano model's values put in."""
+    graph = json.loads((TWINS / f"{name}.api.json").read_text(encoding="utf-8"))
+    nodes = [node for column in columns(name) for node in column]
+    for number, (node, kind, values) in enumerate(nodes, 1):  # ids follow this order, see graphs.py
+        if kind == "MarkdownNote":  # the API's format has none
+            continue
+        if graph[str(number)]["class_type"] != kind:
+            raise ValueError(f"node {number} of {name}.api.json is no {kind} ({node}): build the workflow anew")
+        inputs = graph[str(number)]["inputs"]
+        inputs |= {key: value for key, value in values.items() if key in inputs}
+    return graph
 
 
 def note(name: str) -> str:

@@ -1,11 +1,14 @@
-"""Build the shipped workflows in a real ComfyUI page and save them.
+"""Build the shipped workflows in a real ComfyUI page and save them, and draw the pictures of the help pages.
 
-    python tests/tools/make_workflows.py --url http://127.0.0.1:8188 [--chromium /usr/bin/chromium] [NAME ...]
+    python dev.py nox -s workflows [-- NAME ...]
 
-For each graph of graphs.py: workflows/NAME.json (user interface), tests/workflows/NAME.api.json (the same graph in the
-API's format), demo/workflows/NAME.json (with the nano model's values) and workflows/NAME.jpg (its card in the template
-browser: the nano graph after a run). Needs Playwright for Python. Run it against the oldest supported ComfyUI, so that
-all later ones can open the files, started with `python dev.py ui`.
+NAME is a graph of graphs.py or a node; without any, all are made. For each graph: workflows/NAME.json (user interface),
+tests/workflows/NAME.api.json (the same graph in the API's format), demo/workflows/NAME.json (with the nano model's
+values) and workflows/NAME.jpg (its card in the template browser: the nano graph after a run). For each node:
+web/docs/NODE.jpg, which its help page shows, see wiring.py. What they were made from is written down, see made_from.py.
+
+The session runs `python -m tools.workflows.build --comfyui FOLDER`, with .venv's Python and the oldest supported
+ComfyUI, so that all later ones can open the files. It needs chromium.
 """
 
 from __future__ import annotations
@@ -15,14 +18,18 @@ import io
 import json
 import re
 import shutil
-import urllib.request
+import sys
+import tempfile
 import uuid
 from pathlib import Path
 
-import nano_graphs
-from graphs import COLUMNS, LINKS, NOTES, SIZES, TITLES
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
+
+from ..demo import server
+from ..fetch import version_of
+from . import made_from, nano_graphs, wiring
+from .graphs import COLUMNS, LINKS, NOTES, SIZES, TITLES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "internvl-u"
@@ -171,31 +178,62 @@ def write_json(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def save_workflow(page: Page, name: str, versions: dict[str, str]) -> None:
+    """Writes all files of a workflow."""
+    build(page, name)
+    workflow, prompt = made(page)
+    write_json(ROOT / "workflows" / f"{name}.json", finish(workflow, name, versions))
+    write_json(ROOT / "tests" / "workflows" / f"{name}.api.json", prompt)
+    if name in nano_graphs.TEXTS:
+        build(page, name, nano=True)
+        workflow = finish(made(page)[0], f"nano/{name}", versions)
+        write_json(ROOT / "demo" / "workflows" / f"{name}.json", workflow)
+        run(page)
+    thumbnail(page, ROOT / "workflows" / f"{name}.jpg")
+
+
+def save_wiring(page: Page, node: str) -> None:
+    """Writes the picture of a node's help page."""
+    workflow, names = wiring.PARTS[node]
+    build(page, workflow, names.split(), wiring.SIZES)
+    page.evaluate(wiring.MARK, node)
+    thumbnail(page, ROOT / "web" / "docs" / f"{node}.jpg", wiring.WIDTH, wiring.QUALITY)
+
+
+def save(url: str, names: list[str], chromium: str, versions: dict[str, str]) -> None:
+    """Writes all files of these workflows and nodes."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = open_page(browser, url)
+        for name in names:
+            print(name, flush=True)
+            if name in COLUMNS:
+                save_workflow(page, name, versions)
+            else:
+                save_wiring(page, name)
+        browser.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(COLUMNS), metavar="NAME", help="default: all")
-    parser.add_argument("--url", required=True, help="a running ComfyUI")
+    parser.add_argument("names", nargs="*", default=[*COLUMNS, *wiring.PARTS], metavar="NAME", help="default: all")
+    parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
+    parser.add_argument("--only-note", action="store_true", help="write down that the files are right as they are")
     parser.add_argument("--chromium", default=shutil.which("chromium"), help="the browser's program")
     args = parser.parse_args()
+    if unknown := set(args.names) - {*COLUMNS, *wiring.PARTS}:
+        parser.error(f"found {', '.join(sorted(unknown))}, expected {', '.join([*COLUMNS, *wiring.PARTS])}")
 
-    with urllib.request.urlopen(f"{args.url}/system_stats") as answer:
-        core = json.load(answer)["system"]["comfyui_version"]
     ours = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = open_page(browser, args.url)
-        for name in args.names:
-            build(page, name)
-            workflow, prompt = made(page)
-            write_json(ROOT / "workflows" / f"{name}.json", finish(workflow, name, {PACK: ours, "comfy-core": core}))
-            write_json(ROOT / "tests" / "workflows" / f"{name}.api.json", prompt)
-            if name in nano_graphs.TEXTS:
-                build(page, name, nano=True)
-                workflow = finish(made(page)[0], f"nano/{name}", {PACK: ours, "comfy-core": core})
-                write_json(ROOT / "demo" / "workflows" / f"{name}.json", workflow)
-                run(page)
-            thumbnail(page, ROOT / "workflows" / f"{name}.jpg")
-        browser.close()
+    versions = {PACK: ours, "comfy-core": version_of(args.comfyui)}
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        server(args.comfyui, Path(folder), python=sys.executable) as comfyui,
+    ):
+        if not args.only_note:
+            comfyui.post("/api/settings", {"Comfy.TutorialCompleted": True})  # no dialog for a new user
+            save(comfyui.url, args.names, args.chromium, versions)
+        made_from.write(comfyui.get("/object_info"), args.names)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,6 @@
-"""Draw the pictures of the help pages: each node as it is usually wired, in a real ComfyUI page.
-
-    python tests/tools/make_wiring.py --url http://127.0.0.1:8188 [--chromium /usr/bin/chromium]
-
-Writes web/docs/NODE.jpg, which web/docs/NODE.md shows with `![...](NODE.jpg)`. Needs what make_workflows.py needs.
-"""
+"""What the pictures of the help pages show: each node as it is usually wired. Data only, for build.py."""
 
 from __future__ import annotations
-
-import argparse
-import shutil
-
-from make_workflows import ROOT, build, open_page, thumbnail
-from playwright.sync_api import sync_playwright
 
 WIDTH, QUALITY = 800, 80  # pixels, JPEG: each file stays below 60 kB
 
@@ -42,23 +31,3 @@ type => {
   Object.assign(app.graph._nodes.find(node => node.type === type), {color, bgcolor});
 }
 """
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", required=True, help="a running ComfyUI")
-    parser.add_argument("--chromium", default=shutil.which("chromium"), help="the browser's program")
-    args = parser.parse_args()
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = open_page(browser, args.url)
-        for node, (workflow, names) in PARTS.items():
-            build(page, workflow, names.split(), SIZES, nano=True)
-            page.evaluate(MARK, node)
-            thumbnail(page, ROOT / "web" / "docs" / f"{node}.jpg", WIDTH, QUALITY)
-        browser.close()
-
-
-if __name__ == "__main__":
-    main()

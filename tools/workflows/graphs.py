@@ -1,4 +1,6 @@
-"""What the shipped workflows consist of: nodes, values, links and notes. Data only, for make_workflows.py."""
+"""What the shipped workflows consist of: nodes, values, links and notes. Data only, for build.py."""
+
+from __future__ import annotations
 
 FOLDER = """Put the whole model folder into **models/InternVL-U/InternVL-U**, from Hugging Face \
 ([InternVL-U/InternVL-U](https://huggingface.co/InternVL-U/InternVL-U)) or ModelScope \

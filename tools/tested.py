@@ -1,15 +1,15 @@
 """Makes the README's table of tested versions out of docs/tested.json, which `nox -s ... -- --record` adds to.
 
-python tests/tools/make_tested.py
+python -m tools.tested
 """
 
 import json
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docs" / "tested.json"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- tested versions: tests/tools/make_tested.py -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- tested versions: tools/tested.py -->\n", "<!-- end -->\n"
 COLUMNS = ("ComfyUI", "Python", "torch", "transformers", "huggingface_hub", "numpy", "Pillow", "processor", "date")
 KEY = COLUMNS[:7]
 
