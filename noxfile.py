@@ -81,7 +81,7 @@ def tests(session: nox.Session) -> None:
 def tests_older(session: nox.Session) -> None:
     """Runs the tests on the older transformers line."""
     comfyui = development_environment()
-    arguments = session.posargs or ["tests/unit", "tests/comfy"]
+    arguments = session.posargs or ["tests/unit", "tests/comfy", "tests/hostile"]
     older = str(environment.older_packages())
     run_pytest(session, environment.PYTHON, arguments, INTERNVLU_COMFYUI=str(comfyui), PYTHONPATH=older)
 
