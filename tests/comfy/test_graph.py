@@ -256,4 +256,5 @@ def test_no_warning_of_a_library_reaches_the_log(server, small_workflow, name, h
     assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])
     log = server.log.read_text()[before:]
     assert "got prompt" in log
-    assert not re.findall(r".*(?:warning|deprecated|will be removed).*", log, re.IGNORECASE)
+    warnings = re.findall(r".*(?:warning|deprecated|will be removed).*", log, re.IGNORECASE)
+    assert not [line for line in warnings if "InternVL-U, node" not in line]  # what we say of a user's job ourselves
