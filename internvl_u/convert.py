@@ -96,21 +96,22 @@ def convert(
     if dtype not in FILE_DTYPES:
         raise ValueError(f"dtype {dtype!r} found, one of {', '.join(FILE_DTYPES)} expected")
     check_folder(model)
-    suffix, folder = {"bfloat16": "bf16"}.get(dtype, dtype), Folder(model)
-    plans = {
-        out / "diffusion_models" / f"internvl_u_{suffix}.safetensors": _plan_transformer(folder, dtype),
-        out / "text_encoders" / f"internvl_u_mllm_{suffix}.safetensors": _plan_language_model(folder, dtype),
-        out / "vae" / "internvl_u_vae_bf16.safetensors": _plan_vae(folder),
-    }
-    source = model.resolve()
-    if any(source in (file.resolve().parent, *file.resolve().parents) for file in plans):
+    suffix = {"bfloat16": "bf16"}.get(dtype, dtype)
+    files = [
+        out / "diffusion_models" / f"internvl_u_{suffix}.safetensors",
+        out / "text_encoders" / f"internvl_u_mllm_{suffix}.safetensors",
+        out / "vae" / "internvl_u_vae_bf16.safetensors",
+    ]
+    if any(model.resolve() in file.resolve().parents for file in files):
         raise ValueError(f"--out {out} lies in the checkpoint folder {model}: choose another folder")
-    there = [str(file) for file in plans if file.exists()]
+    there = [str(file) for file in files if file.exists()]
     if there:
         raise FileExistsError(f"{', '.join(there)} exist already: remove them or choose another folder")
-    for file, (tensors, metadata) in plans.items():
+    folder = Folder(model)  # planning reads all weights, for their scales
+    plans = [_plan_transformer(folder, dtype), _plan_language_model(folder, dtype), _plan_vae(folder)]
+    for file, (tensors, metadata) in zip(files, plans, strict=True):
         write_file(file, tensors, metadata, on_bytes)
-    return list(plans)
+    return files
 
 
 def write_file(

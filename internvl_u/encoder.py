@@ -20,13 +20,13 @@ IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, which the vision tower was trained with."""
 
 
-def check_length(model: MLLM, prompt: TokenizedPrompt) -> int:
-    """Returns how many tokens fit after a prompt into the model's context. Asked before any work is done.
+def check_length(model: MLLM, *prompts: TokenizedPrompt) -> int:
+    """Returns how many tokens fit after the longest prompt into the model's context. To be asked before any work.
 
     Raises:
-        ValueError: the prompt itself does not fit.
+        ValueError: a prompt itself does not fit.
     """
-    found, allowed = len(prompt.ids), model.language_model.config.max_position_embeddings
+    found, allowed = max(len(prompt.ids) for prompt in prompts), model.language_model.config.max_position_embeddings
     if found > allowed:
         raise ValueError(
             f"{found} tokens found (system message, prompt, pictures and thought together), {allowed} expected at "

@@ -16,7 +16,7 @@ from . import images as image_module
 from . import sampling
 from .checkpoint import check_folder, open_checkpoint
 from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, STEPS, Guidance
-from .encoder import Encoder
+from .encoder import Encoder, check_length
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
@@ -118,6 +118,7 @@ class Pipeline:
         model, where = self._mllm(), {"device": self.device, "dtype": self.dtype}
         grid = model.vision.grid
         prompt = generation_prompt(self.encoder.tokenizer, text, system=system, images=len(images), grid=grid)
+        check_length(model, prompt)
         features = self.encoder.image_features(model, images, **where)
         written = generate(self.encoder, model, prompt, features, config, on_token=on_token, **where)
         if not ended(written, self.encoder.tokenizer.stops):
@@ -162,6 +163,7 @@ class Pipeline:
             system=request.system,
             thought=tokenizer.encode_thought(request.thought),
         )
+        check_length(model, prompts.conditional, prompts.partial)
         features = self.encoder.image_features(model, request.images, **where)
         contexts = self.encoder.encode_branches(model, prompts, features, **where)
         return DrawingContexts(contexts.conditional, contexts.partial, contexts.unconditional, references)

@@ -1,4 +1,4 @@
-"""Results of the command line: looked at before minutes of work, written whole or not at all, never lost."""
+"""Results of the command line: looked at before minutes of work, written whole or not at all, kept elsewhere."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..internvl_u.checkpoint import Part, check_weights, open_part
 from ..internvl_u.config import mllm_config
-from ..internvl_u.encoder import Encoder
+from ..internvl_u.encoder import Encoder, check_length
 from ..internvl_u.generation import GenerationConfig, OnToken, generate
 from ..internvl_u.images import drawn_size, reference_pixels
 from ..internvl_u.mllm import MLLM
@@ -91,6 +91,7 @@ class NativeMLLM:
             system=system,
             thought=tokenizer.encode_thought(thought),
         )
+        check_length(self.model, prompts.conditional, prompts.partial)
         references = {"reference_latents": self._references(vae, images)} if images and vae is not None else {}
         known = self._empty_context if self._empty_prompt == prompts.unconditional else None
         with self._ready(max(len(prompts.conditional.ids), len(prompts.partial.ids))) as where:
@@ -120,6 +121,7 @@ class NativeMLLM:
         """
         grid = self.model.vision.grid
         prompt = generation_prompt(self.encoder.tokenizer, text, system=system, images=len(images), grid=grid)
+        check_length(self.model, prompt)
         with self._ready(len(prompt.ids), config) as where:
             features = self.encoder.image_features(self.model, images, **where)
             return generate(self.encoder, self.model, prompt, features, config, on_token=on_token, **where)
