@@ -119,7 +119,7 @@ def development_environment() -> Path:
 @nox.parametrize("python, packages", [nox.param("3.10", OLDEST, id="oldest"), nox.param("3.13", NEWEST, id="newest")])
 def library(session: nox.Session, packages: tuple[str, ...]) -> None:
     """Runs the tests that need no ComfyUI."""
-    session.install(*packages, "pytest", "scipy", "tqdm")
+    session.install(*packages, "pydantic", "pytest", "scipy", "tqdm")
     run_recorded(session, ["tests/unit"])
 
 

@@ -26,3 +26,8 @@ SMALLEST, LARGEST = 16, 4096
 """Pixels per side."""
 FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old")
 """What `convert` writes: the last two have one scale per matrix, in the two spellings of ComfyUI."""
+REPOSITORY = "InternVL-U/InternVL-U"
+HOW_TO_GET = (
+    f"Download {REPOSITORY} from Hugging Face (or OpenGVLab/InternVL-U from ModelScope) with its subfolders "
+    "vlm, generation_decoder, vae, scheduler and processor"
+)

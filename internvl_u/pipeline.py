@@ -17,6 +17,7 @@ from . import sampling
 from .checkpoint import check_folder, open_checkpoint
 from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, STEPS, Guidance
 from .encoder import Encoder, check_length
+from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
@@ -120,7 +121,13 @@ class Pipeline:
         prompt = generation_prompt(self.encoder.tokenizer, text, system=system, images=len(images), grid=grid)
         check_length(model, prompt)
         features = self.encoder.image_features(model, images, **where)
-        written = generate(self.encoder, model, prompt, features, config, on_token=on_token, **where)
+
+        def report(ids: list[int]) -> None:
+            check_unchanged(model.mapped)
+            if on_token is not None:
+                on_token(ids)
+
+        written = generate(self.encoder, model, prompt, features, config, on_token=report, **where)
         if not ended(written, self.encoder.tokenizer.stops):
             _logger.warning("InternVL-U: %s", cut_warning(len(written)))
         return written
@@ -180,7 +187,12 @@ class Pipeline:
         """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
         model = self._on_device("mmdit", lambda: load_mmdit(self.root, dtype=self.dtype))
         denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype)
-        report = None if on_step is None else lambda index, *_: on_step(index + 1)
+
+        def report(index: int, *_: torch.Tensor) -> None:
+            check_unchanged(model.mapped)
+            if on_step is not None:
+                on_step(index + 1)
+
         latent = sampling.sample(denoise, noise.to(self.device), sigmas.to(self.device), report)
         sampling.check_finite(latent, "the drawn latent", "the transformer")
         return latent
@@ -210,4 +222,6 @@ class Pipeline:
                 network.to("cpu")
         if name not in self._networks:
             self._networks[name] = load()
-        return cast(Network, self._networks[name]).to(self.device)
+        network = self._networks[name]
+        check_unchanged(getattr(network, "mapped", ()))
+        return cast(Network, network).to(self.device)

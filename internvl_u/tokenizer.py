@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .defaults import CHARACTERS
-from .header import in_short
+from .files import in_short
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer

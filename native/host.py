@@ -41,7 +41,6 @@ CALLS: dict[str, tuple[int, str]] = {
     "comfy.conds.CONDList": (1, ""),
     "comfy.conds.CONDRegular._copy_with": (2, ""),
     "comfy.ldm.modules.attention.optimized_attention": (4, "skip_reshape transformer_options"),
-    "comfy.ldm.wan.vae.WanVAE": (0, "attn_scales dim dim_mult dropout num_res_blocks temperal_downsample z_dim"),
     "comfy.model_base.BaseModel.__init__": (3, "device unet_model"),
     "comfy.model_base.BaseModel.extra_conds": (1, "noise device cross_attn"),
     "comfy.model_base.BaseModel.get_dtype": (1, ""),

@@ -14,11 +14,13 @@ import comfy.sd
 import torch
 from PIL import Image
 
-from ..internvl_u.checkpoint import Part, check_weights, open_part
+from ..internvl_u.checkpoint import Part, open_part
 from ..internvl_u.config import mllm_config
 from ..internvl_u.encoder import Encoder, check_length
+from ..internvl_u.files import check_unchanged
 from ..internvl_u.generation import GenerationConfig, OnToken, generate
 from ..internvl_u.images import drawn_size, reference_pixels
+from ..internvl_u.load import check_part
 from ..internvl_u.mllm import MLLM
 from ..internvl_u.prompt import TokenizedPrompt, branch_prompts, generation_prompt
 from ..internvl_u.rope import Layout
@@ -122,17 +124,25 @@ class NativeMLLM:
         grid = self.model.vision.grid
         prompt = generation_prompt(self.encoder.tokenizer, text, system=system, images=len(images), grid=grid)
         check_length(self.model, prompt)
+
+        def report(ids: list[int]) -> None:
+            check_unchanged(self.model.mapped)
+            if on_token is not None:
+                on_token(ids)
+
         with self._ready(len(prompt.ids), config) as where:
             features = self.encoder.image_features(self.model, images, **where)
-            return generate(self.encoder, self.model, prompt, features, config, on_token=on_token, **where)
+            return generate(self.encoder, self.model, prompt, features, config, on_token=report, **where)
 
     @contextlib.contextmanager
     def _ready(self, tokens: int, config: GenerationConfig | None = None) -> Iterator[Execution]:
+        check_unchanged(self.model.mapped)
         mm.load_models_gpu([self.patcher], memory_required=self._activations(tokens, config))
         device = self.patcher.load_device
         cast(Any, self.model.language_model).execution = (device, self.dtype)
         with compat.device_context(device):
             yield {"device": device, "dtype": self.dtype}
+        check_unchanged(self.model.mapped)
 
     def _conditioning(self, context: torch.Tensor, layout: Layout, options: dict[str, Any]) -> Conditioning:
         context = context.unsqueeze(0).to(mm.intermediate_device(), torch.float32)
@@ -168,8 +178,8 @@ def load_mllm(source: str, precision: torch.dtype | None = None) -> NativeMLLM:
 def _make_patcher(
     part: Part, precision: torch.dtype | None, disable_dynamic: bool = False
 ) -> tuple[comfy.model_patcher.ModelPatcher, torch.dtype]:
-    config = mllm_config(part.shapes, part.config)
-    check_weights(MLLM(config, device="meta").state_dict(), part.weights, part.name)
+    check_part(part)
+    config = mllm_config(part.shapes, part.config, part.source)
     weights = cast_weights(part, precision)
     load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
     compute = compute_dtype(weights, load_device)
@@ -179,6 +189,7 @@ def _make_patcher(
     scale_layers(model, part.scales)
     model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(False).eval()
+    model.mapped = part.mapped_by(weights)
     compat.remember_dtypes(model)
     patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
     compat.reload_with(patcher, _reload_patcher, str(part.checkpoint.path), precision)

@@ -16,8 +16,10 @@ import comfy.supported_models_base
 import torch
 
 from ..internvl_u import sampling
-from ..internvl_u.checkpoint import check_weights, open_part
+from ..internvl_u.checkpoint import open_part
 from ..internvl_u.config import mmdit_config
+from ..internvl_u.files import check_unchanged
+from ..internvl_u.load import check_part
 from ..internvl_u.mmdit import BranchInput, MMDiT, time_embedding
 from ..internvl_u.rope import Grid, Layout, Span, grid_of
 from . import compat, guidance
@@ -86,6 +88,7 @@ class InternVLU(comfy.model_base.QwenImage):
         **kwargs: object,
     ) -> torch.Tensor:
         """Returns the time sinusoids [B, 256]. They and the rotary tables are made here, out of reach of a compiler."""
+        check_unchanged(cast(NativeMMDiT, self.diffusion_model).mapped)
         for context in contexts:
             context.branch_for(grid_of(cast(torch.Tensor, x)))
         compute = self.manual_cast_dtype or self.get_dtype()
@@ -162,8 +165,8 @@ def load_model(
         ValueError: the precision does not fit the file.
     """
     part = open_part(Path(source), "generation_decoder", compat.open_weights)
-    settings = mmdit_config(part.shapes, part.config)
-    check_weights(MMDiT(settings, device="meta").state_dict(), part.weights, part.name)
+    check_part(part)
+    settings = mmdit_config(part.shapes, part.config, part.source)
     config = InternVLUConfig({"config": settings})
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     plan = plan_transformer(part, precision, config.supported_inference_dtypes, load_device)
@@ -172,6 +175,7 @@ def load_model(
     model = config.get_model(weights, device=offload_device if part.scales else "meta")
     model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False)
+    cast(NativeMMDiT, model.diffusion_model).mapped = part.mapped_by(weights)
     model.device = offload_device
     compat.remember_dtypes(model.diffusion_model)
     patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import folder_paths
 
 from ..internvl_u.checkpoint import (
-    HOW_TO_GET,
     PARTS,
     holds_language_model,
     holds_transformer,
     is_checkpoint,
     open_checkpoint,
 )
+from ..internvl_u.defaults import HOW_TO_GET
 from ..native import compat
 
 KEY = "InternVL-U"
