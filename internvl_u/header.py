@@ -59,11 +59,11 @@ def describe_weights(file: Path, error: BaseException) -> str:
     """Returns a sentence on why a safetensors file is not readable; tells a file that is too short from a wrong one."""
     try:
         with file.open("rb") as source:
-            length, size = int.from_bytes(source.read(8), "little"), os.fstat(source.fileno()).st_size
-            stated = 8 + length
-            if 2 <= length <= LARGEST_HEADER and stated <= size:
-                stated += max(_ends(json.loads(source.read(length))))
-        if length <= LARGEST_HEADER and stated > size > 8:
+            start, size = source.read(9), os.fstat(source.fileno()).st_size
+            stated = 8 + int.from_bytes(start[:8], "little")
+            if start[8:] == b"{" and stated <= size:
+                stated += max(_ends(json.loads(b"{" + source.read(stated - 9))))
+        if start[8:] == b"{" and size < stated:
             return (
                 f"{file} is shorter than its header says ({size} bytes found, {stated} expected): it may still "
                 "be being written, or have been cut off. Wait until it is whole, or go on with its download."
