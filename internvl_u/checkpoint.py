@@ -222,7 +222,7 @@ def open_part(source: Path, part: str, open_file: OpenFile = open_file) -> Part:
     if part == "generation_decoder":
         stored.pop(PADDING, None)
     quantized = split_scales(stored, checkpoint.metadata, source)
-    check_dtypes(quantized.weights, part)
+    check_dtypes(quantized.weights, part, source)
     return Part(checkpoint, part, quantized.weights, config, quantized.scales, quantized.formats, mapped)
 
 

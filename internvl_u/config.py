@@ -8,6 +8,7 @@ looped over, that the weights' own shapes do not bear out.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ def mmdit_config(shapes: Shapes, config: Mapping, source: str = "generation_deco
         channels=_divided(packed, stated.patch_size**2, "img_in.weight's columns", "patch_size ** 2", source),
         patch_size=stated.patch_size,
         context_width=context_width,
-        layers=_depth(shapes, "transformer_blocks."),
+        layers=_depth(shapes, "transformer_blocks.", source),
         heads=_divided(width, head_dim, "img_in.weight's rows", "norm_q.weight's length", source),
         head_dim=head_dim,
         rope_axes=(stated.axes_dims_rope[0], stated.axes_dims_rope[1], stated.axes_dims_rope[2]),
@@ -130,7 +131,7 @@ def vision_config(shapes: Shapes, stated: VLMConfig, source: str) -> VisionConfi
     places = _shape(shapes, "vision_model.embeddings.position_embedding", 3)[1]
     result = VisionConfig(
         width=width,
-        layers=_depth(shapes, "vision_model.encoder.layers."),
+        layers=_depth(shapes, "vision_model.encoder.layers.", source),
         heads=stated.vision_config.num_attention_heads,
         mlp_width=_shape(shapes, "vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         patch_size=patch,
@@ -140,6 +141,7 @@ def vision_config(shapes: Shapes, stated: VLMConfig, source: str) -> VisionConfi
         output_width=_shape(shapes, "mlp1.1.weight", 2)[0],
     )
     rows, side = result.image_size // patch, round(1 / result.downsample)
+    _divided(result.image_size, patch, "the image size", "the patch size", source)
     _agree(source, "(image size / patch size) ** 2 + 1", rows**2 + 1, places)
     _divided(width, result.heads, "the vision tower's width", "num_attention_heads", source)
     _divided(rows, side, "the rows of patches", "1 / downsample_ratio", source)
@@ -162,7 +164,7 @@ def language_config(shapes: Shapes, stated: LanguageSection, source: str) -> dic
     sizes = {
         "hidden_size": width,
         "intermediate_size": _shape(shapes, f"{layer}.mlp.gate_proj.weight", 2)[0],
-        "num_hidden_layers": _depth(shapes, "language_model.model.layers."),
+        "num_hidden_layers": _depth(shapes, "language_model.model.layers.", source),
         "num_attention_heads": heads,
         "num_key_value_heads": shared,
         "head_dim": head_dim,
@@ -193,23 +195,24 @@ def _shape(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _depth(shapes: Shapes, prefix: str) -> int:
+def _depth(shapes: Shapes, prefix: str, source: str) -> int:
     """Returns how many layers there are: their numbers must be 0 to one below that."""
     pattern = re.compile(re.escape(prefix) + r"(\d{1,9})\.")
     numbers = {int(match.group(1)) for name in shapes if (match := pattern.match(name))}
     if numbers and max(numbers) + 1 != len(numbers):
         raise RuntimeError(
-            f"{len(numbers)} layers {prefix}N found, the last of them {max(numbers)}: those between are missing"
+            f"{source}: {len(numbers)} layers {prefix}N found, the last of them {max(numbers)}: some between are "
+            "missing"
         )
     return len(numbers)
 
 
 def _divided(value: int, divisor: int, what: str, by: str, source: str) -> int:
     if value % divisor:
-        raise RuntimeError(f"{source}: {what} {value} found, a multiple of {by} ({divisor}) expected")
+        raise RuntimeError(f"{source}: {what} {value} found, a multiple of {by} ({reprlib.repr(divisor)}) expected")
     return value // divisor
 
 
 def _agree(source: str, key: str, stated: object, expected: object) -> None:
     if stated is not None and stated != expected:
-        raise RuntimeError(f"{source} says {key} = {stated!r}, {expected!r} expected")
+        raise RuntimeError(f"{source} says {key} = {reprlib.repr(stated)}, {expected!r} expected")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .defaults import CHARACTERS
-from .files import in_short
+from .files import in_short, kind_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
@@ -165,8 +165,13 @@ def _read(source: Path | str) -> FastTokenizer:
     with _library_errors(f"the tokenizer {_where(source)} is unreadable"):
         if isinstance(source, str):
             return FastTokenizer.from_str(source)
-        if (source / "tokenizer.json").is_file():
-            return FastTokenizer.from_file(str(source / "tokenizer.json"))
+        file = source / "tokenizer.json"
+        if file.is_file():
+            with file.open("rb") as opened:
+                what = kind_of(opened.read(512), file.stat().st_size)
+            if what is not None:
+                raise RuntimeError(f"{file} {what}")
+            return FastTokenizer.from_file(str(file))
         from transformers import AutoTokenizer
 
         # The files may name code of their own: it is never run, and nobody is asked whether it may.
@@ -203,7 +208,7 @@ def _library_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, ValueError):
+    except (KeyboardInterrupt, SystemExit, RuntimeError, ValueError):
         raise
     except BaseException as error:
         raise RuntimeError(f"{what} ({in_short(error)})") from error

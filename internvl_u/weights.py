@@ -128,13 +128,18 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], pa
     model.requires_grad_(False)
 
 
-def check_dtypes(weights: Mapping[str, torch.Tensor], part: str) -> None:
+def check_dtypes(weights: Mapping[str, torch.Tensor], part: str, source: Path) -> None:
+    """Makes sure that weights are of a floating-point dtype that we know; `source` is named.
+
+    Raises:
+        RuntimeError: some are not.
+    """
     wrong = sorted(f"{name}: {str(tensor.dtype)[6:]}" for name, tensor in weights.items() if tensor.dtype not in DTYPES)
     if wrong:
         known = ", ".join(str(dtype)[6:] for dtype in DTYPES)
         raise RuntimeError(
-            f"{part}: {len(wrong)} of {len(weights)} tensors are of an unknown dtype ({', '.join(wrong[:5])}), "
-            f"one of {known} expected"
+            f"{source}, {part}: {len(wrong)} of {len(weights)} tensors are of an unknown dtype "
+            f"({', '.join(wrong[:5])}), one of {known} expected"
         )
 
 
