@@ -82,11 +82,13 @@ class WeightFormat(Protocol):
         """
         ...
 
-    def weight_files(self, part: str) -> list[Path]:
-        """Returns the files of a part's weights in order of their names.
+    def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, tuple[FileState, ...]]:
+        """Returns the tensors of a part as they are stored, and the files that they are mapped from.
+
+        `open_file` opens one safetensors file.
 
         Raises:
-            FileNotFoundError, RuntimeError: there is none, one is missing, or they cannot be listed.
+            FileNotFoundError, RuntimeError: a file is missing or unreadable.
         """
         ...
 
@@ -130,7 +132,11 @@ class Folder:
         return read_json(self.path / part / "config.json")
 
     def weight_files(self, part: str) -> list[Path]:
+        """Returns the files of a part's weights; see `weights.weight_files`."""
         return weight_files(self.path / part)
+
+    def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, tuple[FileState, ...]]:
+        return open_files(self.weight_files(part), open_file)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -184,8 +190,8 @@ class SingleFile:
             raise RuntimeError(f"{self.path} holds the {found.part} of InternVL-U, {part} expected")
         return found.config
 
-    def weight_files(self, part: str) -> list[Path]:
-        return [self.path]
+    def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, tuple[FileState, ...]]:
+        return open_files([self.path], open_file)
 
     def files(self) -> list[Path]:
         return [self.path]
@@ -216,7 +222,7 @@ def open_part(source: Path, part: str, open_file: OpenFile = open_file) -> Part:
     """
     checkpoint = open_checkpoint(source)
     config = checkpoint.config(part)
-    stored, mapped = open_files(checkpoint.weight_files(part), open_file)
+    stored, mapped = checkpoint.weights(part, open_file)
     for prefix in _PREFIXES.get(part, ()):
         stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
     if part == "generation_decoder":

@@ -8,11 +8,11 @@ looped over, that the weights' own shapes do not bear out.
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .files import shown
 from .schema import LanguageSection, TransformerConfig, VLMConfig, checked
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -209,10 +209,10 @@ def _depth(shapes: Shapes, prefix: str, source: str) -> int:
 
 def _divided(value: int, divisor: int, what: str, by: str, source: str) -> int:
     if value % divisor:
-        raise RuntimeError(f"{source}: {what} {value} found, a multiple of {by} ({reprlib.repr(divisor)}) expected")
+        raise RuntimeError(f"{source}: {what} {value} found, a multiple of {by} ({shown(divisor)}) expected")
     return value // divisor
 
 
 def _agree(source: str, key: str, stated: object, expected: object) -> None:
     if stated is not None and stated != expected:
-        raise RuntimeError(f"{source} says {key} = {reprlib.repr(stated)}, {expected!r} expected")
+        raise RuntimeError(f"{source} says {key} = {shown(stated)}, {expected!r} expected")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -114,3 +115,10 @@ def listed(folder: Path, endings: Sequence[str]) -> list[Path]:
 def in_short(error: BaseException) -> str:
     """Returns an error's text, cut: it may repeat what a file says."""
     return str(error)[:300] or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """Returns a value as an error shows it: cut, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"of {value.bit_length()} bits"
+    return reprlib.repr(value)

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch.nn import functional
 
 from .defaults import LARGEST, SMALLEST
+from .numbers import check_whole
 from .schema import ProcessorConfig, checked
 
 STRIDE = 16
@@ -27,9 +28,8 @@ def drawn_size(width: int, height: int) -> tuple[int, int]:
     Raises:
         ValueError: a side is below 16 or above 4096 pixels.
     """
-    for name, value in (("width", width), ("height", height)):
-        if not SMALLEST <= value <= LARGEST:
-            raise ValueError(f"{name} {value} found, {SMALLEST} to {LARGEST} pixels expected")
+    check_whole("width", width, SMALLEST, LARGEST)
+    check_whole("height", height, SMALLEST, LARGEST)
     return width // STRIDE * STRIDE, height // STRIDE * STRIDE
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ from PIL import Image
 from . import images as image_module
 from . import sampling
 from .checkpoint import check_folder, open_checkpoint
-from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, STEPS, Guidance
+from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, LONGEST_SCHEDULE, STEPS, Guidance
 from .encoder import Encoder, check_length
 from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
+from .numbers import check_real, check_whole
 from .prompt import SYSTEM_ANSWER, branch_prompts, drawing_system, generation_prompt
 from .rope import grid_of
 from .sampling import Denoiser, DrawingContexts
@@ -50,12 +50,11 @@ class ImageRequest:
     thought: str = ""
 
     def __post_init__(self):
-        if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed {self.seed} found, 0 to 2 ** 64 - 1 expected")
+        check_whole("seed", self.seed, -(2**63), 2**64 - 1)
+        check_whole("steps", self.steps, 1, LONGEST_SCHEDULE)
         for name in ("all_cfg", "part_cfg"):
-            scale = getattr(self, name)
-            if scale is not None and not math.isfinite(scale):
-                raise ValueError(f"{name} {scale} found, a number expected")
+            if getattr(self, name) is not None:
+                check_real(name, getattr(self, name))
 
     @property
     def guidance(self) -> Guidance:

@@ -7,20 +7,17 @@ shapes tell are not believed here: `config` compares them.
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .defaults import LARGEST, SMALLEST
-from .files import describe, in_short
+from .defaults import LARGEST, LONGEST_CONTEXT, SMALLEST
+from .files import describe, in_short, shown
 
 LARGEST_JSON = 64 << 20
 """Bytes; the released files have some kilobytes, an index of thousands of tensors some hundred."""
-LONGEST_CONTEXT = 1 << 20
-"""Tokens; the released model has 40,960."""
 
 Count = Annotated[int, Field(ge=1)]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
@@ -184,6 +181,12 @@ class VAEConfig(Section):
     attn_scales: Annotated[list[float], Field(max_length=0)] = []
     temperal_downsample: list[bool] = [False, True, True]  # spelt so in the file
 
+    @model_validator(mode="after")
+    def _as_all_are(self) -> VAEConfig:
+        if self.dim_mult != [1, 2, 4, 4] or self.temperal_downsample != [False, True, True]:
+            raise ValueError("dim_mult [1, 2, 4, 4] and temperal_downsample [false, true, true]")
+        return self
+
 
 class Description(Section):
     """What `convert` writes into a file's metadata: the part, and what the folder's JSON files said."""
@@ -259,7 +262,7 @@ def checked(schema: type[Schema], value: Mapping[str, Any], source: str) -> Sche
         first, *more = error.errors(include_url=False)
         key = ".".join(map(str, first["loc"]))
         missing = first["type"] == "missing"
-        found = "nothing" if missing else reprlib.repr(first["input"])
+        found = "nothing" if missing else shown(first["input"])
         expected = "a value" if missing else first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         others = f" ({len(more)} more of its keys are wrong)" if more else ""
         raise RuntimeError(f"{source}: {key} {found} found, {expected} expected{others}") from None

@@ -20,6 +20,7 @@ from comfy.samplers import CFGGuider
 from torch.nn import functional
 
 from ..internvl_u.defaults import GUIDANCE
+from ..internvl_u.numbers import check_real
 from ..internvl_u.sampling import dual_guidance, whole_timestep
 
 KEY = "internvl_u"
@@ -41,9 +42,8 @@ class DualGuider(CFGGuider):
         Raises:
             ValueError: one of them is no number.
         """
-        for name, scale in (("all_cfg", all_cfg), ("part_cfg", part_cfg)):
-            if not math.isfinite(scale):
-                raise ValueError(f"{name} {scale} found, a number expected")
+        check_real("all_cfg", all_cfg)
+        check_real("part_cfg", part_cfg)
         self.set_cfg(all_cfg)
         self.part_cfg = part_cfg
 

@@ -16,14 +16,14 @@ from comfy.model_patcher import ModelPatcher
 from tqdm.auto import tqdm
 
 from ..internvl_u import sampling
+from ..internvl_u.defaults import LONGEST_SCHEDULE
 from ..internvl_u.images import LATENT_STRIDE, latent_size
+from ..internvl_u.numbers import check_real, check_whole
 from ..internvl_u.sampling import check_finite
 from . import compat
 from .guidance import DualGuider, check_model
 from .latents import CHANNELS, Latent
 
-LONGEST_SCHEDULE = 100_000
-"""Levels: below denoise 1 the end of a longer schedule is taken."""
 Conditioning = list[Any]
 """ComfyUI's CONDITIONING: entries of [context [1, tokens, width], options]."""
 
@@ -39,8 +39,8 @@ def flow_sigmas(steps: int, denoise: float = 1.0) -> torch.Tensor:
     Raises:
         ValueError: `steps` is below 1, or `denoise` is not in 0..1 or asks for a schedule that is too long.
     """
-    if not 0.0 <= denoise <= 1.0:
-        raise ValueError(f"denoise {denoise} found, 0 to 1 expected")
+    check_whole("steps", steps, 1, LONGEST_SCHEDULE)
+    check_real("denoise", denoise, 0.0, 1.0)
     if denoise == 0.0:
         return torch.empty(0)
     if steps / denoise > LONGEST_SCHEDULE:

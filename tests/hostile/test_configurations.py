@@ -74,6 +74,8 @@ def cases():
         yield VAE, "latents_std", value
     yield from ((VAE, "base_dim", value) for value in (0, HUGE, 5, "4"))
     yield from ((VAE, "num_res_blocks", value) for value in (0, 10**9, None))
+    yield from ((VAE, "temperal_downsample", value) for value in ([], [True] * 3, [0, 1, 1], "no"))
+    yield from ((VAE, "dim_mult", value) for value in ([], [1, 2, 4], [10**9] * 4))
 
 
 def change(folder, file, key, value):
