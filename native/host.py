@@ -26,6 +26,7 @@ NAMES = (
     "comfy.ops.manual_cast.Linear.comfy_cast_weights",
     "comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL",
     "comfy.patcher_extension.WrappersMP.OUTER_SAMPLE",
+    "comfy.utils.DISABLE_MMAP",
     "comfy.utils.PROGRESS_BAR_ENABLED",
     "comfy_api.latest.ComfyExtension.get_node_list",
     "comfy_api.latest.io.ComfyNode",

@@ -189,7 +189,7 @@ def _make_patcher(
     scale_layers(model, part.scales)
     model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(False).eval()
-    model.mapped = part.mapped_by(weights)
+    model.mapped = compat.mapped_files(part, weights)
     compat.remember_dtypes(model)
     patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
     compat.reload_with(patcher, _reload_patcher, str(part.checkpoint.path), precision)

@@ -175,7 +175,7 @@ def load_model(
     model = config.get_model(weights, device=offload_device if part.scales else "meta")
     model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False)
-    cast(NativeMMDiT, model.diffusion_model).mapped = part.mapped_by(weights)
+    cast(NativeMMDiT, model.diffusion_model).mapped = compat.mapped_files(part, weights)
     model.device = offload_device
     compat.remember_dtypes(model.diffusion_model)
     patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
