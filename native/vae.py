@@ -16,7 +16,7 @@ from ..internvl_u.images import resize
 from ..internvl_u.sampling import check_finite
 from ..internvl_u.vae import check_vae_config, to_wan
 from . import compat
-from .latents import CHANNELS, Latent, check_vae, latent_samples
+from .latents import CHANNELS, Latent, check_vae, latent_samples, with_frame
 
 
 def load_vae(source: str) -> comfy.sd.VAE:
@@ -48,7 +48,7 @@ def decode(vae: comfy.sd.VAE, latent: Latent, width: int = 0, height: int = 0) -
     samples = latent_samples(latent)
     if samples.shape[1] != CHANNELS:
         raise ValueError(f"an empty LATENT of {samples.shape[1]} channels found: draw it before it is decoded")
-    images = vae.decode(samples)
+    images = vae.decode(with_frame(samples))
     check_finite(images, "the decoded image", "the latent or the VAE")
     if images.ndim == 5:
         images = images.flatten(0, 1)  # [B, frames, H, W, 3]
