@@ -35,6 +35,7 @@ def ours(native, checkpoint):
 
 def v3(module, name):
     """A core node by its class's name, old or new, as a function of its inputs that returns its outputs."""
+    importlib.import_module("comfy_extras.nodes_post_processing")  # 0.33: the latent nodes and it import each other
     kind = getattr(importlib.import_module(module), name)
 
     def call(**inputs):
