@@ -43,6 +43,9 @@ class NativeMMDiT(MMDiT):
             ValueError: `x` is a video, or a ControlNet is attached.
         """
         options = {} if transformer_options is None else transformer_options
+        x = (
+            x.clone()
+        )  # without a cast before it is the sampler's own, and core's EasyCache writes into what it is given
         return comfy.patcher_extension.WrapperExecutor.new_class_executor(
             self._forward,
             self,
