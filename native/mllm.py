@@ -24,13 +24,15 @@ from ..internvl_u.load import check_part
 from ..internvl_u.mllm import MLLM
 from ..internvl_u.prompt import TokenizedPrompt, branch_prompts, generation_prompt
 from ..internvl_u.rope import Layout
+from ..internvl_u.sampling import check_finite
 from . import compat
+from .conditioning import Conditioning, own_options
 from .dtypes import cast_weights, compute_dtype, operations_for
 from .guidance import PARTIAL
 from .hf_modules import cast_language_model, scale_layers
 from .latents import Latent, check_vae
 from .model import LAYOUT
-from .sampler import Conditioning, empty_latent
+from .sampler import empty_latent
 
 Execution = dict[str, Any]
 """The `device` and the `dtype` of the arithmetic, as keywords."""
@@ -146,11 +148,14 @@ class NativeMLLM:
 
     def _conditioning(self, context: torch.Tensor, layout: Layout, options: dict[str, Any]) -> Conditioning:
         context = context.unsqueeze(0).to(mm.intermediate_device(), torch.float32)
-        return [[context, {LAYOUT: layout, **options}]]
+        return [[context, {LAYOUT: layout, **own_options(), **options}]]
 
     def _references(self, vae: comfy.sd.VAE, images: Sequence[Image.Image]) -> list[torch.Tensor]:
         pixels = (reference_pixels(image, self.encoder.sizes) for image in images)
-        return [cast(torch.Tensor, vae.encode((one.movedim(1, -1) + 1) / 2)) for one in pixels]  # BCHW -> BHWC
+        latents = [cast(torch.Tensor, vae.encode((one.movedim(1, -1) + 1) / 2)) for one in pixels]  # BCHW -> BHWC
+        for latent in latents:
+            check_finite(latent, "a picture's latent", "the VAE")
+        return latents
 
     def _activations(self, tokens: int, config: GenerationConfig | None) -> int:
         language = cast(Any, self.model.language_model.config)
@@ -160,6 +165,16 @@ class NativeMLLM:
             values += per_token * (tokens + config.max_new_tokens) * config.beams
             values += language.vocab_size * config.beams * 4
         return values * self.dtype.itemsize
+
+
+def check_mllm(mllm: object) -> None:
+    """Makes sure that an MLLM is InternVL-U's.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(mllm, NativeMLLM):
+        raise ValueError(f"an MLLM of another kind ({type(mllm).__name__}) found: connect the MLLM of Load InternVL-U")
 
 
 def load_mllm(source: str, precision: torch.dtype | None = None) -> NativeMLLM:

@@ -23,7 +23,9 @@ from ..internvl_u.load import check_part
 from ..internvl_u.mmdit import BranchInput, MMDiT, time_embedding
 from ..internvl_u.rope import Grid, Layout, Span, grid_of
 from . import compat, guidance
+from .conditioning import CONTEXTS
 from .dtypes import plan_transformer
+from .latents import check_numbers, reference_samples
 from .mmdit import NativeMMDiT
 
 LAYOUT = "internvl_u_layout"
@@ -98,25 +100,26 @@ class InternVLU(comfy.model_base.QwenImage):
         """Returns the conditions of one conditioning entry: its context with positions, and reference latents.
 
         Raises:
-            ValueError: the conditioning was not made by InternVL-U Encode.
+            ValueError: the conditioning was not made by InternVL-U Encode, or holds what is no number.
         """
         out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
         out.pop("c_crossattn", None)
-        references = [_with_frame(latent) for latent in kwargs.get("reference_latents") or ()]
+        references = [reference_samples(latent) for latent in kwargs.get("reference_latents") or ()]
         if references:
             out["ref_latents"] = comfy.conds.CONDList([self.process_latent_in(latent) for latent in references])
         context = kwargs.get("cross_attn")
         network = cast(NativeMMDiT, self.diffusion_model)
         config = network.config
-        if context is None or context.shape[-1] != config.context_width:
-            width = None if context is None else context.shape[-1]
+        if context is None or context.ndim != 3 or context.shape[-1] != config.context_width:
+            width = None if context is None else context.shape[-1] if context.ndim == 3 else tuple(context.shape)
             raise ValueError(
                 f"conditioning of width {width} found, {config.context_width} expected: connect InternVL-U Encode"
             )
+        check_numbers(context, "a CONDITIONING")
         layout = _spans(kwargs.get(LAYOUT), context.shape[1])
         grids = [grid_of(latent) for latent in references]
         contexts = [PromptContext(network, one, layout, grids) for one in context.to(kwargs["device"])]
-        out["contexts"] = CONDContexts(contexts)
+        out[CONTEXTS] = CONDContexts(contexts)
         return out
 
 
@@ -182,10 +185,6 @@ def load_model(
     compat.reload_with(patcher, load_model, source, precision)
     guidance.install(patcher)
     return patcher
-
-
-def _with_frame(latent: torch.Tensor) -> torch.Tensor:
-    return latent.unsqueeze(2) if latent.ndim == 4 else latent  # [B, 16, h, w] -> [B, 16, 1, h, w]
 
 
 def _spans(layout: Layout | None, tokens: int) -> Layout:

@@ -19,13 +19,10 @@ from ..internvl_u import sampling
 from ..internvl_u.defaults import LONGEST_SCHEDULE
 from ..internvl_u.images import LATENT_STRIDE, latent_size
 from ..internvl_u.numbers import check_real, check_whole
-from ..internvl_u.sampling import check_finite
 from . import compat
+from .conditioning import Conditioning
 from .guidance import DualGuider, check_model
-from .latents import CHANNELS, Latent
-
-Conditioning = list[Any]
-"""ComfyUI's CONDITIONING: entries of [context [1, tokens, width], options]."""
+from .latents import CHANNELS, Latent, noise_mask
 
 
 def dpmpp_2m_flow() -> comfy.samplers.KSAMPLER:
@@ -70,7 +67,12 @@ def sample_latent(
     part_cfg: float,
     denoise: float = 1.0,
 ) -> Latent:
-    """Returns the drawn LATENT: official solver, schedule and guidance."""
+    """Returns the drawn LATENT: official solver, schedule and guidance.
+
+    Raises:
+        ValueError: an input is of another model, of no numbers or out of range.
+        RuntimeError: what was drawn is no numbers.
+    """
     check_model(model)
     guider = DualGuider(model)
     guider.set_conds(positive, negative)
@@ -83,12 +85,11 @@ def sample_latent(
         samples,
         dpmpp_2m_flow(),
         sigmas,
-        denoise_mask=latent.get("noise_mask"),
+        denoise_mask=noise_mask(latent.get("noise_mask")),
         callback=latent_preview.prepare_callback(model, sigmas.shape[-1] - 1),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    check_finite(drawn, "the drawn latent", "the transformer, a LoRA on it, or the conditioning")
     drawn = drawn.to(comfy.model_management.intermediate_device())
     return {key: value for key, value in latent.items() if key not in compat.LATENT_RATIOS} | {"samples": drawn}
 

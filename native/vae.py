@@ -17,7 +17,7 @@ from ..internvl_u.vae import check_vae as check_vae_part
 from ..internvl_u.vae import to_wan
 from ..internvl_u.weights import check_finite_weights
 from . import compat
-from .latents import CHANNELS, Latent, check_vae, latent_samples
+from .latents import CHANNELS, Latent, check_vae, latent_samples, with_frame
 
 
 def load_vae(source: str) -> comfy.sd.VAE:
@@ -47,7 +47,7 @@ def decode(vae: comfy.sd.VAE, latent: Latent, width: int = 0, height: int = 0) -
     samples = latent_samples(latent)
     if samples.shape[1] != CHANNELS:
         raise ValueError(f"an empty LATENT of {samples.shape[1]} channels found: draw it before it is decoded")
-    images = vae.decode(samples)
+    images = vae.decode(with_frame(samples))
     check_finite(images, "the decoded image", "the latent or the VAE")
     if images.ndim == 5:
         images = images.flatten(0, 1)  # [B, frames, H, W, 3]

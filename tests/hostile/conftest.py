@@ -74,6 +74,9 @@ FOLDERS = ("diffusion_models", "text_encoders", "vae")
 
 
 SOURCE = """
+import json
+
+
 class Source:
     CATEGORY, FUNCTION, RETURN_TYPES = "tests", "give", ("COMBO",)
 
@@ -85,7 +88,19 @@ class Source:
         return (value,)
 
 
-NODE_CLASS_MAPPINGS = {"TestsSource": Source}
+class Anything(str):
+    def __ne__(self, other):
+        return False
+
+
+class Value(Source):
+    RETURN_TYPES = (Anything("*"),)
+
+    def give(self, value):
+        return (json.loads(value),)
+
+
+NODE_CLASS_MAPPINGS = {"TestsSource": Source, "TestsValue": Value}
 """
 
 
