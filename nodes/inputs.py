@@ -49,6 +49,7 @@ def check_value(one: io.Input, value: Any) -> Any:
         return value
     if not isinstance(one, io.Int.Input | io.Float.Input):
         return value
+    value = int(value) if isinstance(value, bool) else value  # ComfyUI's BOOLEAN counts as 0 or 1
     whole = isinstance(one, io.Int.Input)
     lowest, highest = one.min, one.max
     expected = f"a {'whole ' if whole else ''}number from {lowest} to {highest} expected"
