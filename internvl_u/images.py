@@ -28,8 +28,8 @@ def drawn_size(width: int, height: int) -> tuple[int, int]:
     Raises:
         ValueError: a side is below 16 or above 4096 pixels.
     """
-    check_whole("width", width, SMALLEST, LARGEST)
-    check_whole("height", height, SMALLEST, LARGEST)
+    check_whole("width", width, SMALLEST, LARGEST, "pixels")
+    check_whole("height", height, SMALLEST, LARGEST, "pixels")
     return width // STRIDE * STRIDE, height // STRIDE * STRIDE
 
 

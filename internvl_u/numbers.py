@@ -9,14 +9,16 @@ from typing import cast
 from .files import shown
 
 
-def check_whole(name: str, value: object, least: int, most: int) -> None:
+def check_whole(name: str, value: object, least: int, most: int, unit: str = "") -> None:
     """Makes sure that a value is a whole number in a range.
 
     Raises:
         ValueError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) <= most:
-        raise ValueError(f"{name} {shown(value)} found, a whole number from {least} to {most} expected")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} {shown(value)} found, a whole number expected")
+    if not least <= int(value) <= most:
+        raise ValueError(f"{name} {shown(value)} found, {least} to {most}{unit and ' ' + unit} expected")
 
 
 def check_real(name: str, value: object, least: float = -math.inf, most: float = math.inf) -> None:
