@@ -115,8 +115,9 @@ class Tokenizer:
                 images.append(TokenRange(len(ids) + 1, len(ids) + 1 + image_tokens))
                 ids += [self.special[IMG], *[self.special[IMG_CONTEXT]] * image_tokens, self.special[END_IMG]]
             else:
+                text = _whole(piece)
                 with _library_errors("this text cannot be encoded"):
-                    ids += self._tokenizer.encode(_whole(piece), add_special_tokens=False).ids
+                    ids += self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids, images
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -166,7 +167,8 @@ def _read(source: Path | str) -> FastTokenizer:
         if isinstance(source, str):
             return FastTokenizer.from_str(source)
         if (source / "tokenizer.json").is_file():
-            return FastTokenizer.from_file(str(source / "tokenizer.json"))
+            # The library cannot open a path that Python has in surrogate escapes, as beyond ASCII in the C locale.
+            return FastTokenizer.from_str((source / "tokenizer.json").read_text(encoding="utf-8"))
         from transformers import AutoTokenizer
 
         # The files may name code of their own: it is never run, and nobody is asked whether it may.
@@ -203,7 +205,7 @@ def _library_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, ValueError):
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
         raise RuntimeError(f"{what} ({in_short(error)})") from error
