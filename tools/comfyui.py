@@ -71,10 +71,14 @@ class Server:
         while time.monotonic() < deadline:
             self.check()
             with contextlib.suppress(OSError):
-                self.get("/system_stats")
-                return
+                if self.is_ours(self.get("/system_stats")):
+                    return
             time.sleep(0.2)
         raise DevError(f"ComfyUI was not ready after {timeout:.0f} s:\n{tail(self.log)}")
+
+    def is_ours(self, stats: dict) -> bool:
+        """Return whether this ComfyUI gave these statistics, and not one that took the port at the same moment."""
+        return str(self.base) in stats["system"].get("argv", [str(self.base)])
 
     def check(self) -> None:
         """Raise DevError with the end of the log if ComfyUI is no longer running."""
