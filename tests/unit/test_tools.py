@@ -232,6 +232,43 @@ def test_another_comfyui_on_the_same_port_is_not_taken_for_ours(tmp_path):
     assert one.is_ours({"system": {}}), "a ComfyUI that does not tell is believed"
 
 
+TAKEN = """
+import http.server, json, sys
+port = int(sys.argv[-1].partition("=")[2])
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"system": {"argv": sys.argv}}).encode())
+
+class Listening(http.server.HTTPServer):
+    allow_reuse_address = False
+
+Listening(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_a_port_that_is_taken_at_the_last_moment_is_left_to_the_other(tmp_path):
+    (tmp_path / "main.py").write_text(TAKEN)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    first = Server(sys.executable, tmp_path, tmp_path / "first")
+    second = Server(sys.executable, tmp_path, tmp_path / "second", port=first.port)
+    assert second.port == first.port, "it was free for both"
+    with first, second:
+        assert second.port != first.port
+        assert all(one.is_ours(one.get("/system_stats")) for one in (first, second))
+
+
+def test_a_comfyui_that_stops_for_another_reason_is_started_once(tmp_path):
+    (tmp_path / "main.py").write_text("open('starts', 'a').write('x')\nraise SystemExit(3)")
+    with pytest.raises(DevError, match="stopped by itself with exit status 3"):
+        with Server(sys.executable, tmp_path, tmp_path):
+            pass
+    assert (tmp_path / "starts").read_text() == "x"
+
+
 def test_uv_takes_the_indexes_that_pip_was_told(monkeypatch):
     told = ":env:.find-links='/a /b'\nglobal.index-url='https://one/simple'\nglobal.extra-index-url='\\nx\\ny'\n"
     monkeypatch.setattr(environment, "make_tools", lambda: sys.executable)
