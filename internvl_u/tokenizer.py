@@ -115,8 +115,9 @@ class Tokenizer:
                 images.append(TokenRange(len(ids) + 1, len(ids) + 1 + image_tokens))
                 ids += [self.special[IMG], *[self.special[IMG_CONTEXT]] * image_tokens, self.special[END_IMG]]
             else:
+                text = _whole(piece)
                 with _library_errors("this text cannot be encoded"):
-                    ids += self._tokenizer.encode(_whole(piece), add_special_tokens=False).ids
+                    ids += self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids, images
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -167,11 +168,11 @@ def _read(source: Path | str) -> FastTokenizer:
             return FastTokenizer.from_str(source)
         file = source / "tokenizer.json"
         if file.is_file():
-            with file.open("rb") as opened:
-                what = kind_of(opened.read(512), file.stat().st_size)
-            if what is not None:
+            head = file.read_bytes()[:512]
+            if what := kind_of(head, len(head)):
                 raise RuntimeError(f"{file} {what}")
-            return FastTokenizer.from_file(str(file))
+            # The library cannot open a path that Python has in surrogate escapes, as beyond ASCII in the C locale.
+            return FastTokenizer.from_str(file.read_text(encoding="utf-8"))
         from transformers import AutoTokenizer
 
         # The files may name code of their own: it is never run, and nobody is asked whether it may.
@@ -208,7 +209,7 @@ def _library_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, RuntimeError, ValueError):
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
         raise RuntimeError(f"{what} ({in_short(error)})") from error

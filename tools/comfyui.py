@@ -35,32 +35,39 @@ class Server:
         env: dict[str, str] | None = None,
     ):
         self.base = base.resolve()
-        self.port = free_port(port)
-        self.url = f"http://{HOST}:{self.port}"
         self.log = log or self.base / "server.log"
-        command = [
-            python,
-            comfyui.resolve() / "main.py",
-            "--listen",
-            HOST,
-            "--port",
-            self.port,
-            "--base-directory",
-            self.base,
-        ]
+        command = [python, comfyui.resolve() / "main.py", "--listen", HOST, "--base-directory", self.base]
         command += ["--disable-auto-launch", "--database-url", "sqlite:///:memory:", *flags]
         env = {"HF_HUB_OFFLINE": "1"} | (env or {})
         self.child = Child(command, log=self.log, cwd=self.base, own_group=own_group, env=env)
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.use_port(free_port(port))
+
+    def use_port(self, port: int) -> None:
+        """Say where it is to listen; before it is started."""
+        self.port = port
+        self.url = f"http://{HOST}:{port}"
+        self.child.command = [part for part in self.child.command if not part.startswith("--port=")]
+        self.child.command.append(f"--port={port}")
 
     def __enter__(self) -> Server:
+        try:
+            self.start()
+        except DevError:
+            if free_port(self.port) == self.port:
+                raise
+            self.use_port(free_port())  # somebody took the port between our look at it and the start
+            self.start()
+        return self
+
+    def start(self) -> None:
+        """Start it and return when it answers. Raises DevError, and leaves nothing running, if it does not."""
         self.child.__enter__()
         try:
             self.wait_until_ready()
         except BaseException:
             self.child.__exit__()
             raise
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.child.__exit__(*exc)
@@ -71,10 +78,14 @@ class Server:
         while time.monotonic() < deadline:
             self.check()
             with contextlib.suppress(OSError):
-                self.get("/system_stats")
-                return
+                if self.is_ours(self.get("/system_stats")):
+                    return
             time.sleep(0.2)
         raise DevError(f"ComfyUI was not ready after {timeout:.0f} s:\n{tail(self.log)}")
+
+    def is_ours(self, stats: dict) -> bool:
+        """Return whether this ComfyUI gave these statistics, and not one that took the port at the same moment."""
+        return str(self.base) in stats["system"].get("argv", [str(self.base)])
 
     def check(self) -> None:
         """Raise DevError with the end of the log if ComfyUI is no longer running."""

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import webbrowser
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import environment, fetch
 from .comfyui import Server, make_base
 from .environment import DEV, PYTHON
-from .processes import ROOT, WINDOWS, DevError, say, tail
+from .processes import ROOT, WINDOWS, DevError, lock, say, tail
 from .workflows import nano_graphs
 
 NANO = nano_graphs.MODEL
 MODEL = ROOT / "demo" / NANO
 
 
-def server(comfyui: Path, folder: Path = DEV, port: int = 0, python: str | Path = PYTHON) -> Server:
-    """Return a ComfyUI with only this pack, to be started; its base directory and log are in `folder`."""
-    prepare_base(comfyui, folder / "base")
+def server(comfyui: Path, base: Path, port: int = 0, python: str | Path = PYTHON) -> Server:
+    """Return a ComfyUI with only this pack, to be started; `base` is its base directory and has its log.
+
+    `base` is for this run alone: another one would write its pictures and templates into the same folders.
+    """
+    prepare_base(comfyui, base)
     flags = [*device_arguments(python), "--disable-api-nodes", "--disable-all-custom-nodes"]
     flags += ["--whitelist-custom-nodes", "internvl-u", NANO]
     # __pycache__ stays out of a tree that is not ours.
-    env = {} if fetch.is_ours(comfyui) else {"PYTHONPYCACHEPREFIX": str(folder / "pycache")}
-    return Server(python, comfyui, folder / "base", *flags, port=port, log=folder / "server.log", env=env)
+    env = {} if fetch.is_ours(comfyui) else {"PYTHONPYCACHEPREFIX": str(base.parent / "pycache")}
+    return Server(python, comfyui, base, *flags, port=port, env=env)
 
 
 def prepare_base(comfyui: Path, base: Path) -> None:
@@ -85,30 +92,87 @@ def ask_about_a_picture(question: str, picture: str) -> dict:
 
 def prepare(comfyui: str | None) -> Path:
     """Return the folder of the wished ComfyUI when that and .venv are there."""
-    folder = fetch.choose(comfyui)
-    environment.set_up(folder)
+    with environment.alone():
+        folder = fetch.choose(comfyui)
+        environment.set_up(folder)
     return folder
+
+
+@contextlib.contextmanager
+def base_of_one_run() -> Iterator[Path]:
+    """Give a new base directory, which is removed at the end. After an error it stays, for its log.
+
+    Raises:
+        DevError: what failed, and where the log is.
+    """
+    base = Path(tempfile.mkdtemp(dir=DEV, prefix="demo-"))
+    try:
+        yield base
+    except (DevError, OSError) as error:
+        raise DevError(f"{error}\nThe log and all else of this run: {base}") from error
+    except (KeyboardInterrupt, SystemExit):
+        shutil.rmtree(base, ignore_errors=True)
+        raise
+    shutil.rmtree(base, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def base_that_stays() -> Iterator[Path]:
+    """Give the first of .dev/base, .dev/base-2, ... that no other run uses now; what was saved there is found again."""
+    for number in itertools.count(1):
+        base = DEV / ("base" if number == 1 else f"base-{number}")
+        base.mkdir(parents=True, exist_ok=True)
+        with (base / "in_use.lock").open("a") as file:
+            if lock(file):
+                yield base
+                return
+
+
+def put_picture(picture: Path, folder: Path) -> Path:
+    """Copy a picture to the first free demo_00001.png, demo_00002.png, ... in a folder; returns where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = picture.read_bytes()
+    for number in itertools.count(1):
+        target = folder / f"demo_{number:05}.png"
+        try:
+            file = target.open("xb")  # fails where another run has just taken the name
+        except FileExistsError:
+            continue
+        try:
+            with file:
+                file.write(data)
+        except BaseException:
+            target.unlink()
+            raise
+        return target
 
 
 def demo(args: argparse.Namespace) -> int:
     """Let the nano model draw a picture and tell what it sees there."""
     if args.out and not args.out.resolve().parent.is_dir():
         raise DevError(f"found no folder {args.out.resolve().parent} for --out. Make it or name another.")
-    one = server(prepare(args.comfyui))
-    say(f"Starting ComfyUI (log: {one.log})")
-    with one:
-        say(f"Drawing {args.prompt!r}, {args.width}x{args.height}, {args.steps} steps")
-        graph = text_to_image(args)
-        entry = one.run(graph)
-        one.outputs(entry)
-        (picture,) = one.files(entry, one.find(graph, "SaveImage"))
-        shown = Path(shutil.copyfile(picture, args.out)).resolve() if args.out else picture
-        say(f"Picture: {shown}")
-        say(f"Asking about it: {args.question!r}")
-        shutil.copyfile(picture, one.base / "input" / "demo.png")
-        outputs = one.outputs(one.run(ask_about_a_picture(args.question, "demo.png")))
-        say(f"Answer: {next(output['text'][0] for output in outputs.values() if 'text' in output)}")
+    comfyui = prepare(args.comfyui)
+    with base_of_one_run() as base:
+        one = server(comfyui, base)
+        say(f"Starting ComfyUI (log: {one.log})")
+        with one:
+            draw_and_ask(one, args)
     return 0
+
+
+def draw_and_ask(one: Server, args: argparse.Namespace) -> None:
+    """Draw a picture in a running ComfyUI, put it where it stays, and ask about it."""
+    say(f"Drawing {args.prompt!r}, {args.width}x{args.height}, {args.steps} steps")
+    graph = text_to_image(args)
+    entry = one.run(graph)
+    one.outputs(entry)
+    (picture,) = one.files(entry, one.find(graph, "SaveImage"))
+    kept = put_picture(picture, DEV / "pictures")
+    say(f"Picture: {Path(shutil.copyfile(kept, args.out)).resolve() if args.out else kept}")
+    say(f"Asking about it: {args.question!r}")
+    shutil.copyfile(picture, one.base / "input" / "demo.png")
+    outputs = one.outputs(one.run(ask_about_a_picture(args.question, "demo.png")))
+    say(f"Answer: {next(output['text'][0] for output in outputs.values() if 'text' in output)}")
 
 
 def first_page(url: str) -> str:
@@ -118,12 +182,14 @@ def first_page(url: str) -> str:
 
 def ui(args: argparse.Namespace) -> int:
     """Run ComfyUI until Ctrl-C; the page opens with the nano model's first workflow."""
-    one = server(prepare(args.comfyui), port=args.port)
-    say(f"Starting ComfyUI (log: {one.log})")
-    with one:
-        page = first_page(one.url)
-        say(f"ComfyUI is at {page} until you press Ctrl-C.")
-        if WINDOWS or sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ:
-            webbrowser.open(page)
-        status = one.child.wait()
-    raise DevError(f"ComfyUI stopped by itself with exit status {status}:\n{tail(one.log)}")
+    comfyui = prepare(args.comfyui)
+    with base_that_stays() as base:
+        one = server(comfyui, base, port=args.port)
+        say(f"Starting ComfyUI (pictures, workflows and log: {base})")
+        with one:
+            page = first_page(one.url)
+            say(f"ComfyUI is at {page} until you press Ctrl-C.")
+            if WINDOWS or sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ:
+                webbrowser.open(page)
+            status = one.child.wait()
+        raise DevError(f"ComfyUI stopped by itself with exit status {status}:\n{tail(one.log)}")

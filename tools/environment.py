@@ -11,9 +11,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from .processes import ROOT, WINDOWS, Child, DevError, run_logged, say
+from .processes import ROOT, WINDOWS, Child, DevError, lock, run_logged, say
 
 DEV = ROOT / ".dev"
 TOOLS = DEV / "tools"
@@ -36,6 +38,18 @@ def program(environment: Path, name: str) -> Path:
 
 
 PYTHON = program(VENV, "python")
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other dev.py sets up this folder, and let none begin within the block."""
+    DEV.mkdir(exist_ok=True)
+    with (DEV / "setup.lock").open("a") as file:
+        if not lock(file):
+            say("Waiting for another dev.py that sets up this folder")
+            while not lock(file):
+                time.sleep(0.2)
+        yield
 
 
 # uv and nox

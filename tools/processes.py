@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOWS = os.name == "nt"
@@ -35,6 +36,27 @@ def child_environment() -> dict[str, str]:
     quiet = ("DO_NOT_TRACK", "COMFY_NO_TELEMETRY", "COMFY_NO_UPDATE_CHECK", "COMFY_CLI_NO_REMOTE_REFRESH")
     env = os.environ | dict.fromkeys((*quiet, "PIP_DISABLE_PIP_VERSION_CHECK", "PIP_NO_INPUT"), "1")
     return env | {"NO_PROXY": bypass, "no_proxy": bypass, "GIT_PYTHON_REFRESH": "quiet"}
+
+
+def lock(file: IO) -> bool:
+    """Take an open file for this process alone, until it is closed; returns False where another process has it.
+
+    Where a file system knows no locks, everybody gets it.
+    """
+    try:
+        if WINDOWS:
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 class Child:

@@ -20,7 +20,7 @@ CHOSEN = "app.graph.nodes.find(node => node.type === 'InternVLU_LoadModel').widg
 @pytest.fixture(scope="module")
 def nano(comfyui, tmp_path_factory):
     """The ComfyUI of `python dev.py ui`, with a base directory of its own."""
-    with demo.server(comfyui, tmp_path_factory.mktemp("dev"), python=sys.executable) as running:
+    with demo.server(comfyui, tmp_path_factory.mktemp("dev") / "base", python=sys.executable) as running:
         yield running
 
 

@@ -1,12 +1,16 @@
 """Results of the command line are looked at before the work, written whole or not at all, and never lost."""
 
+import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from pack.internvl_u import results
@@ -16,6 +20,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 DRAW = ["--prompt", "a cat", "--width", "16", "--height", "16", "--steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path_factory, monkeypatch):
+    """The temporary folder, in which results are kept that cannot be put where they belong."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
 
 
 @pytest.fixture
@@ -72,6 +82,137 @@ def test_a_full_disk_leaves_the_old_picture_and_keeps_the_new_one_elsewhere(tmp_
     assert old.read_bytes() == b"old" and os.listdir(tmp_path) == ["old.png"]
     with Image.open(str(told.value).rsplit(" in ", 1)[1]) as image:
         assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def red(size=4):
+    return Image.new("RGB", (size, size), "red")
+
+
+def is_red(file):
+    with Image.open(file) as image:
+        return image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def kept_file(error):
+    return str(error).rsplit(" in ", 1)[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX")
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "link to itself", "read-only", "link to read-only"])
+def test_what_no_picture_may_replace_is_seen_before_the_work_and_stays(run, tmp_path, monkeypatch, kind):
+    from pack.internvl_u import pipeline
+
+    monkeypatch.setattr(pipeline.Pipeline, "draw", lambda *args: pytest.fail("began to draw"))
+    out, other = tmp_path / "out.png", tmp_path / "other.png"
+    if kind == "pipe":
+        os.mkfifo(out)
+    elif kind.startswith("link"):
+        out.symlink_to({"link to a device": "/dev/full", "link to itself": "out.png"}.get(kind, "other.png"))
+    if "read-only" in kind:
+        file = other if "link" in kind else out
+        file.write_bytes(b"old")
+        file.chmod(0o444)
+    before = sorted(os.listdir(tmp_path)), out.lstat()
+    sentences = {
+        "pipe": "is a device or a pipe, a file expected",
+        "link to a device": "is a device or a pipe, a file expected",
+        "link to itself": "nothing can be written there",
+    }
+    status, _, error = run("draw", *DRAW, "--out", out)
+    assert status == 1 and sentences.get(kind, "is there and read-only: give another name") in error, error
+    assert (sorted(os.listdir(tmp_path)), out.lstat()) == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right on Windows")
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed_and_stays_a_link(run, tmp_path, there):
+    (tmp_path / "folder").mkdir()
+    target, out = tmp_path / "folder" / "target.png", tmp_path / "out.png"
+    if there:
+        target.write_bytes(b"old")
+    out.symlink_to(target)
+    status, _, error = run("draw", *DRAW, "--out", out)
+    assert status == 0, error
+    assert out.is_symlink() and Image.open(target).size == (16, 16)
+    assert os.listdir(target.parent) == ["target.png"]
+
+
+def test_a_picture_may_replace_the_one_that_it_is_made_of(run, tmp_path):
+    file = tmp_path / "picture.png"
+    red(16).save(file)
+    status, _, error = run("draw", *DRAW, "--image", file, "--out", file)
+    assert status == 0, error
+    with Image.open(file) as image:
+        assert json.loads(image.text["internvl_u"])["images"] == ["picture.png"]
+    assert os.listdir(tmp_path) == ["picture.png"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("call", ["open", "replace", "fsync"])
+def test_a_picture_is_kept_whatever_the_system_refuses(tmp_path, monkeypatch, call, number):
+    """Rights taken away, a disk pulled out or filled up, a file system that cannot rename: all during the work."""
+    old = tmp_path / "old.png"
+    old.write_bytes(b"old")
+    where = {"open": Path, "replace": os, "fsync": os}[call]
+    original, refused = getattr(where, call), []
+
+    def refuse(first, *rest, **options):
+        # One call of fsync is for the folder asked for; the next one is for what is kept.
+        if not refused and (call == "fsync" or Path(first).parent == tmp_path):
+            refused.append(first)
+            raise OSError(number, os.strerror(number))
+        return original(first, *rest, **options)
+
+    monkeypatch.setattr(where, call, refuse)
+    with pytest.raises(OSError, match=f"old.png: not written .{os.strerror(number)}.. The picture is in ") as told:
+        results.save_image(red(), old, PngInfo())
+    monkeypatch.undo()
+    assert refused and old.read_bytes() == b"old" and os.listdir(tmp_path) == ["old.png"]
+    assert is_red(kept_file(told.value))
+
+
+def test_a_folder_that_disappears_during_the_work_does_not_take_the_picture_with_it(run, tmp_path, monkeypatch):
+    from pack.internvl_u import pipeline
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def draw(*args):
+        shutil.rmtree(folder)
+        return red(16)
+
+    monkeypatch.setattr(pipeline.Pipeline, "draw", draw)
+    status, _, error = run("draw", *DRAW, "--out", folder / "out.png")
+    assert status == 1 and "not written (No such file or directory). The picture is in " in error
+    assert is_red(kept_file(error))
+
+
+def test_a_picture_that_fits_nowhere_is_an_error_that_says_so(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"not written .*The picture is lost: the temporary folder does not take it"):
+        results.save_image(red(), tmp_path / "out.png", PngInfo())
+    assert os.listdir(tmp_path) == os.listdir(tempfile.tempdir) == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("stop, status", [(KeyboardInterrupt, 1), (lambda: SystemExit(143), 143)])
+def test_stopped_while_it_saves_leaves_the_old_picture_and_no_part(run, tmp_path, monkeypatch, call, stop, status):
+    old = tmp_path / "old.png"
+    old.write_bytes(b"old")
+
+    def stopped(*args):
+        raise stop()
+
+    monkeypatch.setattr(os, call, stopped)
+    if status == 1:
+        assert run("draw", *DRAW, "--out", old)[::2] == (1, "internvl_u: interrupted")
+    else:
+        with pytest.raises(SystemExit):
+            run("draw", *DRAW, "--out", old)
+    assert old.read_bytes() == b"old" and os.listdir(tmp_path) == ["old.png"]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
