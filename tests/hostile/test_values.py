@@ -147,7 +147,7 @@ def test_a_panic_of_the_tokenizers_library_is_an_error(checkpoint, monkeypatch):
 
     class Library:
         @staticmethod
-        def from_file(file):
+        def from_str(text):
             raise PanicException("no regex")
 
     monkeypatch.setattr(tokenizers, "Tokenizer", Library)
