@@ -7,6 +7,7 @@ These use .venv, which they make if need be, and the ComfyUI of `python dev.py t
     nox -s types                  basedpyright over what ships
     nox -s tests                  all tests
     nox -s tests_older            the tests without the browser, on the older transformers line
+    nox -s fuzz [-- EXAMPLES]     the inputs that hypothesis makes, 20,000 of each kind: for a night
     nox -s workflows [-- NAME]    makes the shipped workflows, their cards and the pictures of the help pages anew
 
 The others test other versions, each in an environment of its own:
@@ -86,6 +87,15 @@ def tests_older(session: nox.Session) -> None:
     run_pytest(session, environment.PYTHON, arguments, INTERNVLU_COMFYUI=str(comfyui), PYTHONPATH=older)
 
 
+@nox.session(venv_backend="none")
+def fuzz(session: nox.Session) -> None:
+    """Runs tests/hostile/test_fuzz.py with other inputs each time, and many of them."""
+    comfyui = development_environment()
+    (examples,) = session.posargs or ["20000"]
+    env = {"INTERNVLU_COMFYUI": str(comfyui), "INTERNVLU_FUZZ": examples}
+    run_pytest(session, environment.PYTHON, ["tests/hostile/test_fuzz.py"], **env)
+
+
 @nox.session
 def types(session: nox.Session) -> None:
     """Runs basedpyright over what ships."""
@@ -119,7 +129,7 @@ def development_environment() -> Path:
 @nox.parametrize("python, packages", [nox.param("3.10", OLDEST, id="oldest"), nox.param("3.13", NEWEST, id="newest")])
 def library(session: nox.Session, packages: tuple[str, ...]) -> None:
     """Runs the tests that need no ComfyUI."""
-    session.install(*packages, "pytest", "scipy", "tqdm")
+    session.install(*packages, "pydantic", "pytest", "scipy", "tqdm")
     run_recorded(session, ["tests/unit"])
 
 

@@ -1,38 +1,32 @@
 """An opened checkpoint: a folder in the released layout, or single files as `convert` writes them.
 
-`open_part` reads everything that is known of a part once: its weights, mapped from disk and never copied, its
-configuration, and the scales of quantised layers. Weights are found by listing a part's folder, because mirrors differ
-in file names and shard counts.
+`open_part` reads everything that is known of a part once: its weights, large files mapped from disk and never copied,
+its configuration, and the scales of quantised layers. Weights are found by listing a part's folder, because mirrors
+differ in file names and shard counts.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from .defaults import HOW_TO_GET
+from .files import FileState
 from .fp8 import split_scales
-from .header import header_bytes, in_short, read_header
+from .header import header_bytes, metadata_of, read_header
+from .schema import Description, ModelIndex, checked, parse, read_json
+from .weights import OpenFile, Weights, check_dtypes, open_file, open_files, shapes_of, weight_files
 
-REPOSITORY = "InternVL-U/InternVL-U"
 PARTS = ("vlm", "generation_decoder", "vae")
 METADATA = "internvl_u"
 """Key in a file's metadata: what the folder's JSON files say, as JSON."""
 PADDING = "encoder_padding_token"
 """A tensor of the released files that only fills padding in training."""
-HOW_TO_GET = (
-    f"Download {REPOSITORY} from Hugging Face (or OpenGVLab/InternVL-U from ModelScope) with its subfolders "
-    "vlm, generation_decoder, vae, scheduler and processor"
-)
-Weights = dict[str, torch.Tensor]
-OpenFile = Callable[[Path], Weights]
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "*token*.json")
 _SAVED_PREFIX = "model.diffusion_model."
 _PREFIXES = {"generation_decoder": ("decoder.", _SAVED_PREFIX)}
@@ -43,7 +37,8 @@ class Part:
     """One of the three parts, opened.
 
     `weights` go by the names of our modules (of the VAE: diffusers' or Wan 2.1's, as they are stored); `scales` and
-    `formats` are those of quantised layers, by layer.
+    `formats` are those of quantised layers, by layer. `mapped` are the files, as they were, that weights are mapped
+    from; `source` names where the configuration stands.
     """
 
     checkpoint: WeightFormat
@@ -52,11 +47,23 @@ class Part:
     config: dict
     scales: Weights
     formats: dict[str, dict[str, str]]
+    mapped: tuple[FileState, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """Where the configuration stands, for errors."""
+        place = self.checkpoint.path
+        return str(place / self.name / "config.json") if place.is_dir() else f"{place}, {METADATA} in its metadata"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The weights' shapes by name."""
-        return {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
+        return shapes_of(self.weights)
+
+    def mapped_by(self, used: Mapping[str, torch.Tensor]) -> tuple[FileState, ...]:
+        """Returns `mapped` if a tensor of `used`, a network's weights by name, is still mapped; else nothing."""
+        pairs = ((tensor, used[name]) for name, tensor in self.weights.items() if name in used)
+        return self.mapped if any(one.data_ptr() == other.data_ptr() for one, other in pairs) else ()
 
 
 class WeightFormat(Protocol):
@@ -75,11 +82,22 @@ class WeightFormat(Protocol):
         """
         ...
 
-    def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, Mapping[str, str]]:
-        """Returns the tensors of a part as they are stored, and the metadata beside them; `open_file` opens one file.
+    def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, tuple[FileState, ...]]:
+        """Returns the tensors of a part as they are stored, and the files that they are mapped from.
+
+        `open_file` opens one safetensors file.
 
         Raises:
-            FileNotFoundError, RuntimeError: a file is missing or damaged.
+            FileNotFoundError, RuntimeError: a file is missing or unreadable.
+        """
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What stands beside the tensors, as safetensors has it.
+
+        Raises:
+            RuntimeError: the file is unreadable.
         """
         ...
 
@@ -113,20 +131,16 @@ class Folder:
     def config(self, part: str) -> dict:
         return read_json(self.path / part / "config.json")
 
-    def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, Mapping[str, str]]:
-        weights: Weights = {}
-        origin: dict[str, str] = {}
-        for file in weight_files(self.path / part):
-            found = _opened(file, open_file)
-            twice = [name for name in found if name in origin]
-            if twice:
-                raise RuntimeError(
-                    f"{self.path / part}: {len(twice)} tensors stand in both {origin[twice[0]]} and {file.name} "
-                    f"({', '.join(twice[:5])}). Keep one of the two."
-                )
-            origin.update(dict.fromkeys(found, file.name))
-            weights.update(found)
-        return weights, {}
+    def weight_files(self, part: str) -> list[Path]:
+        """Returns the files of a part's weights; see `weights.weight_files`."""
+        return weight_files(self.path / part)
+
+    def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, tuple[FileState, ...]]:
+        return open_files(self.weight_files(part), open_file)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return {}
 
     def files(self) -> list[Path]:
         patterns = [f"{part}/{name}" for part in PARTS for name in ("*.safetensors", "*.index.json", "config.json")]
@@ -157,51 +171,41 @@ class SingleFile:
     path: Path
 
     @cached_property
-    def metadata(self) -> dict[str, str]:
-        """The file's metadata, as safetensors has it."""
-        return read_header(self.path)[0].get("__metadata__", {})
+    def _metadata(self) -> dict[str, str]:
+        return metadata_of(self.path)
 
     @property
-    def description(self) -> dict:
+    def metadata(self) -> Mapping[str, str]:
+        return self._metadata
+
+    @cached_property
+    def description(self) -> Description:
         """What `convert` wrote of the part; empty in a file that is not ours."""
-        try:
-            described = json.loads(self.metadata.get(METADATA, "{}"))
-        except (ValueError, RecursionError) as error:
-            raise RuntimeError(f"{self.path}: {METADATA} in its metadata is no JSON ({in_short(error)})") from error
-        if not isinstance(described, dict):
-            raise RuntimeError(
-                f"{self.path}: {METADATA} in its metadata is a {type(described).__name__}, not an object"
-            )
-        return described
+        source = f"{self.path}, {METADATA} in its metadata"
+        return checked(Description, parse(self.metadata.get(METADATA, "{}"), source), source)
 
     def config(self, part: str) -> dict:
         found = self.description
-        if found.get("part", part) != part:
-            raise RuntimeError(f"{self.path} holds the {found['part']} of InternVL-U, {part} expected")
-        return found.get("config", {})
+        if found.part not in (None, part):
+            raise RuntimeError(f"{self.path} holds the {found.part} of InternVL-U, {part} expected")
+        return found.config
 
-    def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, Mapping[str, str]]:
-        return _opened(self.path, open_file), self.metadata
+    def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, tuple[FileState, ...]]:
+        return open_files([self.path], open_file)
 
     def files(self) -> list[Path]:
         return [self.path]
 
     def transformer_config(self) -> dict:
-        return self.description.get("drawing", {})
+        return self.description.drawing
 
     def processor_config(self) -> dict:
-        return self.description.get("processor", {})
+        return self.description.processor
 
     def tokenizer(self) -> str:
-        if "tokenizer" not in self.description:
+        if self.description.tokenizer is None:
             raise RuntimeError(f"{self.path} carries no tokenizer: convert the checkpoint folder again")
-        return self.description["tokenizer"]
-
-
-def open_file(file: Path) -> Weights:
-    """Returns a file's tensors by name, mapped from disk (read when first touched)."""
-    with safe_open(file, framework="pt", device="cpu") as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}
+        return self.description.tokenizer
 
 
 def open_checkpoint(source: Path) -> WeightFormat:
@@ -218,13 +222,14 @@ def open_part(source: Path, part: str, open_file: OpenFile = open_file) -> Part:
     """
     checkpoint = open_checkpoint(source)
     config = checkpoint.config(part)
-    stored, metadata = checkpoint.weights(part, open_file)
+    stored, mapped = checkpoint.weights(part, open_file)
     for prefix in _PREFIXES.get(part, ()):
         stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
     if part == "generation_decoder":
         stored.pop(PADDING, None)
-    quantized = split_scales(stored, metadata, source)
-    return Part(checkpoint, part, quantized.weights, config, quantized.scales, quantized.formats)
+    quantized = split_scales(stored, checkpoint.metadata, source)
+    check_dtypes(quantized.weights, part, source)
+    return Part(checkpoint, part, quantized.weights, config, quantized.scales, quantized.formats, mapped)
 
 
 def is_checkpoint(root: Path) -> bool:
@@ -246,7 +251,7 @@ def check_folder(root: Path) -> None:
         raise FileNotFoundError(f"no model folder {root}. {HOW_TO_GET} into it.")
     index = root / "model_index.json"
     if index.is_file():
-        name = read_json(index).get("_class_name")
+        name = checked(ModelIndex, read_json(index), str(index)).class_name
         if name != "InternVLUPipeline":
             raise RuntimeError(f"{root} holds a {name}, InternVLUPipeline expected. {HOW_TO_GET}.")
     missing = [part for part in PARTS if not (root / part / "config.json").is_file()]
@@ -274,106 +279,6 @@ def holds_language_model(file: Path) -> bool:
     try:
         if METADATA.encode() not in header_bytes(file)[0]:
             return False
-        return SingleFile(file).description.get("part") == "vlm"
+        return SingleFile(file).description.part == "vlm"
     except (RuntimeError, OSError, ValueError):
         return False
-
-
-def read_json(path: Path) -> dict:
-    """Returns the JSON object in `path`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RuntimeError: the file is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RuntimeError(f"{path} is not readable as JSON ({in_short(error)})") from error
-    if not isinstance(value, dict):
-        raise RuntimeError(f"{path} holds a {type(value).__name__}, a JSON object expected. Download it again.")
-    return value
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the folder's weight files in order of their names.
-
-    Raises:
-        FileNotFoundError: there is none, or a shard that a file name or the index announces is missing.
-    """
-    # Hidden files are none: macOS puts `._model.safetensors` beside a file that it copies.
-    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file() and not file.name.startswith("."))
-    expected = {shard for file in files for shard in _siblings(file.name)}
-    for index in folder.glob("*.safetensors.index.json"):
-        expected |= set(read_json(index).get("weight_map", {}).values())
-    missing = sorted(expected - {file.name for file in files})
-    if missing:
-        raise FileNotFoundError(
-            f"{folder}: {len(missing)} of {len(expected)} weight files are missing: {', '.join(missing[:5])}. "
-            "Download them again."
-        )
-    if not files:
-        raise FileNotFoundError(f"{folder} has no .safetensors file. {HOW_TO_GET}.")
-    return files
-
-
-def check_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], part: str) -> None:
-    """Makes sure that `found` has exactly the names and shapes of `expected`.
-
-    Raises:
-        RuntimeError: with the number of missing, extra and misshapen tensors and the first five of each.
-    """
-    missing = sorted(name for name in expected if name not in found)
-    unexpected = sorted(name for name in found if name not in expected)
-    misshapen = sorted(
-        f"{name}: {list(found[name].shape)} found, {list(tensor.shape)} expected"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    )
-    kinds = (("missing", missing, ", "), ("unexpected", unexpected, ", "), ("of another shape", misshapen, "; "))
-    problems = [f"{len(names)} {kind} ({between.join(names[:5])})" for kind, names, between in kinds if names]
-    if problems:
-        raise RuntimeError(
-            f"{part}: {len(found)} tensors found, {len(expected)} expected: {'; '.join(problems)}. "
-            "The files do not fit the configuration beside them; download the folder again."
-        )
-
-
-def check_finite_weights(weights: Mapping[str, torch.Tensor], part: str) -> None:
-    """Makes sure that all weights are numbers. It reads them all: for small parts.
-
-    Raises:
-        RuntimeError: some are infinite or not a number.
-    """
-    wrong = sorted(name for name, tensor in weights.items() if not torch.isfinite(tensor).all())
-    if wrong:
-        raise RuntimeError(
-            f"{part}: {len(wrong)} of {len(weights)} tensors hold values that are infinite or not a number (NaN): "
-            f"{', '.join(wrong[:5])}"
-        )
-
-
-def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], part: str) -> None:
-    """Puts `weights` in place of a meta model's parameters, without a copy.
-
-    Raises:
-        RuntimeError: names or shapes differ.
-    """
-    check_weights(model.state_dict(), weights, part)
-    model.load_state_dict(weights, strict=True, assign=True)
-    model.requires_grad_(False)
-
-
-def _opened(file: Path, open_file: OpenFile) -> Weights:
-    try:
-        return open_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RuntimeError(f"{file} is damaged ({error}). Download it again.") from error
-
-
-def _siblings(name: str) -> list[str]:
-    match = re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.safetensors", name)
-    if match is None:
-        return []
-    stem, number, count = match.groups()
-    return [f"{stem}-{i:0{len(number)}d}-of-{count}.safetensors" for i in range(1, int(count) + 1)]

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
 import torch
 
 from . import __version__, fp8
-from .checkpoint import METADATA, PADDING, Folder, check_folder, weight_files
+from .checkpoint import METADATA, PARTS, Folder, check_folder, open_part
 from .defaults import FILE_DTYPES
+from .files import check_unchanged, state_of
 from .header import read_header
+from .load import check_part
 from .tokenizer import tokenizer_json
 from .vae import wan_name
 
@@ -33,23 +35,34 @@ _DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", fp8.DTYPE: "F8_E4M
 class SourceTensor:
     """A tensor to convert: where its bytes are in a file."""
 
+    name: str
     file: Path
     start: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """Yields the values, flat, a piece at a time."""
+        """Yields the values, flat, a piece at a time.
+
+        Raises:
+            RuntimeError: some are infinite or not a number, or the file has become shorter.
+        """
         width = self.dtype.itemsize
-        left = int(numpy.prod(self.shape, dtype=numpy.int64)) * width
+        left = math.prod(self.shape) * width
         with self.file.open("rb") as source:
             source.seek(self.start)
             while left:
                 data = source.read(min(left, CHUNK * width))
                 if not data:
-                    raise RuntimeError(f"{self.file} ends too early. Download it again.")
+                    raise RuntimeError(f"{self.file} has become shorter while it was read: run again when it is whole")
                 left -= len(data)
-                yield torch.frombuffer(bytearray(data), dtype=self.dtype)
+                values = torch.frombuffer(bytearray(data), dtype=self.dtype)
+                if not torch.isfinite(values).all():
+                    raise RuntimeError(
+                        f"{self.file}: {self.name} holds values that are infinite or not a number (NaN), numbers "
+                        "expected: nothing is converted from it"
+                    )
+                yield values
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,8 @@ def convert(
     Raises:
         ValueError: the dtype is unknown.
         FileExistsError: a file is there already.
-        FileNotFoundError, RuntimeError: the folder is incomplete, damaged or of another model.
+        FileNotFoundError, RuntimeError: the folder is incomplete or of another model, its weights do not fit its
+            configuration or are no numbers, or a file of it was written to meanwhile.
     """
     if dtype not in FILE_DTYPES:
         raise ValueError(f"dtype {dtype!r} found, one of {', '.join(FILE_DTYPES)} expected")
@@ -107,22 +121,87 @@ def convert(
     there = [str(file) for file in files if file.exists()]
     if there:
         raise FileExistsError(f"{', '.join(there)} exist already: remove them or choose another folder")
-    folder = Folder(model)  # planning reads all weights, for their scales
-    plans = [_plan_transformer(folder, dtype), _plan_language_model(folder, dtype), _plan_vae(folder)]
-    for file, (tensors, metadata) in zip(files, plans, strict=True):
-        write_file(file, tensors, metadata, on_bytes)
+    folder = Folder(model)
+    before = [state_of(file) for file in folder.files()]
+    sources = {part: list_tensors(folder, part) for part in PARTS}
+    # Planning reads all weights, for their scales.
+    plans = [
+        _plan_transformer(folder, sources["generation_decoder"], dtype),
+        _plan_language_model(folder, sources["vlm"], dtype),
+        _plan_vae(folder, sources["vae"]),
+    ]
+    # Names of this process's own: two conversions at once do not mix.
+    partial = [file.with_name(f"{file.name}.{os.getpid()}.part") for file in files]
+    try:
+        sums = [write_file(file, *plan, on_bytes) for file, plan in zip(partial, plans, strict=True)]
+        check_unchanged(before)
+        put_all(partial, files)
+    finally:
+        for file in partial:
+            file.unlink(missing_ok=True)
+    for file, digest in zip(files, sums, strict=True):
+        file.with_name(file.name + ".sha256").write_text(f"{digest}  {file.name}\n")
     return files
 
 
 def write_file(
-    file: Path, tensors: list[OutputTensor], metadata: dict[str, str], on_bytes: Callable[[int], object] | None = None
-) -> None:
-    """Writes a safetensors file piece by piece, and its SHA-256 to `FILE.sha256`; whole or not at all."""
+    file: Path,
+    tensors: list[OutputTensor],
+    metadata: dict[str, str],
+    on_bytes: Callable[[int], object] | None = None,
+) -> str:
+    """Writes a safetensors file piece by piece and returns its SHA-256.
+
+    Raises:
+        RuntimeError: a source is no longer as it was, or holds what is no number.
+        OSError: it could not be written.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with file.open("wb") as target:
+        for data in _pieces(_header(tensors, metadata), tensors):
+            target.write(data)
+            digest.update(data)
+            if on_bytes is not None:
+                on_bytes(len(data))
+        target.flush()
+        os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def put_all(partial: Sequence[Path], files: Sequence[Path]) -> None:
+    """Gives whole files their names: all of them, or none where another conversion has taken one meanwhile.
+
+    Raises:
+        FileExistsError: one has.
+    """
+    given: list[Path] = []
+    try:
+        for part, file in zip(partial, files, strict=True):
+            _put(part, file)
+            given.append(file)
+    except BaseException:
+        for file in given:
+            file.unlink(missing_ok=True)
+        raise
+
+
+def _put(part: Path, file: Path) -> None:
+    try:
+        os.link(part, file)  # unlike a rename, it fails where there is a file
+    except OSError:
+        if file.exists():
+            raise FileExistsError(
+                f"{file} was written by another conversion meanwhile: remove one of the two"
+            ) from None
+        os.replace(part, file)  # a file system without links
+
+
+def _header(tensors: list[OutputTensor], metadata: dict[str, str]) -> bytes:
     header: dict[str, dict] = {"__metadata__": metadata}
     end = 0
     for tensor in tensors:
-        size = int(numpy.prod(tensor.shape, dtype=numpy.int64)) * tensor.dtype.itemsize
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
         header[tensor.name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -130,24 +209,7 @@ def write_file(
         }
         end += size
     text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    # A name of this process's own: two conversions at once do not mix.
-    part, digest = file.with_name(f"{file.name}.{os.getpid()}.part"), hashlib.sha256()
-    try:
-        with part.open("wb") as target:
-            for data in _pieces(text, tensors):
-                target.write(data)
-                digest.update(data)
-                if on_bytes is not None:
-                    on_bytes(len(data))
-            target.flush()
-            os.fsync(target.fileno())
-        if file.exists():
-            raise FileExistsError(f"{file} was written by another conversion meanwhile: remove one of the two")
-        os.replace(part, file)
-        file.with_name(file.name + ".sha256").write_text(f"{digest.hexdigest()}  {file.name}\n")
-    finally:
-        part.unlink(missing_ok=True)
+    return text + b" " * (-len(text) % 8)
 
 
 def _pieces(header: bytes, tensors: list[OutputTensor]) -> Iterator[bytes]:
@@ -157,13 +219,11 @@ def _pieces(header: bytes, tensors: list[OutputTensor]) -> Iterator[bytes]:
         yield from tensor.data()
 
 
-def _plan_transformer(folder: Folder, dtype: str) -> Plan:
-    tensors = _list_tensors(folder.path / "generation_decoder")
-    sources = {name.removeprefix("decoder."): tensor for name, tensor in tensors.items() if name != PADDING}
+def _plan_transformer(folder: Folder, sources: dict[str, SourceTensor], dtype: str) -> Plan:
     return _plan_tensors(sources, dtype, {"part": "generation_decoder", "config": folder.config("generation_decoder")})
 
 
-def _plan_language_model(folder: Folder, dtype: str) -> Plan:
+def _plan_language_model(folder: Folder, sources: dict[str, SourceTensor], dtype: str) -> Plan:
     description = {
         "part": "vlm",
         "config": folder.config("vlm"),
@@ -171,12 +231,12 @@ def _plan_language_model(folder: Folder, dtype: str) -> Plan:
         "processor": folder.processor_config(),
         "tokenizer": tokenizer_json(folder.tokenizer()),
     }
-    return _plan_tensors(_list_tensors(folder.path / "vlm"), dtype, description)
+    return _plan_tensors(sources, dtype, description)
 
 
-def _plan_vae(folder: Folder) -> Plan:
-    sources = {wan_name(name): tensor for name, tensor in _list_tensors(folder.path / "vae").items()}
-    return _plan_tensors(sources, "bfloat16", {"part": "vae", "config": folder.config("vae")})
+def _plan_vae(folder: Folder, sources: dict[str, SourceTensor]) -> Plan:
+    renamed = {wan_name(name): tensor for name, tensor in sources.items()}
+    return _plan_tensors(renamed, "bfloat16", {"part": "vae", "config": folder.config("vae")})
 
 
 def _plan_tensors(sources: dict[str, SourceTensor], dtype: str, description: dict) -> Plan:
@@ -206,17 +266,23 @@ def _scale(source: SourceTensor) -> float:
     return fp8.scale_for(max(chunk.float().abs().max().item() for chunk in source.chunks()))
 
 
-def _list_tensors(folder: Path) -> dict[str, SourceTensor]:
+def list_tensors(folder: Folder, part: str) -> dict[str, SourceTensor]:
+    """Returns the tensors of a part by the names of our modules, checked as strictly as loading checks them.
+
+    Raises:
+        FileNotFoundError, RuntimeError: a file is missing or unreadable, or the weights do not fit the configuration.
+    """
+    opened = open_part(folder.path, part)
+    check_part(opened)
     result: dict[str, SourceTensor] = {}
-    for file in weight_files(folder):
+    for file in folder.weight_files(part):
         header, start = read_header(file)
-        for name, entry in header.items():
-            if name == "__metadata__":
+        for stored, entry in header.items():
+            name = stored.removeprefix("decoder.") if part == "generation_decoder" else stored
+            if name not in opened.weights:
                 continue
             if entry["dtype"] not in _TORCH_DTYPES:
-                raise RuntimeError(f"{file}: {name} is {entry['dtype']}, one of {', '.join(_TORCH_DTYPES)} expected")
-            if name in result:
-                raise RuntimeError(f"{name} stands in both {result[name].file} and {file}. Keep one of the two.")
+                raise RuntimeError(f"{file}: {stored} is {entry['dtype']}, one of {', '.join(_TORCH_DTYPES)} expected")
             begin, dtype = start + entry["data_offsets"][0], _TORCH_DTYPES[entry["dtype"]]
-            result[name] = SourceTensor(file, begin, tuple(entry["shape"]), dtype)
+            result[name] = SourceTensor(stored, file, begin, tuple(entry["shape"]), dtype)
     return result

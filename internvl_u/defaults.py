@@ -16,6 +16,12 @@ GUIDANCE, GUIDANCE_WITH_THOUGHT = Guidance(4.5, 2.0), Guidance(3.5, 1.5)
 """Without and with a chain of thought."""
 STEPS = 20
 """Denoising steps."""
+LONGEST_SCHEDULE = 100_000
+"""The most noise levels: below denoise 1 the end of a longer schedule is taken."""
+LONGEST_CONTEXT = 1 << 20
+"""The most tokens that any language model of ours reads; the released one reads 40,960."""
+BEAMS = 256
+"""The most beams of a search."""
 THOUGHT_TOKENS, ANSWER_TOKENS = 200, 512
 """The longest thought; the longest answer, which is ours."""
 CHARACTERS = 1_000_000
@@ -26,3 +32,8 @@ SMALLEST, LARGEST = 16, 4096
 """Pixels per side."""
 FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old")
 """What `convert` writes: the last two have one scale per matrix, in the two spellings of ComfyUI."""
+REPOSITORY = "InternVL-U/InternVL-U"
+HOW_TO_GET = (
+    f"Download {REPOSITORY} from Hugging Face (or OpenGVLab/InternVL-U from ModelScope) with its subfolders "
+    "vlm, generation_decoder, vae, scheduler and processor"
+)

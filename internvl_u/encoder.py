@@ -14,10 +14,8 @@ from .mllm import MLLM
 from .prompt import BranchPrompts, TokenizedPrompt
 from .rope import Layout
 from .sampling import check_finite
+from .schema import ProcessorConfig, TransformerConfig, checked
 from .tokenizer import Tokenizer
-
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, which the vision tower was trained with."""
 
 
 def check_length(model: MLLM, *prompts: TokenizedPrompt) -> int:
@@ -25,14 +23,34 @@ def check_length(model: MLLM, *prompts: TokenizedPrompt) -> int:
 
     Raises:
         ValueError: a prompt itself does not fit.
+        RuntimeError: the tokenizer knows more tokens than the model.
     """
-    found, allowed = max(len(prompt.ids) for prompt in prompts), model.language_model.config.max_position_embeddings
+    config = model.language_model.config
+    highest = max(max(prompt.ids) for prompt in prompts)
+    if highest >= config.vocab_size:
+        raise RuntimeError(
+            f"token {highest} found, {config.vocab_size} tokens (0 to {config.vocab_size - 1}) known to the language "
+            "model: the tokenizer belongs to another model"
+        )
+    found, allowed = max(len(prompt.ids) for prompt in prompts), config.max_position_embeddings
     if found > allowed:
         raise ValueError(
             f"{found} tokens found (system message, prompt, pictures and thought together), {allowed} expected at "
             "most: shorten the text or give fewer pictures"
         )
     return allowed - found
+
+
+def check_layers(layers: Sequence[int], model: MLLM) -> None:
+    """Makes sure that the language model has the layers that are handed on.
+
+    Raises:
+        RuntimeError: it has not.
+    """
+    count = model.language_model.config.num_hidden_layers
+    wrong = [layer for layer in layers if not -count - 1 <= layer <= count]
+    if wrong:
+        raise RuntimeError(f"vlm_select_layer {wrong[0]} found, {-count - 1} to {count} expected for {count} layers")
 
 
 @dataclass(frozen=True)
@@ -64,19 +82,29 @@ class Encoder:
             RuntimeError: a file is unreadable or of another model.
         """
         tokenizer = Tokenizer(checkpoint.tokenizer())
-        return cls.from_config(tokenizer, checkpoint.transformer_config(), checkpoint.processor_config())
+        return cls.from_config(
+            tokenizer, checkpoint.transformer_config(), checkpoint.processor_config(), str(checkpoint.path)
+        )
 
     @classmethod
-    def from_config(cls, tokenizer: Tokenizer, transformer: Mapping, processor: Mapping) -> Encoder:
-        """Returns the encoder that the configurations of the transformer and the processor describe."""
-        vision = processor.get("image_processor_kwargs", {})
+    def from_config(
+        cls, tokenizer: Tokenizer, transformer: Mapping, processor: Mapping, source: str = "the checkpoint"
+    ) -> Encoder:
+        """Returns the encoder that the configurations of the transformer and the processor describe.
+
+        Raises:
+            RuntimeError: they say what cannot be; `source` is named.
+        """
+        drawing = checked(TransformerConfig, transformer, f"{source}, the transformer's configuration")
+        place = f"{source}, the processor's configuration"
+        reading = checked(ProcessorConfig, processor, place).image_processor_kwargs
         return cls(
             tokenizer,
-            tuple(transformer.get("vlm_select_layer", (-1, -2))),
-            ReferenceSizes.from_config(processor),
-            tuple(vision.get("image_mean", IMAGE_MEAN)),
-            tuple(vision.get("image_std", IMAGE_STD)),
-            (int(transformer.get("gen_image_width", 512)), int(transformer.get("gen_image_height", 512))),
+            tuple(drawing.vlm_select_layer),
+            ReferenceSizes.from_config(processor, place),
+            tuple(reading.image_mean),
+            tuple(reading.image_std),
+            (drawing.gen_image_width, drawing.gen_image_height),
         )
 
     def image_features(
@@ -116,8 +144,8 @@ class Encoder:
         attention but not handed on: each is read once. The same prompt gives the same bits whatever it comes with.
         `device` and `dtype` are the arithmetic's.
         """
-        for prompt, _ in prompts:
-            check_length(model, prompt)
+        check_length(model, *(prompt for prompt, _ in prompts))
+        check_layers(self.layers, model)
         caches: dict[tuple[int, ...], object] = {}
         contexts = []
         for prompt, features in prompts:

@@ -7,10 +7,13 @@ key `_quantization_metadata`; the older spelling is `LAYER.scale_weight` beside 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+
+from .schema import QuantizationMetadata, QuantizedLayer, checked, parse
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -19,7 +22,7 @@ FORMAT = "float8_e4m3fn"
 QUANTIZATION_METADATA = "_quantization_metadata"
 SCALE_NAMES = ("weight_scale", "scale_weight")
 OLD_MARKER = "scaled_fp8"
-_IGNORED = ("scale_input", "input_scale", "comfy_quant")
+_IGNORED = ("scale_input", "input_scale")
 _KEPT = ("img_in.", "txt_in.", "proj_out.", "norm_out.", "lm_head.", "embed")
 
 
@@ -35,21 +38,43 @@ def split_scales(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     """Returns weights, scales by layer and formats by layer, of either spelling; `source` is named in errors.
 
     Raises:
-        RuntimeError: a layer is quantised in another format.
+        RuntimeError: a layer is quantised in another format, or a scale is none.
     """
     plain, scales = {}, {}
     for name, tensor in weights.items():
         layer, _, last = name.rpartition(".")
         if last in SCALE_NAMES:
-            scales[layer] = tensor
+            scales[layer] = _checked_scale(tensor, weights.get(f"{layer}.weight"), name, source)
+        elif last == "comfy_quant":
+            _check_format(layer, bytes(tensor.flatten().to(torch.uint8).tolist()), source)
         elif name != OLD_MARKER and last not in _IGNORED:
             plain[name] = tensor
-    layers = json.loads(metadata.get(QUANTIZATION_METADATA, "{}")).get("layers", {})
-    other = {layer: entry for layer, entry in layers.items() if entry.get("format") != FORMAT}
-    if other:
-        first = next(iter(other))
-        raise RuntimeError(f"{source}: {first} is {other[first].get('format')}, {FORMAT} expected")
+    stated = parse(metadata.get(QUANTIZATION_METADATA, "{}"), f"{source}, {QUANTIZATION_METADATA} in its metadata")
+    layers = checked(QuantizationMetadata, stated, f"{source}, {QUANTIZATION_METADATA} in its metadata").layers
+    for layer, entry in layers.items():
+        _refuse_other(layer, entry.format, source)
     return Quantized(plain, scales, {layer: {"format": FORMAT} for layer in scales})
+
+
+def _check_format(layer: str, text: bytes, source: object) -> None:
+    where = f"{source}, {layer}.comfy_quant"
+    stated = parse(text.decode("utf-8", "replace"), where)
+    _refuse_other(layer, checked(QuantizedLayer, stated, where).format, source)
+
+
+def _refuse_other(layer: str, found: str, source: object) -> None:
+    if found != FORMAT:
+        raise RuntimeError(f"{source}: {layer} is {found[:100]}, {FORMAT} expected")
+
+
+def _checked_scale(scale: torch.Tensor, weight: torch.Tensor | None, name: str, source: object) -> torch.Tensor:
+    if weight is None or weight.dtype != DTYPE:
+        found = "nothing" if weight is None else str(weight.dtype)
+        raise RuntimeError(f"{source}: {name} scales {found}, a weight of {DTYPE} expected")
+    if scale.numel() != 1 or not scale.is_floating_point() or not 0 < float(scale) < math.inf:
+        found = float(scale) if scale.numel() == 1 else f"{scale.numel()} values"
+        raise RuntimeError(f"{source}: {name} is {found}, one number above 0 expected")
+    return scale
 
 
 def shrinks(name: str, shape: tuple[int, ...]) -> bool:

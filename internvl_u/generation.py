@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from .defaults import THOUGHT_TOKENS
+from .defaults import BEAMS, LONGEST_CONTEXT, THOUGHT_TOKENS
 from .encoder import Encoder, check_length
 from .mllm import MLLM, cache_name
+from .numbers import check_real, check_whole
 from .prompt import TokenizedPrompt
 
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
 
+SMALLEST_TOP_P = 1e-9
 OnToken = Callable[[list[int]], None]
 
 
@@ -32,18 +33,13 @@ class GenerationConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens} found, at least 1 expected")
-        if self.beams < 1:
-            raise ValueError(f"beams {self.beams} found, at least 1 expected")
+        check_whole("max_new_tokens", self.max_new_tokens, 1, LONGEST_CONTEXT)
+        check_whole("beams", self.beams, 1, BEAMS)
+        check_whole("seed", self.seed, -(2**63), 2**64 - 1)
+        check_real("temperature", self.temperature, 0.0)
+        check_real("top_p", self.top_p, SMALLEST_TOP_P, 1.0)
         if self.beams > 1 and self.temperature > 0:
             raise ValueError(f"beams {self.beams} and temperature {self.temperature} found, one of the two expected")
-        if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed {self.seed} found, 0 to 2 ** 64 - 1 expected")
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"temperature {self.temperature} and top_p {self.top_p} found, 0 or more and above 0 to 1 expected"
-            )
 
 
 def generate(

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from .files import describe
 
 LARGEST_HEADER = 100 << 20
 """Bytes; what the safetensors library accepts."""
@@ -16,15 +21,56 @@ def read_header(file: Path) -> tuple[dict, int]:
     Entries have a dtype, a shape of whole numbers from 0 and offsets within the file; metadata are texts.
 
     Raises:
-        RuntimeError: the file cannot be read, or is no safetensors file.
+        RuntimeError: the file cannot be read, or is no safetensors file; says what it is.
     """
     try:
         text, start, size = header_bytes(file)
         header = json.loads(text)
         _check_header(header, size - start)
     except (OSError, ValueError, RecursionError) as error:
-        raise RuntimeError(f"{file} is no readable safetensors file ({in_short(error)})") from error
+        raise RuntimeError(describe_weights(file, error)) from error
     return header, start
+
+
+def check_header(file: Path) -> None:
+    """Lets the safetensors library read a file's header: shapes, dtypes and offsets fit each other and the file.
+
+    Raises:
+        SafetensorError, OSError: they do not, or it cannot be read.
+    """
+    with safe_open(file, framework="pt"):
+        pass
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    """Returns the metadata in a safetensors file's header, through the safetensors library.
+
+    Raises:
+        RuntimeError: the file cannot be read, or is no safetensors file; says what it is.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RuntimeError(describe_weights(file, error)) from error
+
+
+def describe_weights(file: Path, error: BaseException) -> str:
+    """Returns a sentence on why a safetensors file is not readable; tells a file that is too short from a wrong one."""
+    try:
+        with file.open("rb") as source:
+            start, size = source.read(9), os.fstat(source.fileno()).st_size
+            stated = 8 + int.from_bytes(start[:8], "little")
+            if start[8:] == b"{" and stated <= size:
+                stated += max(_ends(json.loads(b"{" + source.read(stated - 9))))
+        if start[8:] == b"{" and size < stated:
+            return (
+                f"{file} is shorter than its header says ({size} bytes found, {stated} expected): it may still "
+                "be being written, or have been cut off. Wait until it is whole, or go on with its download."
+            )
+    except (OSError, ValueError, RecursionError):
+        pass  # it has no such header
+    return describe(file, "safetensors", error)
 
 
 def header_bytes(file: Path) -> tuple[bytes, int, int]:
@@ -58,10 +104,13 @@ def _check_header(header: object, size: int) -> None:
             raise ValueError(f"{name[:100]!r} is at {offsets} of {size} bytes")
 
 
+def _ends(header: object) -> Iterator[int]:
+    entries = header.values() if isinstance(header, dict) else ()
+    for entry in entries:
+        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if isinstance(offsets, list) and _whole_numbers(offsets):
+            yield from offsets
+
+
 def _whole_numbers(value: object) -> bool:
     return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
-
-
-def in_short(error: BaseException) -> str:
-    """Returns an error's text, cut: it may repeat what a file says."""
-    return str(error)[:300] or type(error).__name__

@@ -13,6 +13,8 @@ from PIL import Image, ImageOps
 from torch.nn import functional
 
 from .defaults import LARGEST, SMALLEST
+from .numbers import check_whole
+from .schema import ProcessorConfig, checked
 
 STRIDE = 16
 """Width and height of what is drawn are multiples of this many pixels (VAE 8 x patch 2)."""
@@ -26,9 +28,8 @@ def drawn_size(width: int, height: int) -> tuple[int, int]:
     Raises:
         ValueError: a side is below 16 or above 4096 pixels.
     """
-    for name, value in (("width", width), ("height", height)):
-        if not SMALLEST <= value <= LARGEST:
-            raise ValueError(f"{name} {value} found, {SMALLEST} to {LARGEST} pixels expected")
+    check_whole("width", width, SMALLEST, LARGEST, "pixels")
+    check_whole("height", height, SMALLEST, LARGEST, "pixels")
     return width // STRIDE * STRIDE, height // STRIDE * STRIDE
 
 
@@ -71,15 +72,15 @@ class ReferenceSizes:
     longest_side: int | None = 1024
 
     @classmethod
-    def from_config(cls, config: Mapping) -> ReferenceSizes:
-        """Returns the range that a checkpoint's `processor_config.json` states."""
-        stated = config.get("image_gen_processor_kwargs", {})
-        area = int(stated.get("vae_downsample_factor", LATENT_STRIDE)) ** 2
-        return cls(
-            int(stated.get("min_dynamic_patch", 4096)) * area,
-            int(stated.get("max_dynamic_patch", 16384)) * area,
-            stated.get("max_length"),
-        )
+    def from_config(cls, config: Mapping, source: str = "processor_config.json") -> ReferenceSizes:
+        """Returns the range that a checkpoint's `processor_config.json` states.
+
+        Raises:
+            RuntimeError: it states none; `source` is named.
+        """
+        stated = checked(ProcessorConfig, config, source).image_gen_processor_kwargs
+        area = stated.vae_downsample_factor**2
+        return cls(stated.min_dynamic_patch * area, stated.max_dynamic_patch * area, stated.max_length)
 
     def fit(self, width: int, height: int) -> tuple[int, int]:
         """Returns the (width, height) for an image: multiples of 16, aspect kept as nearly as the range allows."""

@@ -7,12 +7,28 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import check_finite_weights, load_weights, open_part
+from .checkpoint import Part, open_part
 from .config import mllm_config, mmdit_config
 from .mllm import MLLM
 from .mmdit import MMDiT
 from .operations import Operations
-from .vae import StandaloneVAE, check_vae_config
+from .vae import StandaloneVAE, check_vae
+from .weights import check_finite_weights, check_shapes, load_weights, shapes_of
+
+
+def check_part(part: Part) -> None:
+    """Makes sure that an opened part's weights are exactly those that its configuration describes.
+
+    Raises:
+        RuntimeError: they are not.
+    """
+    if part.name == "vae":
+        check_vae(part)
+        return
+    config = (part.shapes, part.config, part.source)
+    is_mllm = part.name == "vlm"
+    model = MLLM(mllm_config(*config), device="meta") if is_mllm else MMDiT(mmdit_config(*config), device="meta")
+    check_shapes(shapes_of(model.state_dict()), part.shapes, part.name)
 
 
 def load_mllm(
@@ -25,9 +41,11 @@ def load_mllm(
         RuntimeError: the files are damaged, of another model, or do not fit each other.
     """
     part = open_part(root, "vlm")
-    model = MLLM(mllm_config(part.shapes, part.config), device="meta", operations=operations)
+    model = MLLM(mllm_config(part.shapes, part.config, part.source), device="meta", operations=operations)
     load_weights(model, part.weights, part.name)
-    return model.to(device=device, dtype=dtype).eval()
+    model.to(device=device, dtype=dtype).eval()
+    model.mapped = part.mapped_by(model.state_dict())
+    return model
 
 
 def load_mmdit(
@@ -40,9 +58,11 @@ def load_mmdit(
         RuntimeError: the files are damaged, of another model, or do not fit each other.
     """
     part = open_part(root, "generation_decoder")
-    model = MMDiT(mmdit_config(part.shapes, part.config), device="meta", operations=operations)
+    model = MMDiT(mmdit_config(part.shapes, part.config, part.source), device="meta", operations=operations)
     load_weights(model, part.weights, part.name)
-    return model.to(device=device, dtype=dtype).eval()
+    model.to(device=device, dtype=dtype).eval()
+    model.mapped = part.mapped_by(model.state_dict())
+    return model
 
 
 def load_vae(root: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> StandaloneVAE:
@@ -54,9 +74,10 @@ def load_vae(root: Path, *, dtype: torch.dtype | None = None, device: torch.devi
         RuntimeError: the files are damaged or of another VAE.
     """
     part = open_part(root, "vae")
-    check_vae_config(part)
+    stated = check_vae(part)
     check_finite_weights(part.weights, part.name)  # what is infinite would be cut off to white
-    vae = StandaloneVAE(part.config)
+    width = part.weights["decoder.norm_out.gamma"].shape[0]
+    vae = StandaloneVAE(stated.model_dump() if stated else {"base_dim": width})
     load_weights(vae.model, part.weights, part.name)
     # diffusers' own `to` warns of a choice that this VAE does not have.
     nn.Module.to(vae.model, device=device, dtype=dtype).eval()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .config import MLLMConfig
+from .files import FileState
 from .tokenizer import ROW_TOKENS
 from .vision import Projector, VisionTower
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 class MLLM(nn.Module):
     """Token ids and images in, hidden states out."""
+
+    mapped: tuple[FileState, ...] = ()
+    """The files that weights are mapped from, as they were."""
 
     def __init__(self, config: MLLMConfig, *, dtype=None, device=None, operations=nn):
         super().__init__()

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from .config import MMDiTConfig
+from .files import FileState
 from .patches import patchify, token_grid, unpatchify
 from .rope import Grid, Layout, position_ids, rotary_table
 
@@ -103,6 +104,9 @@ def time_embedding(timestep: torch.Tensor) -> torch.Tensor:
 class MMDiT(nn.Module):
     """The transformer: latents, references and context in, velocity of the latents out."""
 
+    mapped: tuple[FileState, ...] = ()
+    """The files that weights are mapped from, as they were."""
+
     def __init__(self, config: MMDiTConfig, *, dtype=None, device=None, operations=nn):
         super().__init__()
         self.config = config
@@ -123,8 +127,16 @@ class MMDiT(nn.Module):
         """Returns one sample's `BranchInput`. Made once per image: nothing in it depends on the noise level.
 
         `context` is [tokens, context width]; `image` and `references` are (rows, columns) in latent pixels.
+
+        Raises:
+            ValueError: the context has another width.
         """
         config = self.config
+        if context.shape[-1] != config.context_width:
+            raise ValueError(
+                f"a context of {context.shape[-1]} values per token found, {config.context_width} expected: the "
+                "language model and the transformer do not belong together"
+            )
         tokens = [token_grid(grid, config.patch_size) for grid in (image, *references)]
         positions = position_ids(tokens[0], tokens[1:], layout, config.image_scale)
         table = rotary_table(positions, config.rope_axes, config.rope_theta)

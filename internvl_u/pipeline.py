@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,13 @@ from PIL import Image
 from . import images as image_module
 from . import sampling
 from .checkpoint import check_folder, open_checkpoint
-from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, STEPS, Guidance
+from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, LONGEST_SCHEDULE, STEPS, Guidance
 from .encoder import Encoder, check_length
+from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
+from .numbers import check_real, check_whole
 from .prompt import SYSTEM_ANSWER, branch_prompts, drawing_system, generation_prompt
 from .rope import grid_of
 from .sampling import Denoiser, DrawingContexts
@@ -49,12 +50,11 @@ class ImageRequest:
     thought: str = ""
 
     def __post_init__(self):
-        if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed {self.seed} found, 0 to 2 ** 64 - 1 expected")
+        check_whole("seed", self.seed, -(2**63), 2**64 - 1)
+        check_whole("steps", self.steps, 1, LONGEST_SCHEDULE)
         for name in ("all_cfg", "part_cfg"):
-            scale = getattr(self, name)
-            if scale is not None and not math.isfinite(scale):
-                raise ValueError(f"{name} {scale} found, a number expected")
+            if getattr(self, name) is not None:
+                check_real(name, getattr(self, name))
 
     @property
     def guidance(self) -> Guidance:
@@ -120,7 +120,13 @@ class Pipeline:
         prompt = generation_prompt(self.encoder.tokenizer, text, system=system, images=len(images), grid=grid)
         check_length(model, prompt)
         features = self.encoder.image_features(model, images, **where)
-        written = generate(self.encoder, model, prompt, features, config, on_token=on_token, **where)
+
+        def report(ids: list[int]) -> None:
+            check_unchanged(model.mapped)
+            if on_token is not None:
+                on_token(ids)
+
+        written = generate(self.encoder, model, prompt, features, config, on_token=report, **where)
         if not ended(written, self.encoder.tokenizer.stops):
             _logger.warning("InternVL-U: %s", cut_warning(len(written)))
         return written
@@ -180,7 +186,12 @@ class Pipeline:
         """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
         model = self._on_device("mmdit", lambda: load_mmdit(self.root, dtype=self.dtype))
         denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype)
-        report = None if on_step is None else lambda index, *_: on_step(index + 1)
+
+        def report(index: int, *_: torch.Tensor) -> None:
+            check_unchanged(model.mapped)
+            if on_step is not None:
+                on_step(index + 1)
+
         latent = sampling.sample(denoise, noise.to(self.device), sigmas.to(self.device), report)
         sampling.check_finite(latent, "the drawn latent", "the transformer")
         return latent
@@ -210,4 +221,6 @@ class Pipeline:
                 network.to("cpu")
         if name not in self._networks:
             self._networks[name] = load()
-        return cast(Network, self._networks[name]).to(self.device)
+        network = self._networks[name]
+        check_unchanged(getattr(network, "mapped", ()))
+        return cast(Network, network).to(self.device)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from .defaults import Guidance
+from .defaults import LONGEST_SCHEDULE, Guidance
 from .mmdit import MMDiT, time_embedding
+from .numbers import check_whole
 from .rope import Grid, Layout, grid_of
 
 TRAIN_STEPS = 1000
@@ -27,7 +28,7 @@ def flow_sigmas(steps: int) -> torch.Tensor:
     """Returns the noise levels [steps + 1], fp32, from 0.99967 down to 0.
 
     Raises:
-        ValueError: `steps` is below 1.
+        ValueError: `steps` is below 1 or above 100,000.
     """
     return torch.from_numpy(numpy.append(_sigmas(steps), 0.0)).float()
 
@@ -38,8 +39,7 @@ def flow_timesteps(steps: int) -> list[int]:
 
 
 def _sigmas(steps: int) -> numpy.ndarray:
-    if steps < 1:
-        raise ValueError(f"{steps} steps asked for, at least 1 expected")
+    check_whole("steps", steps, 1, LONGEST_SCHEDULE)
     linear = 1.0 - numpy.linspace(1, 1 / TRAIN_STEPS, steps + 1)
     return _shifted(linear)[::-1][:-1].copy()
 

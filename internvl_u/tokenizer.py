@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .defaults import CHARACTERS
-from .header import in_short
+from .files import in_short, kind_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
@@ -166,9 +166,13 @@ def _read(source: Path | str) -> FastTokenizer:
     with _library_errors(f"the tokenizer {_where(source)} is unreadable"):
         if isinstance(source, str):
             return FastTokenizer.from_str(source)
-        if (source / "tokenizer.json").is_file():
+        file = source / "tokenizer.json"
+        if file.is_file():
+            head = file.read_bytes()[:512]
+            if what := kind_of(head, len(head)):
+                raise RuntimeError(f"{file} {what}")
             # The library cannot open a path that Python has in surrogate escapes, as beyond ASCII in the C locale.
-            return FastTokenizer.from_str((source / "tokenizer.json").read_text(encoding="utf-8"))
+            return FastTokenizer.from_str(file.read_text(encoding="utf-8"))
         from transformers import AutoTokenizer
 
         # The files may name code of their own: it is never run, and nobody is asked whether it may.

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 from .checkpoint import Part
+from .config import LATENT_CHANNELS
+from .schema import VAEConfig, checked
+from .weights import check_shapes
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
@@ -58,15 +61,86 @@ def to_wan(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {wan_name(name): tensor for name, tensor in weights.items()}
 
 
-def check_vae_config(part: Part) -> None:
-    """Makes sure that an opened VAE of a checkpoint folder is the Qwen-Image VAE.
+def check_vae(part: Part) -> VAEConfig | None:
+    """Returns what the configuration of an opened VAE says, which a single file may lack.
 
     Raises:
-        RuntimeError: it is another one.
+        RuntimeError: it is another VAE, or its weights contradict the configuration.
     """
-    name = part.config.get("_class_name")
-    if name != "AutoencoderKLQwenImage":
-        raise RuntimeError(f"{part.checkpoint.path / part.name} holds a {name}, AutoencoderKLQwenImage expected")
+    stated = None
+    if part.checkpoint.path.is_dir():
+        name = part.config.get("_class_name")
+        if name != "AutoencoderKLQwenImage":
+            raise RuntimeError(f"{part.checkpoint.path / part.name} holds a {name}, AutoencoderKLQwenImage expected")
+        stated = checked(VAEConfig, part.config, part.source)
+    check_vae_shapes(part.shapes, stated.base_dim if stated else None, part.source)
+    return stated
+
+
+def check_vae_shapes(shapes: Mapping[str, tuple[int, ...]], width: int | None, source: str) -> None:
+    """Makes sure that shapes, by diffusers' or Wan 2.1's names, are those of the Qwen-Image VAE of a width.
+
+    `width` None is the weights' own.
+
+    Raises:
+        RuntimeError: they are not.
+    """
+    shapes = {wan_name(name): shape for name, shape in shapes.items()}
+    first = shapes.get("decoder.head.0.gamma")
+    if not first:
+        raise RuntimeError(f"{source}: no decoder.norm_out.gamma found: this is not the Qwen-Image VAE")
+    expected = vae_shapes(width or first[0])
+    check_shapes({wan_name(name): shape for name, shape in expected.items()}, shapes, "vae")
+
+
+def vae_shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the VAE's weights, by diffusers' names, with `width` channels at full resolution."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def conv(name: str, out: int, into: int, *kernel: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, into, *kernel), (out,)
+
+    def residual(name: str, into: int, out: int) -> None:
+        shapes[f"{name}.norm1.gamma"], shapes[f"{name}.norm2.gamma"] = (into, 1, 1, 1), (out, 1, 1, 1)
+        conv(f"{name}.conv1", out, into, 3, 3, 3)
+        conv(f"{name}.conv2", out, out, 3, 3, 3)
+        if into != out:
+            conv(f"{name}.conv_shortcut", out, into, 1, 1, 1)
+
+    def half(name: str, into: int, first: int, last: int, out: int) -> None:
+        conv(f"{name}.conv_in", first, into, 3, 3, 3)
+        for number in (0, 1):
+            residual(f"{name}.mid_block.resnets.{number}", deepest, deepest)
+        shapes[f"{name}.mid_block.attentions.0.norm.gamma"] = (deepest, 1, 1)
+        conv(f"{name}.mid_block.attentions.0.to_qkv", 3 * deepest, deepest, 1, 1)
+        conv(f"{name}.mid_block.attentions.0.proj", deepest, deepest, 1, 1)
+        shapes[f"{name}.norm_out.gamma"] = (last, 1, 1, 1)
+        conv(f"{name}.conv_out", out, last, 3, 3, 3)
+
+    down, up = [width * factor for factor in (1, 2, 4, 4)], [width * factor for factor in (4, 4, 2, 1)]
+    deepest = down[-1]
+    half("encoder", 3, width, deepest, 2 * LATENT_CHANNELS)
+    half("decoder", LATENT_CHANNELS, deepest, width, 3)
+    conv("quant_conv", 2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS, 1, 1, 1)
+    conv("post_quant_conv", LATENT_CHANNELS, LATENT_CHANNELS, 1, 1, 1)
+    for level, out in enumerate(down):
+        name = "encoder.down_blocks"
+        residual(f"{name}.{3 * level}", down[max(level - 1, 0)], out)
+        residual(f"{name}.{3 * level + 1}", out, out)
+        if level < 3:
+            conv(f"{name}.{3 * level + 2}.resample.1", out, out, 3, 3)
+        if level in (1, 2):  # these two halve the frames as well
+            conv(f"{name}.{3 * level + 2}.time_conv", out, out, 3, 1, 1)
+    for level, out in enumerate(up):
+        name = f"decoder.up_blocks.{level}"
+        residual(f"{name}.resnets.0", up[level - 1] // 2 if level else out, out)
+        residual(f"{name}.resnets.1", out, out)
+        residual(f"{name}.resnets.2", out, out)
+        if level < 3:
+            conv(f"{name}.upsamplers.0.resample.1", out // 2, out, 3, 3)
+        if level < 2:
+            conv(f"{name}.upsamplers.0.time_conv", 2 * out, out, 3, 1, 1)
+    return shapes
 
 
 class StandaloneVAE(nn.Module):
@@ -75,7 +149,7 @@ class StandaloneVAE(nn.Module):
     model: AutoencoderKLQwenImage
 
     def __init__(self, config: Mapping):
-        """Makes the network of a configuration, with weights on the meta device.
+        """Makes the network of a configuration, by diffusers' names, with weights on the meta device.
 
         Raises:
             ModuleNotFoundError: diffusers is not installed.

@@ -22,6 +22,8 @@ from comfy.supported_models_base import BASE
 from server import PromptServer
 
 from ..internvl_u import fp8
+from ..internvl_u.checkpoint import Part
+from ..internvl_u.files import FileState
 from .latents import latent_samples
 
 LATENT_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
@@ -133,3 +135,8 @@ def is_serving() -> bool:
 def open_weights(file: Path) -> dict[str, torch.Tensor]:
     """Returns a file's tensors, mapped by ComfyUI so that it can stream them later."""
     return cast(dict[str, torch.Tensor], comfy.utils.load_torch_file(str(file), safe_load=True))
+
+
+def mapped_files(part: Part, weights: Mapping[str, torch.Tensor]) -> tuple[FileState, ...]:
+    """Returns the files that `weights` are mapped from; none where ComfyUI was told to read files whole."""
+    return () if comfy.utils.DISABLE_MMAP else part.mapped_by(weights)

@@ -11,8 +11,9 @@ import comfy.ops
 import comfy.utils
 import torch
 
-from ..internvl_u.checkpoint import Part, Weights
+from ..internvl_u.checkpoint import Part
 from ..internvl_u.operations import Operations
+from ..internvl_u.weights import Weights
 
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

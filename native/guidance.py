@@ -20,7 +20,10 @@ from comfy.samplers import CFGGuider
 from torch.nn import functional
 
 from ..internvl_u.defaults import GUIDANCE
-from ..internvl_u.sampling import dual_guidance, whole_timestep
+from ..internvl_u.numbers import check_real
+from ..internvl_u.sampling import check_finite, dual_guidance, whole_timestep
+from .conditioning import Conditioning, check_conditioning
+from .latents import check_numbers, latent_samples, noise_mask
 
 KEY = "internvl_u"
 PARTIAL = "internvl_u_partial"
@@ -41,11 +44,20 @@ class DualGuider(CFGGuider):
         Raises:
             ValueError: one of them is no number.
         """
-        for name, scale in (("all_cfg", all_cfg), ("part_cfg", part_cfg)):
-            if not math.isfinite(scale):
-                raise ValueError(f"{name} {scale} found, a number expected")
+        check_real("all_cfg", all_cfg)
+        check_real("part_cfg", part_cfg)
         self.set_cfg(all_cfg)
         self.part_cfg = part_cfg
+
+    def set_conds(self, positive: Conditioning, negative: Conditioning) -> None:
+        """Sets the conditionings.
+
+        Raises:
+            ValueError: one of them is none.
+        """
+        check_conditioning(positive, "positive")
+        check_conditioning(negative, "negative")
+        super().set_conds(positive, negative)
 
 
 def check_model(model: ModelPatcher) -> None:
@@ -66,6 +78,21 @@ def install(patcher: ModelPatcher) -> None:
 
 
 def sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Runs a sampling with dual guidance and looks at what goes in and comes out, whichever node samples.
+
+    Raises:
+        ValueError: the latent, its mask or the noise levels are no numbers, or the latent is not ours.
+        RuntimeError: what was drawn is no numbers.
+    """
+    noise, latent, sampler, sigmas, mask, *rest = args  # as `CFGGuider.sample` hands them on
+    latent_samples({"samples": latent})
+    check_numbers(sigmas, "SIGMAS")
+    drawn = _guided(executor, noise, latent, sampler, sigmas, noise_mask(mask), *rest, **kwargs)
+    check_finite(drawn, "the drawn latent", "the transformer, a LoRA on it, or the conditioning")
+    return drawn
+
+
+def _guided(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Runs a sampling with dual guidance; a guider with a guidance of its own is left alone.
 
     The guidance takes the place of the guider's own method for this run and is no wrapper: it ends the chain, and what

@@ -14,21 +14,25 @@ import comfy.sd
 import torch
 from PIL import Image
 
-from ..internvl_u.checkpoint import Part, check_weights, open_part
+from ..internvl_u.checkpoint import Part, open_part
 from ..internvl_u.config import mllm_config
 from ..internvl_u.encoder import Encoder, check_length
+from ..internvl_u.files import check_unchanged
 from ..internvl_u.generation import GenerationConfig, OnToken, generate
 from ..internvl_u.images import drawn_size, reference_pixels
+from ..internvl_u.load import check_part
 from ..internvl_u.mllm import MLLM
 from ..internvl_u.prompt import TokenizedPrompt, branch_prompts, generation_prompt
 from ..internvl_u.rope import Layout
+from ..internvl_u.sampling import check_finite
 from . import compat
+from .conditioning import Conditioning, own_options
 from .dtypes import cast_weights, compute_dtype, operations_for
 from .guidance import PARTIAL
 from .hf_modules import cast_language_model, scale_layers
 from .latents import Latent, check_vae
 from .model import LAYOUT
-from .sampler import Conditioning, empty_latent
+from .sampler import empty_latent
 
 Execution = dict[str, Any]
 """The `device` and the `dtype` of the arithmetic, as keywords."""
@@ -122,25 +126,36 @@ class NativeMLLM:
         grid = self.model.vision.grid
         prompt = generation_prompt(self.encoder.tokenizer, text, system=system, images=len(images), grid=grid)
         check_length(self.model, prompt)
+
+        def report(ids: list[int]) -> None:
+            check_unchanged(self.model.mapped)
+            if on_token is not None:
+                on_token(ids)
+
         with self._ready(len(prompt.ids), config) as where:
             features = self.encoder.image_features(self.model, images, **where)
-            return generate(self.encoder, self.model, prompt, features, config, on_token=on_token, **where)
+            return generate(self.encoder, self.model, prompt, features, config, on_token=report, **where)
 
     @contextlib.contextmanager
     def _ready(self, tokens: int, config: GenerationConfig | None = None) -> Iterator[Execution]:
+        check_unchanged(self.model.mapped)
         mm.load_models_gpu([self.patcher], memory_required=self._activations(tokens, config))
         device = self.patcher.load_device
         cast(Any, self.model.language_model).execution = (device, self.dtype)
         with compat.device_context(device):
             yield {"device": device, "dtype": self.dtype}
+        check_unchanged(self.model.mapped)
 
     def _conditioning(self, context: torch.Tensor, layout: Layout, options: dict[str, Any]) -> Conditioning:
         context = context.unsqueeze(0).to(mm.intermediate_device(), torch.float32)
-        return [[context, {LAYOUT: layout, **options}]]
+        return [[context, {LAYOUT: layout, **own_options(), **options}]]
 
     def _references(self, vae: comfy.sd.VAE, images: Sequence[Image.Image]) -> list[torch.Tensor]:
         pixels = (reference_pixels(image, self.encoder.sizes) for image in images)
-        return [cast(torch.Tensor, vae.encode((one.movedim(1, -1) + 1) / 2)) for one in pixels]  # BCHW -> BHWC
+        latents = [cast(torch.Tensor, vae.encode((one.movedim(1, -1) + 1) / 2)) for one in pixels]  # BCHW -> BHWC
+        for latent in latents:
+            check_finite(latent, "a picture's latent", "the VAE")
+        return latents
 
     def _activations(self, tokens: int, config: GenerationConfig | None) -> int:
         language = cast(Any, self.model.language_model.config)
@@ -150,6 +165,16 @@ class NativeMLLM:
             values += per_token * (tokens + config.max_new_tokens) * config.beams
             values += language.vocab_size * config.beams * 4
         return values * self.dtype.itemsize
+
+
+def check_mllm(mllm: object) -> None:
+    """Makes sure that an MLLM is InternVL-U's.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(mllm, NativeMLLM):
+        raise ValueError(f"an MLLM of another kind ({type(mllm).__name__}) found: connect the MLLM of Load InternVL-U")
 
 
 def load_mllm(source: str, precision: torch.dtype | None = None) -> NativeMLLM:
@@ -168,8 +193,8 @@ def load_mllm(source: str, precision: torch.dtype | None = None) -> NativeMLLM:
 def _make_patcher(
     part: Part, precision: torch.dtype | None, disable_dynamic: bool = False
 ) -> tuple[comfy.model_patcher.ModelPatcher, torch.dtype]:
-    config = mllm_config(part.shapes, part.config)
-    check_weights(MLLM(config, device="meta").state_dict(), part.weights, part.name)
+    check_part(part)
+    config = mllm_config(part.shapes, part.config, part.source)
     weights = cast_weights(part, precision)
     load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
     compute = compute_dtype(weights, load_device)
@@ -179,6 +204,7 @@ def _make_patcher(
     scale_layers(model, part.scales)
     model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(False).eval()
+    model.mapped = compat.mapped_files(part, weights)
     compat.remember_dtypes(model)
     patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
     compat.reload_with(patcher, _reload_patcher, str(part.checkpoint.path), precision)

@@ -12,6 +12,7 @@ from comfy.ldm.modules.attention import optimized_attention
 
 from ..internvl_u.mmdit import Block, MMDiT, Packing
 from ..internvl_u.rope import grid_of
+from .latents import check_frames
 
 if TYPE_CHECKING:
     from .model import PromptContext
@@ -42,6 +43,9 @@ class NativeMMDiT(MMDiT):
             ValueError: `x` is a video, or a ControlNet is attached.
         """
         options = {} if transformer_options is None else transformer_options
+        x = (
+            x.clone()
+        )  # without a cast before it is the sampler's own, and core's EasyCache writes into what it is given
         return comfy.patcher_extension.WrapperExecutor.new_class_executor(
             self._forward,
             self,
@@ -77,11 +81,8 @@ def single_frame(latents: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: there are several frames.
     """
-    if latents.ndim == 5:
-        if latents.shape[2] != 1:
-            raise ValueError(f"a latent of {latents.shape[2]} frames found, 1 expected: InternVL-U draws no videos")
-        return latents[:, :, 0]
-    return latents
+    check_frames(latents)
+    return latents[:, :, 0] if latents.ndim == 5 else latents
 
 
 def _run_block(

@@ -16,12 +16,16 @@ import comfy.supported_models_base
 import torch
 
 from ..internvl_u import sampling
-from ..internvl_u.checkpoint import check_weights, open_part
+from ..internvl_u.checkpoint import open_part
 from ..internvl_u.config import mmdit_config
+from ..internvl_u.files import check_unchanged
+from ..internvl_u.load import check_part
 from ..internvl_u.mmdit import BranchInput, MMDiT, time_embedding
 from ..internvl_u.rope import Grid, Layout, Span, grid_of
 from . import compat, guidance
+from .conditioning import CONTEXTS
 from .dtypes import plan_transformer
+from .latents import check_numbers, reference_samples
 from .mmdit import NativeMMDiT
 
 LAYOUT = "internvl_u_layout"
@@ -86,6 +90,7 @@ class InternVLU(comfy.model_base.QwenImage):
         **kwargs: object,
     ) -> torch.Tensor:
         """Returns the time sinusoids [B, 256]. They and the rotary tables are made here, out of reach of a compiler."""
+        check_unchanged(cast(NativeMMDiT, self.diffusion_model).mapped)
         for context in contexts:
             context.branch_for(grid_of(cast(torch.Tensor, x)))
         compute = self.manual_cast_dtype or self.get_dtype()
@@ -95,25 +100,26 @@ class InternVLU(comfy.model_base.QwenImage):
         """Returns the conditions of one conditioning entry: its context with positions, and reference latents.
 
         Raises:
-            ValueError: the conditioning was not made by InternVL-U Encode.
+            ValueError: the conditioning was not made by InternVL-U Encode, or holds what is no number.
         """
         out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
         out.pop("c_crossattn", None)
-        references = [_with_frame(latent) for latent in kwargs.get("reference_latents") or ()]
+        references = [reference_samples(latent) for latent in kwargs.get("reference_latents") or ()]
         if references:
             out["ref_latents"] = comfy.conds.CONDList([self.process_latent_in(latent) for latent in references])
         context = kwargs.get("cross_attn")
         network = cast(NativeMMDiT, self.diffusion_model)
         config = network.config
-        if context is None or context.shape[-1] != config.context_width:
-            width = None if context is None else context.shape[-1]
+        if context is None or context.ndim != 3 or context.shape[-1] != config.context_width:
+            width = None if context is None else context.shape[-1] if context.ndim == 3 else tuple(context.shape)
             raise ValueError(
                 f"conditioning of width {width} found, {config.context_width} expected: connect InternVL-U Encode"
             )
+        check_numbers(context, "a CONDITIONING")
         layout = _spans(kwargs.get(LAYOUT), context.shape[1])
         grids = [grid_of(latent) for latent in references]
         contexts = [PromptContext(network, one, layout, grids) for one in context.to(kwargs["device"])]
-        out["contexts"] = CONDContexts(contexts)
+        out[CONTEXTS] = CONDContexts(contexts)
         return out
 
 
@@ -162,8 +168,8 @@ def load_model(
         ValueError: the precision does not fit the file.
     """
     part = open_part(Path(source), "generation_decoder", compat.open_weights)
-    settings = mmdit_config(part.shapes, part.config)
-    check_weights(MMDiT(settings, device="meta").state_dict(), part.weights, part.name)
+    check_part(part)
+    settings = mmdit_config(part.shapes, part.config, part.source)
     config = InternVLUConfig({"config": settings})
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     plan = plan_transformer(part, precision, config.supported_inference_dtypes, load_device)
@@ -172,16 +178,13 @@ def load_model(
     model = config.get_model(weights, device=offload_device if part.scales else "meta")
     model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False)
+    cast(NativeMMDiT, model.diffusion_model).mapped = compat.mapped_files(part, weights)
     model.device = offload_device
     compat.remember_dtypes(model.diffusion_model)
     patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
     compat.reload_with(patcher, load_model, source, precision)
     guidance.install(patcher)
     return patcher
-
-
-def _with_frame(latent: torch.Tensor) -> torch.Tensor:
-    return latent.unsqueeze(2) if latent.ndim == 4 else latent  # [B, 16, h, w] -> [B, 16, 1, h, w]
 
 
 def _spans(layout: Layout | None, tokens: int) -> Layout:

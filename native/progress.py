@@ -39,8 +39,10 @@ class LiveText:
             show(self.hidden, self.decode(ids))
 
 
-def show(hidden: HiddenHolder, text: str) -> None:
-    """Shows a text on a node in the browser that queued the job; `hidden` are the node's hidden inputs.
+def show(hidden: HiddenHolder, text: str, cut: str = "") -> None:
+    """Shows a text, and that it was `cut`, on a node in the browser that queued the job.
+
+    `hidden` are the node's hidden inputs.
 
     The workflow's id goes with it, because node ids repeat in the workflows of other tabs. A node inside a loop is run
     as a copy with an id of its own: the text is for the node that the copy was made of.
@@ -50,7 +52,7 @@ def show(hidden: HiddenHolder, text: str) -> None:
         return  # a job that came from no page: the text would go to all of them
     node = hidden.dynprompt.get_display_node_id(hidden.unique_id) if hidden.dynprompt else hidden.unique_id
     workflow = _workflow_id(hidden.extra_pnginfo)
-    server.send_sync(EVENT, {"node": node, "workflow": workflow, "text": text}, server.client_id)
+    server.send_sync(EVENT, {"node": node, "workflow": workflow, "text": text, "cut": cut}, server.client_id)
 
 
 def _workflow_id(extra_pnginfo: object) -> object:

@@ -16,16 +16,13 @@ from comfy.model_patcher import ModelPatcher
 from tqdm.auto import tqdm
 
 from ..internvl_u import sampling
+from ..internvl_u.defaults import LONGEST_SCHEDULE
 from ..internvl_u.images import LATENT_STRIDE, latent_size
-from ..internvl_u.sampling import check_finite
+from ..internvl_u.numbers import check_real, check_whole
 from . import compat
+from .conditioning import Conditioning
 from .guidance import DualGuider, check_model
-from .latents import CHANNELS, Latent
-
-LONGEST_SCHEDULE = 100_000
-"""Levels: below denoise 1 the end of a longer schedule is taken."""
-Conditioning = list[Any]
-"""ComfyUI's CONDITIONING: entries of [context [1, tokens, width], options]."""
+from .latents import CHANNELS, Latent, noise_mask
 
 
 def dpmpp_2m_flow() -> comfy.samplers.KSAMPLER:
@@ -39,8 +36,8 @@ def flow_sigmas(steps: int, denoise: float = 1.0) -> torch.Tensor:
     Raises:
         ValueError: `steps` is below 1, or `denoise` is not in 0..1 or asks for a schedule that is too long.
     """
-    if not 0.0 <= denoise <= 1.0:
-        raise ValueError(f"denoise {denoise} found, 0 to 1 expected")
+    check_whole("steps", steps, 1, LONGEST_SCHEDULE)
+    check_real("denoise", denoise, 0.0, 1.0)
     if denoise == 0.0:
         return torch.empty(0)
     if steps / denoise > LONGEST_SCHEDULE:
@@ -70,7 +67,12 @@ def sample_latent(
     part_cfg: float,
     denoise: float = 1.0,
 ) -> Latent:
-    """Returns the drawn LATENT: official solver, schedule and guidance."""
+    """Returns the drawn LATENT: official solver, schedule and guidance.
+
+    Raises:
+        ValueError: an input is of another model, of no numbers or out of range.
+        RuntimeError: what was drawn is no numbers.
+    """
     check_model(model)
     guider = DualGuider(model)
     guider.set_conds(positive, negative)
@@ -83,12 +85,11 @@ def sample_latent(
         samples,
         dpmpp_2m_flow(),
         sigmas,
-        denoise_mask=latent.get("noise_mask"),
+        denoise_mask=noise_mask(latent.get("noise_mask")),
         callback=latent_preview.prepare_callback(model, sigmas.shape[-1] - 1),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    check_finite(drawn, "the drawn latent", "the transformer, a LoRA on it, or the conditioning")
     drawn = drawn.to(comfy.model_management.intermediate_device())
     return {key: value for key, value in latent.items() if key not in compat.LATENT_RATIOS} | {"samples": drawn}
 

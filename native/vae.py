@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import comfy.ldm.wan.vae
 import comfy.model_patcher
 import comfy.sd
 import numpy
 import torch
 from PIL import Image
 
-from ..internvl_u.checkpoint import check_finite_weights, check_weights, open_part
+from ..internvl_u.checkpoint import open_part
 from ..internvl_u.images import resize
 from ..internvl_u.sampling import check_finite
-from ..internvl_u.vae import check_vae_config, to_wan
+from ..internvl_u.vae import check_vae as check_vae_part
+from ..internvl_u.vae import to_wan
+from ..internvl_u.weights import check_finite_weights
 from . import compat
-from .latents import CHANNELS, Latent, check_vae, latent_samples
+from .latents import CHANNELS, Latent, check_vae, latent_samples, with_frame
 
 
 def load_vae(source: str) -> comfy.sd.VAE:
@@ -27,10 +28,8 @@ def load_vae(source: str) -> comfy.sd.VAE:
         RuntimeError: the files are damaged or of another model.
     """
     part = open_part(Path(source), "vae", compat.open_weights)
-    if part.checkpoint.path.is_dir():
-        check_vae_config(part)
+    check_vae_part(part)
     weights = to_wan(part.weights)
-    check_weights(_expected(weights), weights, part.name)
     check_finite_weights(weights, part.name)  # what is infinite would be cut off to white
     vae = comfy.sd.VAE(sd=weights)
     vae.throw_exception_if_invalid()
@@ -48,7 +47,7 @@ def decode(vae: comfy.sd.VAE, latent: Latent, width: int = 0, height: int = 0) -
     samples = latent_samples(latent)
     if samples.shape[1] != CHANNELS:
         raise ValueError(f"an empty LATENT of {samples.shape[1]} channels found: draw it before it is decoded")
-    images = vae.decode(samples)
+    images = vae.decode(with_frame(samples))
     check_finite(images, "the decoded image", "the latent or the VAE")
     if images.ndim == 5:
         images = images.flatten(0, 1)  # [B, frames, H, W, 3]
@@ -70,20 +69,3 @@ def _load_patcher(source: str, disable_dynamic: bool = False) -> comfy.model_pat
     if disable_dynamic and compat.is_dynamic(vae.patcher):
         return compat.cloned_patcher(vae.patcher)
     return vae.patcher
-
-
-def _expected(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    width = weights.get("decoder.head.0.gamma")
-    if width is None:
-        raise RuntimeError("vae: no decoder.norm_out.gamma found: this is not the Qwen-Image VAE")
-    with torch.device("meta"):
-        model = comfy.ldm.wan.vae.WanVAE(
-            dim=width.shape[0],
-            z_dim=16,
-            dim_mult=[1, 2, 4, 4],
-            num_res_blocks=2,
-            attn_scales=[],
-            temperal_downsample=[False, True, True],
-            dropout=0.0,
-        )
-    return model.state_dict()

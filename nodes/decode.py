@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..internvl_u.defaults import LARGEST
 from ..native.vae import decode
+from .inputs import checked
 
 
 class DecodeLatent(io.ComfyNode):
@@ -33,5 +34,6 @@ class DecodeLatent(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, vae: io.Vae.Type, samples: io.Latent.Type, width: int, height: int) -> io.NodeOutput:
         return io.NodeOutput(decode(vae, samples, width, height))

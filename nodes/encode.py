@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..native.images import to_pil_images
-from ..native.mllm import NativeMLLM
-from .inputs import IMAGES, image_inputs, system_input
+from ..native.mllm import NativeMLLM, check_mllm
+from .inputs import IMAGES, checked, image_inputs, system_input
 from .load import MLLM
 
 
@@ -53,6 +53,7 @@ class EncodePrompt(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         mllm: NativeMLLM,
@@ -62,5 +63,6 @@ class EncodePrompt(io.ComfyNode):
         thought: str = "",
         **images: io.Image.Type,
     ) -> io.NodeOutput:
+        check_mllm(mllm)
         given = to_pil_images([images.get(name) for name in IMAGES], mllm.encoder.sizes)
         return io.NodeOutput(*mllm.encode(prompt, system=system_prompt or None, images=given, vae=vae, thought=thought))

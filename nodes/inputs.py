@@ -2,12 +2,66 @@
 
 from __future__ import annotations
 
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any
+
 from comfy_api.latest import io
 
+from ..internvl_u.files import shown
 from ..internvl_u.generation import GenerationConfig
+from ..internvl_u.numbers import is_finite
 
 IMAGES = ("image1", "image2", "image3", "image4")
 HOW = ("greedy", "sampling", "beams")
+
+
+def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    """Returns a node's `execute` that first looks at its numbers and texts.
+
+    ComfyUI looks at those on the node alone; over a link comes whatever another node gives.
+    """
+
+    @functools.wraps(execute)
+    def run(cls: type[io.ComfyNode], **values: Any) -> io.NodeOutput:
+        for one in cls.define_schema().inputs:
+            if one.id not in values:
+                continue
+            if values[one.id] is None and one.optional:
+                del values[one.id]  # as if nothing were connected
+            else:
+                values[one.id] = check_value(one, values[one.id])
+        return execute(cls, **values)
+
+    return run
+
+
+def check_value(one: io.Input, value: Any) -> Any:
+    """Returns the value of an input that is a number or a text, a whole number as one; others are left alone.
+
+    Raises:
+        ValueError: it is something else, or out of range.
+    """
+    if isinstance(one, io.String.Input | io.Combo.Input):
+        if not isinstance(value, str):
+            raise ValueError(f"{one.id}: {_described(value)} found, a text expected")
+        return value
+    if not isinstance(one, io.Int.Input | io.Float.Input):
+        return value
+    value = int(value) if isinstance(value, bool) else value  # ComfyUI's BOOLEAN counts as 0 or 1
+    whole = isinstance(one, io.Int.Input)
+    lowest, highest = one.min, one.max
+    expected = f"a {'whole ' if whole else ''}number from {lowest} to {highest} expected"
+    if not is_finite(value) or (whole and value != int(value)):
+        raise ValueError(f"{one.id}: {_described(value)} found, {expected}")
+    if not lowest <= value <= highest:
+        raise ValueError(f"{one.id}: {shown(value)} found, {expected}")
+    return int(value) if whole else float(value)
+
+
+def _described(value: object) -> str:
+    return shown(value) if isinstance(value, numbers.Number) else f"a value of type {type(value).__name__}"
 
 
 def image_inputs() -> list[io.Image.Input]:

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..internvl_u.defaults import LARGEST, SMALLEST
 from ..internvl_u.images import drawn_size
 from ..native.sampler import empty_latent
+from .inputs import checked
 
 CUSTOM = "custom"
 PRESETS = ("1024 x 1024", "1024 x 768", "768 x 1024", "1024 x 576", "576 x 1024", "512 x 512")
@@ -43,7 +44,10 @@ class CreateLatent(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, preset: str, width: int, height: int, batch_size: int) -> io.NodeOutput:
+        if preset not in (CUSTOM, *PRESETS):
+            raise ValueError(f"preset {preset!r} found, one of {', '.join((CUSTOM, *PRESETS))} expected")
         if preset != CUSTOM:
             width, height = (int(side) for side in preset.split(" x "))
         return io.NodeOutput(empty_latent(*drawn_size(width, height), batch_size))

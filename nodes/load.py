@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..native.dtypes import PRECISIONS
 from ..native.load import load
 from . import model_folders
+from .inputs import checked
 from .model_folders import AUTO
 
 MLLM = io.Custom("INTERNVL_U_MLLM")
@@ -87,6 +88,7 @@ class LoadModel(io.ComfyNode):
         return model_folders.fingerprint(model_folders.find(model_name, mllm_name, vae_name))
 
     @classmethod
+    @checked
     def execute(cls, model_name: str, precision: str, mllm_name: str = AUTO, vae_name: str = AUTO) -> io.NodeOutput:
         found = model_folders.find(model_name, mllm_name, vae_name)
         return io.NodeOutput(*load(found.transformer, precision, found.language, found.vae))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +13,13 @@ from typing import NamedTuple
 import folder_paths
 
 from ..internvl_u.checkpoint import (
-    HOW_TO_GET,
     PARTS,
     holds_language_model,
     holds_transformer,
     is_checkpoint,
     open_checkpoint,
 )
+from ..internvl_u.defaults import HOW_TO_GET
 from ..native import compat
 
 KEY = "InternVL-U"
@@ -65,30 +67,49 @@ def folders() -> dict[str, Path]:
 
 def files(key: str) -> dict[str, Path]:
     """Returns the safetensors files of one of ComfyUI's model folders by name; what cannot be read is left out."""
-    found: dict[str, Path] = {}
-    try:
-        names = folder_paths.get_filename_list(key)
-    except OSError as error:
-        _logger.warning("InternVL-U: the files of %s cannot be listed (%s)", key, error)
-        return {}
-    for name in names:
-        if not name.endswith(".safetensors") or Path(name).name.startswith(".") or not _is_text(name):
-            continue
-        for root in folder_paths.get_folder_paths(key):
-            file = Path(root) / name
-            if _is_file(file):
-                found.setdefault(name, file)
-    return found
+    return {name: Path(file) for name, (file, _) in _listed(key).items()}
 
 
 def transformer_files() -> dict[str, Path]:
     """Returns the files in `diffusion_models` that hold InternVL-U's transformer."""
-    return {name: file for name, file in files(TRANSFORMER_KEY).items() if _cached(holds_transformer, file)}
+    return _holding(holds_transformer, TRANSFORMER_KEY)
 
 
 def language_files() -> dict[str, Path]:
     """Returns the files in `text_encoders` that hold InternVL-U's language model."""
-    return {name: file for name, file in files(LANGUAGE_KEY).items() if _cached(holds_language_model, file)}
+    return _holding(holds_language_model, LANGUAGE_KEY)
+
+
+def _listed(key: str) -> dict[str, tuple[str, os.stat_result]]:
+    """Returns path and state of the safetensors files in one of ComfyUI's model folders by name."""
+    found: dict[str, tuple[str, os.stat_result]] = {}
+    try:
+        names, roots = folder_paths.get_filename_list(key), folder_paths.get_folder_paths(key)
+    except OSError as error:
+        _logger.warning("InternVL-U: the files of %s cannot be listed (%s)", key, error)
+        return {}
+    for name in names:
+        if not name.endswith(".safetensors") or os.path.basename(name).startswith(".") or not _is_text(name):
+            continue
+        for root in roots:
+            file = os.path.join(root, name)
+            with contextlib.suppress(OSError, ValueError):  # a dead link, a loop of links, a name that is none
+                state = os.stat(file)
+                if stat.S_ISREG(state.st_mode):
+                    found.setdefault(name, (file, state))
+    return found
+
+
+def _holding(question: Callable[[Path], bool], key: str) -> dict[str, Path]:
+    """Returns the files of which a function says yes, asked again only when a file has changed."""
+    found: dict[str, Path] = {}
+    for name, (file, state) in _listed(key).items():
+        asked = (question, file, state.st_mtime_ns, state.st_size)
+        if asked not in _answers:
+            _answers[asked] = question(Path(file))
+        if _answers[asked]:
+            found[name] = Path(file)
+    return found
 
 
 def available() -> list[str]:
@@ -101,13 +122,13 @@ def available() -> list[str]:
 
 def fingerprint(found: Found) -> list[tuple[str, int, int]]:
     """Returns (path, time in ns, size) of each file that loading reads."""
-    stats = []
+    states = []
     for place in dict.fromkeys(found):
         for file in open_checkpoint(place).files():
             with contextlib.suppress(OSError):  # it has just gone: loading says so
-                stat = file.stat()
-                stats.append((str(file), stat.st_mtime_ns, stat.st_size))
-    return stats
+                state = file.stat()
+                states.append((str(file), state.st_mtime_ns, state.st_size))
+    return states
 
 
 def find(name: str, language: str = AUTO, vae: str = AUTO) -> Found:
@@ -181,13 +202,6 @@ def _children(root: Path) -> list[Path]:
         return []
 
 
-def _is_file(file: Path) -> bool:
-    try:
-        return file.is_file()
-    except (OSError, ValueError):
-        return False
-
-
 def _is_text(name: str) -> bool:
     """Returns whether a name is UTF-8: another one cannot be sent to the page, nor come back from it."""
     try:
@@ -195,15 +209,3 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _cached(question: Callable[[Path], bool], file: Path) -> bool:
-    """Returns what a function answers of a file, asked again only when the file has changed."""
-    try:
-        stat = file.stat()
-    except OSError:
-        return False
-    key = (question, file, stat.st_mtime_ns, stat.st_size)
-    if key not in _answers:
-        _answers[key] = question(file)
-    return _answers[key]

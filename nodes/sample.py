@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..internvl_u.defaults import GUIDANCE, STEPS
 from ..native.guidance import DualGuider, check_model
 from ..native.sampler import dpmpp_2m_flow, flow_sigmas, sample_latent
-from .inputs import seed_input
+from .inputs import checked, seed_input
 
 ALL_CFG_TIP = (
     "How strongly the words are followed. Higher: closer to the prompt, harder contrast. 4.5 is the official value."
@@ -75,6 +75,7 @@ class SampleLatent(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: io.Model.Type,
@@ -106,6 +107,7 @@ class CreateGuider(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: io.Model.Type,
@@ -155,5 +157,6 @@ class ScheduleSteps(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, steps: int, denoise: float) -> io.NodeOutput:
         return io.NodeOutput(flow_sigmas(steps, denoise))

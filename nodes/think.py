@@ -8,7 +8,7 @@ from ..internvl_u.defaults import ANSWER_TOKENS, THOUGHT_TOKENS
 from ..internvl_u.prompt import SYSTEM_ANSWER
 from ..native.generate import answer, think
 from ..native.mllm import NativeMLLM
-from .inputs import IMAGES, generation_config, generation_inputs, image_inputs, system_input
+from .inputs import IMAGES, checked, generation_config, generation_inputs, image_inputs, system_input
 from .load import MLLM
 
 
@@ -41,6 +41,7 @@ class WriteThought(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         mllm: NativeMLLM,
@@ -57,7 +58,7 @@ class WriteThought(io.ComfyNode):
         config = generation_config(max_new_tokens, how, temperature, top_p, beams, seed)
         given = [images.get(name) for name in IMAGES]
         thought = think(mllm, prompt, system_prompt or None, given, config, cls.hidden)
-        return io.NodeOutput(thought, ui={"text": [str(thought)]})
+        return io.NodeOutput(thought.text, ui=thought.ui())
 
 
 class AnswerQuestion(io.ComfyNode):
@@ -89,6 +90,7 @@ class AnswerQuestion(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         mllm: NativeMLLM,
@@ -105,4 +107,4 @@ class AnswerQuestion(io.ComfyNode):
         config = generation_config(max_new_tokens, how, temperature, top_p, beams, seed)
         given = [images.get(name) for name in IMAGES]
         text = answer(mllm, question, system_prompt or SYSTEM_ANSWER, given, config, cls.hidden)
-        return io.NodeOutput(text, ui={"text": [text]})
+        return io.NodeOutput(text.text, ui=text.ui())

@@ -1,4 +1,4 @@
-"""The text on InternVL-U Think in a real browser: while it is written, cancelled, reloaded and copied."""
+"""The text on InternVL-U Think in a real browser: while it is written, cut, cancelled, reloaded and copied."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ THINK = "app.graph.nodes.find(node => node.type === 'InternVLU_WriteThought')"
 VALUES = f"() => Object.fromEntries({THINK}.widgets.map(widget => [widget.name, widget.value]))"
 SET = f"values => {THINK}.widgets.forEach(widget => {{ widget.value = values[widget.name] ?? widget.value; }})"
 TEXT = f"() => {THINK}?.widgets.find(widget => widget.name === 'live_text').element.querySelector('textarea').value"
+CUT = TEXT.replace("'textarea').value", "'.internvlu-cut').textContent")
+# Whether the line on the node that is shown can be seen: Nodes 2.0 moves the node's element to another place.
+CUT_SHOWN = "!!document.querySelector('.internvlu-cut')?.checkVisibility()"
+SET_NODES_2 = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+TO_SUBGRAPH = f"() => app.graph.convertToSubgraph(new Set([{THINK}])).node.id"
+INNER = "id => app.graph.getNodeById(id).subgraph.nodes.find(node => node.type === 'InternVLU_WriteThought')"
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +145,78 @@ def test_the_button_copies_the_text(page, server):
     page.get_by_role("button", name="Copy", exact=True).click()
     page.get_by_role("button", name="Copied").wait_for()
     assert shown(page.evaluate("navigator.clipboard.readText()")) == shown(text)
+
+
+def cut_text(page, server, seed=4) -> tuple[str, str]:
+    """Runs a job whose text a limit ends; returns the text and what its history says of the cut."""
+    before = server.get("/history").keys()
+    queue(page, max_new_tokens=5, seed=seed)
+    (output,) = [output for output in wait(page, server, before)["outputs"].values() if "cut" in output]
+    assert output["text"][0]
+    return output["text"][0], output["cut"][0]
+
+
+def whole_text(page, server) -> str:
+    """Runs jobs until the model ends a text itself."""
+    for seed in range(40):
+        before = server.get("/history").keys()
+        queue(page, max_new_tokens=2000, seed=seed)
+        outputs = wait(page, server, before)["outputs"].values()
+        if not any("cut" in output for output in outputs):
+            return next(output["text"][0] for output in outputs)
+    pytest.fail("no seed gave a text that the model ended itself")
+
+
+def test_a_text_that_a_limit_has_cut_says_so_below_until_the_next_one(page, server):
+    text, sentence = cut_text(page, server)
+    assert sentence == "the text was cut after 5 tokens: raise max_new_tokens for all of it"
+    assert page.evaluate(CUT) == sentence and page.evaluate(TEXT) == shown(text)
+    page.evaluate("app.canvas.ds.reset()")
+    page.wait_for_function(CUT_SHOWN)
+    page.get_by_role("button", name="Copy", exact=True).click()
+    page.get_by_role("button", name="Copied").wait_for()
+    assert shown(page.evaluate("navigator.clipboard.readText()")) == shown(text)
+    reload(page)
+    assert page.evaluate(CUT) == sentence
+
+    whole = whole_text(page, server)
+    assert page.evaluate(TEXT) == shown(whole)
+    assert page.evaluate(CUT) == "" and not page.evaluate(CUT_SHOWN)
+
+
+def test_a_result_from_the_cache_says_that_it_was_cut(page, server):
+    _, sentence = cut_text(page, server, seed=5)
+    page.evaluate(f"() => {{ {THINK}.properties = {{}}; }}")
+    before = server.get("/history").keys()
+    queue(page, max_new_tokens=5, seed=5)
+    entry = wait(page, server, before)
+    cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+    assert str(page.evaluate(f"{THINK}.id")) in cached
+    assert page.evaluate(CUT) == sentence
+
+
+def test_nodes_2_shows_that_a_text_was_cut(page, server):
+    page.evaluate(SET_NODES_2, True)
+    try:
+        _, sentence = cut_text(page, server, seed=6)
+        page.wait_for_function(CUT_SHOWN)
+        assert page.evaluate("document.querySelector('[data-node-id] .internvlu-cut').innerText") == sentence
+    finally:
+        page.evaluate(SET_NODES_2, False)
+
+
+def test_the_text_of_a_node_in_a_subgraph_is_on_that_node(page, server):
+    """The last of these tests: the graph stays changed."""
+    outer = page.evaluate(TO_SUBGRAPH)
+    inner = f"({INNER})({outer})"
+    before = server.get("/history").keys()
+    page.evaluate(f"() => {{ {inner}.properties = {{}}; }}")
+    page.evaluate(f"seed => {{ {inner}.widgets.find(widget => widget.name === 'seed').value = seed; }}", 7)
+    page.evaluate(f"() => {{ {inner}.widgets.find(widget => widget.name === 'max_new_tokens').value = 3; }}")
+    page.evaluate("app.queuePrompt(0)")
+    outputs = wait(page, server, before)["outputs"]
+    path = f"{outer}:{page.evaluate(f'{inner}.id')}"
+    assert page.evaluate(f"{inner}.properties") == {
+        "internvl_u_text": outputs[path]["text"][0],
+        "internvl_u_cut": outputs[path]["cut"][0],
+    }

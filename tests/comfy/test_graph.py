@@ -168,7 +168,7 @@ DAMAGES = {
     "another model": (other_model, "holds a FluxPipeline, InternVLUPipeline expected"),
     "bad json": (lambda f: (f / "vlm/config.json").write_text("{"), "config.json is not readable as JSON"),
     "no part": (lambda f: shutil.rmtree(f / "vae"), "has no vae/config.json"),
-    "damaged": (lambda f: os.truncate(f / "generation_decoder/model.safetensors", 5000), "is damaged"),
+    "damaged": (lambda f: os.truncate(f / "generation_decoder/model.safetensors", 5000), "is shorter than its"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "processor"), "no tokenizer.json or vocab.json"),
 }
 

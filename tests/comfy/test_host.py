@@ -169,10 +169,14 @@ def test_live_text_of_a_node_that_a_loop_copied_is_for_the_node_that_is_shown(co
     instance = SimpleNamespace(client_id="page", send_sync=lambda *event: sent.append(event))
     monkeypatch.setattr(comfy_server.PromptServer, "instance", instance, raising=False)
     hidden = SimpleNamespace(unique_id=ids[-1], extra_pnginfo={"workflow": {"id": "w"}}, dynprompt=prompt)
-    text.show(hidden, "a thought")
+    text.show(hidden, "a thought", "it was cut")
     text.show(SimpleNamespace(unique_id="3", extra_pnginfo=None, dynprompt=None), "an answer")
-    assert sent[0] == ("internvl_u.text", {"node": shown, "workflow": "w", "text": "a thought"}, "page")
-    assert sent[1][1]["node"] == "3"
+    assert sent[0] == (
+        "internvl_u.text",
+        {"node": shown, "workflow": "w", "text": "a thought", "cut": "it was cut"},
+        "page",
+    )
+    assert sent[1][1]["node"] == "3" and sent[1][1]["cut"] == ""
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What ComfyUI does with native objects: offloading, LoRA, batches, areas, precision, interrupts."""
 
+import importlib
+
 import pytest
 import torch
 from pack.internvl_u.generation import GenerationConfig
@@ -346,14 +348,16 @@ def test_an_interrupt_stops_within_a_step_and_the_next_picture_is_drawn(loaded, 
     assert torch.equal(draw(loaded.model, loaded.mllm, case), expected)
 
 
-def test_weights_are_not_copied_on_loading(loaded):
+def test_weights_of_large_files_are_not_copied_on_loading(native, checkpoint, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("pack.internvl_u.weights"), "SMALL", 0)
+    model, mllm, _ = native.load(checkpoint, "fp32")
     with open("/proc/self/maps") as maps:
         mapped = [
             tuple(int(end, 16) for end in line.split()[0].split("-"))
             for line in maps
             if line.rstrip().endswith(".safetensors")
         ]
-    for patcher in (loaded.model, loaded.mllm.patcher):
+    for patcher in (model, mllm.patcher):
         for parameter in patcher.model.parameters():
             assert any(first <= parameter.data_ptr() < last for first, last in mapped)
 

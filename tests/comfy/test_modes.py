@@ -163,6 +163,38 @@ def test_text_and_progress_stream_while_it_is_written(server, ask_graph):
     assert counts == sorted(counts)
 
 
+@pytest.mark.parametrize("kind", ["InternVLU_AnswerQuestion", "InternVLU_WriteThought"])
+def test_a_text_that_a_limit_has_cut_says_so_beside_it_also_from_the_cache(server, ask_graph, kind):
+    nodes = ask_graph(kind, "hello", max_new_tokens=3)
+    nodes["shown"] = {"class_type": "PreviewAny", "inputs": {"source": ["text", 0]}}
+    first, again = server.run(nodes), server.run(nodes)
+    for entry in (first, again):
+        output = entry["outputs"]["text"]
+        assert output["cut"] == ["the text was cut after 3 tokens: raise max_new_tokens for all of it"]
+        assert entry["outputs"]["shown"]["text"] == output["text"]
+    cached = next(data["nodes"] for kind, data in again["status"]["messages"] if kind == "execution_cached")
+    assert "text" in cached
+    events, _ = server.listen(ask_graph(kind, "hello", max_new_tokens=2))
+    cuts = [data["cut"] for kind, data in events if kind == "internvl_u.text"]
+    assert "after 2 tokens" in cuts[-1] and set(cuts[:-1]) == {""}
+
+
+def test_a_text_that_the_model_has_ended_says_nothing_of_a_cut(server, ask_graph, golden):
+    case = golden("cot_t2i_eos")
+    entry = server.run(ask_graph("InternVLU_WriteThought", case.prompt, **how(case)))
+    assert set(entry["outputs"]["text"]) == {"text"}
+
+
+@pytest.mark.parametrize("name", ["5:12", "5:6:12"])
+def test_the_text_of_a_node_in_subgraphs_is_for_the_node_of_that_path(server, ask_graph, name):
+    nodes = ask_graph("InternVLU_AnswerQuestion", f"hello {name}", max_new_tokens=3)
+    nodes[name] = nodes.pop("text")
+    events, _ = server.listen(nodes)
+    assert {data["node"] for kind, data in events if kind == "internvl_u.text"} == {name}
+    (result,) = [data for kind, data in events if kind == "executed"]
+    assert result["node"] == result["display_node"] == name and result["output"]["text"]
+
+
 def test_cancel_stops_the_writing_and_the_next_job_runs(server, ask_graph):
     for seed in range(100, 120):
         asked = []

@@ -33,8 +33,8 @@ def test_the_transformer_compiles_without_a_graph_break(loaded, parts, golden, n
         near(velocity, expected[list(branches)])
 
 
-@pytest.mark.parametrize("name", ["EasyCacheNode", "LazyCacheNode"])
-def test_cores_step_caches_skip_steps_and_draw_nearly_the_same(loaded, draw, golden, monkeypatch, name):
+@pytest.mark.parametrize("name, tolerance", [("EasyCacheNode", 0.05), ("LazyCacheNode", 0.2)])
+def test_cores_step_caches_skip_steps_and_draw_nearly_the_same(loaded, draw, golden, monkeypatch, name, tolerance):
     import comfy_extras.nodes_easycache as caches
 
     case = golden("t2i_square")
@@ -48,7 +48,7 @@ def test_cores_step_caches_skip_steps_and_draw_nearly_the_same(loaded, draw, gol
     cached = getattr(caches, name).execute(loaded.model, 0.3, 0.15, 0.95, False).result[0]
     drawn = draw(cached, loaded.mllm, case, steps=20)
     assert len(calls) < whole
-    assert torch.isfinite(drawn).all() and (drawn - plain).norm() / plain.norm() < 1
+    assert torch.isfinite(drawn).all() and (drawn - plain).norm() / plain.norm() < tolerance
 
 
 def test_the_empty_prompt_is_encoded_once(loaded, golden, monkeypatch):

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 
-def header(value, data=b""):
+def header(value, data=bytes(16)):
     """Bytes of a file in the form of safetensors, whatever its header says."""
     text = value if isinstance(value, bytes) else json.dumps(value).encode()
     return struct.pack("<Q", len(text)) + text + data
@@ -24,6 +24,11 @@ ODD_FILES = {
     "seven bytes": b"1234567",
     "a page": b"<!DOCTYPE html><html>not found</html>",
     "lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "a site's error": b'{"error":"Access to model InternVL-U is restricted"}',
+    "gguf": b"GGUF\3\0\0\0" + bytes(64),
+    "a pickle": b"\x80\2}q\0.",
+    "a zip": b"PK\3\4" + bytes(64),
+    "cut off": header({"txt_norm.weight": entry((1000,), (0, 4000))}, bytes(100)),
     "zeros": bytes(64),
     "ones": b"\xff" * 64,
     "longer than the file": struct.pack("<Q", 10**6) + b"{}",
@@ -50,11 +55,28 @@ ODD_FILES = {
     "nan": header(b'{"txt_norm.weight": NaN}'),
     "another model": header({"model.layers.0.weight": entry()}, bytes(4)),
 }
+SAID = {
+    "empty": "is empty",
+    "a page": "is a web page",
+    "lfs pointer": "is a Git LFS pointer",
+    "zeros": "begins with zeros",
+    "a site's error": "is a site's error",
+    "gguf": "is a GGUF file",
+    "a pickle": "is a pickle of PyTorch, which is never opened",
+    "a zip": "is a pickle of PyTorch, which is never opened",
+    "cut off": "is shorter than its header says",
+    "longer than the file": "is shorter than its header says",
+    "offsets beyond": "is shorter than its header says",
+}
+"""What is said of odd files that are one of the usual mistakes; of all others, that they are not readable."""
 ODD_NAMES = ("a\nb", "<b>bold", "quo\"te'", "emoji \N{GRINNING FACE}", "sp ace", "per%20cent", "-dash")
 FOLDERS = ("diffusion_models", "text_encoders", "vae")
 
 
 SOURCE = """
+import json
+
+
 class Source:
     CATEGORY, FUNCTION, RETURN_TYPES = "tests", "give", ("COMBO",)
 
@@ -66,7 +88,19 @@ class Source:
         return (value,)
 
 
-NODE_CLASS_MAPPINGS = {"TestsSource": Source}
+class Anything(str):
+    def __ne__(self, other):
+        return False
+
+
+class Value(Source):
+    RETURN_TYPES = (Anything("*"),)
+
+    def give(self, value):
+        return (json.loads(value),)
+
+
+NODE_CLASS_MAPPINGS = {"TestsSource": Source, "TestsValue": Value}
 """
 
 

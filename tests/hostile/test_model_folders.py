@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 from pack.internvl_u import header
-from pack.internvl_u.checkpoint import Folder, SingleFile, holds_language_model, holds_transformer, weight_files
+from pack.internvl_u.checkpoint import Folder, SingleFile, holds_language_model, holds_transformer
+from pack.internvl_u.weights import weight_files
 
-from .conftest import FOLDERS, ODD_FILES, ODD_NAMES, entry
+from .conftest import FOLDERS, ODD_FILES, ODD_NAMES, SAID, entry
 from .conftest import header as file_of
 
 GRAPH = Path(__file__).parent.parent / "workflows" / "text_to_image.api.json"
@@ -61,8 +63,8 @@ def test_a_header_is_checked_before_it_is_used(tmp_path, name):
     file = tmp_path / "file.safetensors"
     file.write_bytes(ODD_FILES[name])
     assert holds_transformer(file) is False and holds_language_model(file) is False
-    if name not in ("another model", "ours but no json", "ours but a list", "ours with a part that is none"):
-        with pytest.raises(RuntimeError, match="is no readable safetensors file"):
+    if name not in ("another model", "to_q of no axes") and not name.startswith("ours"):
+        with pytest.raises(RuntimeError, match=re.escape(SAID.get(name, "is not readable as safetensors"))):
             header.read_header(file)
 
 
@@ -104,8 +106,8 @@ def test_thousands_of_foreign_files_cost_little_once_they_are_known(comfyui, tmp
     assert model_folders.transformer_files() == {}
     taken = time.process_time() - begun
     assert first == 3000 and len(opened) == 3000, "a file that has not changed is opened again"
-    # Processor time, not the clock's: 3,000 looks at a file cost some 0.05 s.
-    assert taken < 0.5
+    # Processor time, not the clock's: 3,000 looks at a file cost some 0.01 s.
+    assert taken < 0.1
 
 
 def test_no_file_is_opened_before_the_server_answers(comfyui, monkeypatch):

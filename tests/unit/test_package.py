@@ -13,7 +13,18 @@ from pack.tools import tested
 
 ROOT = Path(__file__).parent.parent.parent
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "latent_preview", "nodes", "server"}
-LIBRARY = {"torch", "numpy", "PIL", "einops", "safetensors", "tokenizers", "transformers", "tqdm", "diffusers"}
+LIBRARY = {
+    "torch",
+    "numpy",
+    "PIL",
+    "einops",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "tqdm",
+    "diffusers",
+    "pydantic",
+}
 
 
 def imports(file):

@@ -144,7 +144,7 @@ def test_command_line_draws_the_official_picture_and_tells_how(checkpoint, golde
     [
         (["--model", "nowhere"], "no model folder"),
         (["--width", "8"], "width 8 found, 16 to 4096 pixels expected"),
-        (["--steps", "0"], "0 steps asked for"),
+        (["--steps", "0"], "steps 0 found, 1 to 100000 expected"),
         (["--out", "picture.jpg"], "a name ending in .png expected"),
         (["--out", "no/such/folder/picture.png"], "no folder"),
         (["--device", "nothing"], "nothing"),

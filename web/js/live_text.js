@@ -1,20 +1,24 @@
 // Shows the text of InternVL-U Think and InternVL-U Answer on the node: live while it is written, and afterwards.
-// The text is a property of the node, so that tabs, reloads, copies and saved workflows keep it.
+// The text is a property of the node, so that tabs, reloads, copies and saved workflows keep it; so is the line below it
+// that says that a limit has cut the text.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const NODES = new Set(["InternVLU_WriteThought", "InternVLU_AnswerQuestion"]);
 const EVENT = "internvl_u.text"; // native/progress.py
 const PROPERTY = "internvl_u_text";
+const CUT_PROPERTY = "internvl_u_cut";
 const WIDGET = "live_text";
 const MIN_HEIGHT = 120;
 
 const BORDER = "border: 1px solid var(--border-color, #4e4e4e); border-radius: 4px;";
-const BOX_STYLE = `position: relative; display: flex; box-sizing: border-box; width: 100%; height: 100%; ${BORDER}
+const BOX_STYLE = `position: relative; display: flex; flex-direction: column; box-sizing: border-box; width: 100%; height: 100%; ${BORDER}
   min-height: ${MIN_HEIGHT - 20}px; background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd);`;
-const AREA_STYLE = `flex: 1; min-width: 0; padding: 4px 6px 24px; border: 0; outline: 0; resize: none; color: inherit;
+const AREA_STYLE = `flex: 1; min-height: 0; padding: 4px 6px 24px; border: 0; outline: 0; resize: none; color: inherit;
   background: transparent; overflow-wrap: anywhere; overscroll-behavior: contain;
   font: max(12px, var(--comfy-textarea-font-size, 12px))/1.4 sans-serif;`;
+const CUT_STYLE = `padding: 3px 70px 5px 6px; color: var(--warning-text, #e6b04c); font: 10px/1.5 sans-serif;
+  border-top: 1px solid var(--border-color, #4e4e4e);`;
 const BUTTON_STYLE = `position: absolute; right: 16px; bottom: 4px; padding: 1px 6px; cursor: pointer; ${BORDER}
   background: var(--comfy-menu-bg, #353535); color: inherit; font: 10px/1.5 sans-serif;`;
 
@@ -26,9 +30,10 @@ const element = (tag, style, fields) => Object.assign(document.createElement(tag
 function addWidget(node) {
   const box = element("div", BOX_STYLE, { className: "internvlu-text widget-expands" });
   const area = element("textarea", AREA_STYLE, { readOnly: true, placeholder: "The text appears here." });
+  const cut = element("div", CUT_STYLE, { className: "internvlu-cut", hidden: true });
   const button = element("button", BUTTON_STYLE, { type: "button", textContent: "Copy", hidden: true });
   button.addEventListener("click", () => copy(node, area, button));
-  box.append(area, button);
+  box.append(area, cut, button);
   leaveRestToCanvas(box);
 
   const options = { serialize: false, getMinHeight: () => MIN_HEIGHT };
@@ -76,7 +81,7 @@ function leaveRestToCanvas(box) {
 function show(node) {
   const box = node.widgets?.find((widget) => widget.name === WIDGET)?.element;
   if (!box) return;
-  const [area, button] = box.children;
+  const [area, cut, button] = box.children;
   const [old, text] = [area.value, String(node.properties?.[PROPERTY] ?? "")];
   const follow = old && area.scrollHeight - area.scrollTop - area.clientHeight < 4;
   let same = 0;
@@ -84,17 +89,20 @@ function show(node) {
   area.setRangeText(text.slice(same), same, old.length, "preserve"); // keeps what the reader has selected
   if (follow) area.scrollTop = area.scrollHeight;
   button.hidden = !text;
+  cut.textContent = node.properties?.[CUT_PROPERTY] ?? "";
+  cut.hidden = !cut.textContent;
 }
 
 const rootGraph = () => app.rootGraph ?? app.graph;
 
-function write(path, text) {
+function write(path, text, cut) {
   // In subgraphs an id is a path: 5:12 is node 12 in the subgraph of node 5.
   const ids = String(path).split(":");
   const graph = ids.slice(0, -1).reduce((graph, id) => graph?.getNodeById(id)?.subgraph, rootGraph());
   const node = graph?.getNodeById(ids.at(-1));
   if (!NODES.has(node?.type) || typeof text !== "string") return;
   node.properties[PROPERTY] = text;
+  node.properties[CUT_PROPERTY] = cut ?? "";
   show(node);
 }
 
@@ -102,14 +110,14 @@ const isOpen = (workflow) => !workflow || workflow === rootGraph()?.id;
 
 function onLiveText({ detail }) {
   liveNodes.add(detail.node);
-  if (isOpen(detail.workflow)) write(detail.node, detail.text);
+  if (isOpen(detail.workflow)) write(detail.node, detail.text, detail.cut);
   else pendingByWorkflow.set(`${detail.workflow} ${detail.node}`, detail);
 }
 
 // A result from the cache was not written live; any other one is known already.
 function takeResult({ detail }) {
   const path = String(detail.display_node ?? detail.node);
-  if (!liveNodes.has(path)) write(path, detail.output?.text?.[0]);
+  if (!liveNodes.has(path)) write(path, detail.output?.text?.[0], detail.output?.cut?.[0]);
 }
 
 // The frontend keeps a changed graph for the next page load, but looks for changes only after user actions.
@@ -146,10 +154,10 @@ app.registerExtension({
   },
 
   afterConfigureGraph() {
-    for (const [key, { workflow, node, text }] of pendingByWorkflow) {
+    for (const [key, { workflow, node, text, cut }] of pendingByWorkflow) {
       if (!isOpen(workflow)) continue;
       pendingByWorkflow.delete(key);
-      write(node, text);
+      write(node, text, cut);
     }
   },
 });

@@ -1,0 +1,130 @@
+"""Values of a wrong kind over a link into each input of each node: one sentence at that node, and the server lives."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from .test_model_folders import graph
+
+VALUES = {"None": None, "a str": "some text", "an int": 5, "a list": [1, 2], "a dict": {"a": 1}}
+ASKED = {"max_new_tokens": 2, "how": "greedy", "temperature": 0.7, "top_p": 0.9, "beams": 3, "seed": 0}
+PICTURES = {f"image{i}": ["picture", 0] for i in (1, 2, 3, 4)}
+CONDITIONS = {"model": ["load", 0], "positive": ["encode", 0], "negative": ["encode", 1]}
+SCALES = {"all_cfg": 4.5, "part_cfg": 2.0}
+NODES = {
+    "InternVLU_LoadModel": {"model_name": "tiny", "precision": "fp32", "mllm_name": "auto", "vae_name": "auto"},
+    "InternVLU_EncodePrompt": {"mllm": ["load", 1], "prompt": "a cat", "system_prompt": "", "vae": ["load", 2]}
+    | {**PICTURES, "thought": "a black cat"},
+    "InternVLU_WriteThought": {"mllm": ["load", 1], "prompt": "a cat", **ASKED, "system_prompt": "", **PICTURES},
+    "InternVLU_AnswerQuestion": {"mllm": ["load", 1], "question": "what?", **ASKED, "system_prompt": "", **PICTURES},
+    "InternVLU_CreateLatent": {"preset": "custom", "width": 32, "height": 32, "batch_size": 1},
+    "InternVLU_SampleLatent": {
+        **CONDITIONS,
+        "latent_image": ["latent", 0],
+        "seed": 0,
+        "steps": 1,
+        **SCALES,
+        "denoise": 1.0,
+    },
+    "InternVLU_CreateGuider": {**CONDITIONS, **SCALES},
+    "InternVLU_ScheduleSteps": {"steps": 4, "denoise": 1.0},
+    "InternVLU_DecodeLatent": {"vae": ["load", 2], "samples": ["drawn", 0], "width": 0, "height": 0},
+}
+INPUTS = [(node, name) for node, inputs in NODES.items() for name in inputs]
+OPTIONAL = {"system_prompt", "vae_name", "mllm_name", "thought", *PICTURES}
+TEXTS = {"prompt", "question", "system_prompt", "thought"}
+FILES = {"model_name", "mllm_name", "vae_name"}
+# Widgets for which 5 is a good value.
+FIVE = {"max_new_tokens", "beams", "seed", "batch_size", "steps", "all_cfg", "part_cfg"}
+
+
+def around(node, name, value):
+    """A graph of one node with what it needs, one of its inputs linked to a value."""
+    encode = {"mllm": ["load", 1], "prompt": "a cat", "system_prompt": ""}
+    sample = {**NODES["InternVLU_SampleLatent"], "seed": 1}
+    return {
+        "load": {"class_type": "InternVLU_LoadModel", "inputs": NODES["InternVLU_LoadModel"]},
+        "encode": {"class_type": "InternVLU_EncodePrompt", "inputs": encode},
+        "latent": {"class_type": "InternVLU_CreateLatent", "inputs": NODES["InternVLU_CreateLatent"]},
+        "drawn": {"class_type": "InternVLU_SampleLatent", "inputs": sample},
+        "picture": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 32, "batch_size": 1, "color": 255}},
+        "value": {"class_type": "TestsValue", "inputs": {"value": json.dumps(value)}},
+        "node": {"class_type": node, "inputs": NODES[node] | {name: ["value", 0]}},
+        "shown": {"class_type": "PreviewAny", "inputs": {"source": ["node", 0]}},
+    }
+
+
+def is_good(node, name, value):
+    if value is None:
+        return name in OPTIONAL  # as if nothing were connected; a VAE is missing with pictures
+    if isinstance(value, str):
+        return name in TEXTS
+    fits = name in FIVE or (node == "InternVLU_DecodeLatent" and name in {"width", "height"})
+    return value == 5 and fits
+
+
+def test_the_table_has_every_input_of_every_node(littered):
+    info = littered.get("/object_info")
+    ours = {name: node["input"] for name, node in info.items() if name.startswith("InternVLU_")}
+    inputs = [
+        (node, name)
+        for node, given in ours.items()
+        for kind in ("required", "optional")
+        for name in given.get(kind, ())
+    ]
+    assert sorted(inputs) == sorted(INPUTS)
+    assert len(INPUTS) * len(VALUES) == 315
+
+
+@pytest.mark.parametrize("node, name", INPUTS)
+def test_a_value_of_a_wrong_kind_over_a_link_ends_the_job_with_one_sentence(littered, node, name):
+    for kind, value in VALUES.items():
+        entry = littered.run(around(node, name, value))
+        errors = [data for event, data in entry["status"]["messages"] if event == "execution_error"]
+        if is_good(node, name, value):
+            assert not errors, f"{kind}: {errors}"
+            continue
+        assert errors, f"{kind} was taken"
+        (told,) = errors
+        sentence = told["exception_message"].strip()
+        assert told["node_id"] == "node"
+        if kind == "a str" and name in FILES:  # the name of a file that is not there
+            assert told["exception_type"] == "FileNotFoundError" and sentence.startswith("no "), told
+            continue
+        assert told["exception_type"] == "ValueError", f"{kind}: {told}"
+        assert "\n" not in sentence and "found" in sentence, f"{kind}: {sentence}"
+        assert "expected" in sentence or "connect" in sentence, f"{kind}: {sentence}"
+    assert littered.run(graph())["status"]["status_str"] == "success"
+
+
+@pytest.fixture(scope="module")
+def inputs(comfyui):
+    import importlib
+
+    from comfy_api.latest import io
+
+    module = importlib.import_module("pack.nodes.inputs")
+    number = {"default": 1, "min": 0, "max": 9}
+    whole, real = io.Int.Input("steps", **number), io.Float.Input("all_cfg", **number)
+    return SimpleNamespace(check=module.check_value, whole=whole, real=real, text=io.String.Input("prompt"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10, -1, "5", None, 1j, [5]])
+def test_a_number_that_is_none_or_out_of_range_is_named(inputs, value):
+    for one in (inputs.whole, inputs.real):
+        with pytest.raises(ValueError, match=f"{one.id}: .* found, a .*number from 0 to 9 expected"):
+            inputs.check(one, value)
+
+
+def test_whole_numbers_of_any_type_are_taken_and_others_are_not(inputs):
+    import numpy
+
+    for value in (5, 5.0, numpy.int64(5), numpy.float32(5), True):
+        found = inputs.check(inputs.whole, value)
+        assert found == int(value) and type(found) is int
+    with pytest.raises(ValueError, match="steps: 2.5 found, a whole number"):
+        inputs.check(inputs.whole, 2.5)
+    assert type(inputs.check(inputs.real, 5)) is float
+    assert inputs.check(inputs.text, "") == ""
