@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import pty
 import shutil
 import subprocess
 import sys
@@ -228,6 +227,8 @@ def test_a_conversion_whose_list_nobody_can_read_is_whole(start, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX")
 def test_progress_on_a_terminal_that_goes_away_loses_no_picture(start, tmp_path):
+    import pty
+
     ours, theirs = pty.openpty()
     os.close(ours)
     out = tmp_path / "out.png"

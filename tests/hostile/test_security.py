@@ -2,16 +2,13 @@
 
 import ast
 import contextlib
-import fcntl
 import json
 import os
 import pickle
-import pty
 import re
 import shutil
 import subprocess
 import sys
-import termios
 import time
 import types
 from pathlib import Path
@@ -177,6 +174,7 @@ ANSWERED = "y\n" * 20
 
 def in_terminal(line, seconds=120):
     """Runs a program in a terminal of its own, in which "y" is typed again and again; returns status and text."""
+    fcntl, pty, termios = (pytest.importorskip(name, reason="POSIX") for name in ("fcntl", "pty", "termios"))
     ours, theirs = pty.openpty()
 
     def prepare():

@@ -129,6 +129,13 @@ class PanicException(BaseException):
     """As the tokenizers library has it."""
 
 
+@pytest.mark.parametrize("data", [b"\xff\xfe{}", b"", b"{}", b"[" * 100_000])
+def test_a_tokenizer_that_is_no_text_or_no_json_is_unreadable(broken, data):
+    (broken / "processor" / "tokenizer.json").write_bytes(data)
+    with pytest.raises(RuntimeError, match="the tokenizer in .* is unreadable"):
+        Tokenizer(broken / "processor")
+
+
 def test_a_panic_of_the_tokenizers_library_is_an_error(checkpoint, monkeypatch):
     tokenizer = Tokenizer(checkpoint / "processor")
 
