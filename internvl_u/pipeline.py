@@ -90,6 +90,7 @@ class Pipeline:
         """
         width, height = self.size(request)
         drawn = image_module.drawn_size(width, height)
+        self._vae()  # one that cannot be loaded is not found after minutes of work
         sigmas = sampling.flow_sigmas(request.steps)
         noise = image_module.noise(*drawn, request.seed)
         latent = self.sample(self.encode_prompt(request), noise, sigmas, request.guidance, on_step)

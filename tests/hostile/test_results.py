@@ -16,6 +16,7 @@ import pytest
 from pack.internvl_u import results
 from pack.internvl_u.__main__ import main
 from pack.internvl_u.convert import convert
+from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -295,3 +296,11 @@ def test_a_job_without_a_page_writes_into_no_page(comfyui, monkeypatch):
         hidden.extra_pnginfo = odd
         progress.show(hidden, "text")
     assert len(sent) == 8 and all(json.dumps(event) and event[1]["workflow"] is None for event in sent)
+
+
+def test_a_vae_that_cannot_be_loaded_is_found_before_the_work(broken, monkeypatch):
+    pipeline = Pipeline(broken)
+    monkeypatch.setattr(pipeline, "encode_prompt", lambda request: pytest.fail("began to work"))
+    (broken / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(RuntimeError, match="is empty"):
+        pipeline.draw(ImageRequest("x", 16, 16, 1))
