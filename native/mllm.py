@@ -29,9 +29,10 @@ from . import compat
 from .conditioning import Conditioning, own_options
 from .dtypes import cast_weights, compute_dtype, operations_for
 from .guidance import PARTIAL
-from .hf_modules import cast_language_model, scale_layers
+from .hf_modules import cast_language_model
 from .latents import Latent, check_vae
 from .model import LAYOUT
+from .quantized import quantize_layers
 from .sampler import empty_latent
 
 Execution = dict[str, Any]
@@ -201,9 +202,10 @@ def _make_patcher(
     operations = operations_for(weights, compute)
     model = MLLM(config, device="meta", operations=operations)
     cast_language_model(model.language_model, operations, compute)
-    scale_layers(model, part.scales)
+    quantize_layers(model, part.layers, part.checkpoint.path)
+    model.requires_grad_(False)
     model.load_state_dict(weights, strict=True, assign=True)
-    model.requires_grad_(False).eval()
+    model.eval()
     model.mapped = compat.mapped_files(part, weights)
     compat.remember_dtypes(model)
     patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
