@@ -28,7 +28,7 @@ from .conditioning import CONTEXTS
 from .dtypes import plan_transformer
 from .latents import check_numbers, reference_samples
 from .mmdit import NativeMMDiT
-from .quantized import quantize_layers
+from .quantized import check_formats, quantize_layers
 
 LAYOUT = "internvl_u_layout"
 """Key in a conditioning entry: the context's spans of words and images."""
@@ -176,7 +176,7 @@ def load_model(
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     plan = plan_transformer(part, precision, config.supported_inference_dtypes, load_device)
     compat.set_dtypes(config, plan.storage, plan.compute, load_device)
-    known = all(one.format in compat.known_formats() for one in part.layers.values())
+    known = check_formats(part.layers, source)
     weights = plan.weights | (compat.quantize(config, part.layers) if part.layers and known else {})
     if not known:
         cast(Any, config).custom_operations = comfy.ops.manual_cast

@@ -58,6 +58,22 @@ class QuantizedLinear(comfy.ops.manual_cast.Linear):
         return None
 
 
+def check_formats(layers: Mapping[str, QuantizedLayer], source: object) -> bool:
+    """Returns whether ComfyUI knows the formats of all layers; else they need our arithmetic.
+
+    Raises:
+        RuntimeError: neither ComfyUI nor we know one.
+    """
+    known = compat.known_formats()
+    for name, one in layers.items():
+        if one.format not in (*OURS, *known):
+            raise RuntimeError(
+                f"{source}: {name} is in {one.format}, which this ComfyUI does not know (it knows "
+                f"{', '.join(sorted(known))}): update ComfyUI, or convert the released folder to int8 or fp8_scaled"
+            )
+    return all(one.format in known for one in layers.values())
+
+
 def quantize_layers(model: nn.Module, layers: Mapping[str, QuantizedLayer], source: object) -> None:
     """Gives a model's quantised layers our arithmetic; `source` is named in errors.
 
