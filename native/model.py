@@ -40,7 +40,7 @@ class InternVLUConfig(comfy.supported_models_base.BASE):
     unet_extra_config = {}
     latent_format = comfy.latent_formats.Wan21
     sampling_settings = {"shift": sampling.SHIFT, "multiplier": sampling.TRAIN_STEPS}
-    supported_inference_dtypes = [torch.bfloat16, torch.float32]
+    supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
     memory_usage_factor = 1.0
 
     def inpaint_model(self) -> bool:
