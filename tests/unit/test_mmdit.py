@@ -167,6 +167,9 @@ def test_float16_agrees_with_fp32_and_holds_streams_beyond_its_range(checkpoint,
         for first in (2 * width, 5 * width):
             gates.weight[first : first + width] *= 3e4
             gates.bias[first : first + width] *= 3e4
+    for out in (model.transformer_blocks[0].attn.to_out[0], model.transformer_blocks[0].attn.to_add_out):
+        out.weight *= 20
+        out.bias *= 20
     context = case.context(0) * 1e6
     branch = model.branch(context, case.layout(0), case["mmdit_in"][0].shape[-2:], ())
     seen = {}
