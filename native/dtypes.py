@@ -34,7 +34,7 @@ def plan_transformer(
     """Returns how the transformer is kept and computed; `precision` None lets ComfyUI choose.
 
     Raises:
-        ValueError: the file is quantised and has its precision already.
+        ValueError: the file is quantised and has its precision already, or the device cannot hold it.
     """
     weights = cast_weights(part, precision)
     stored = None if part.layers else precision or comfy.utils.weight_dtype(weights)
@@ -42,6 +42,7 @@ def plan_transformer(
     compute = mm.unet_manual_cast(None if part.layers else storage, device, list(supported))
     if not part.layers and precision is None and storage != stored:
         weights = cast_weights(part, storage)
+    check_device(weights, device, part.name)
     return WeightPlan(weights, storage, compute)
 
 
@@ -60,11 +61,35 @@ def cast_weights(part: Part, precision: torch.dtype | None) -> Weights:
         kinds = ", ".join(sorted({one.format for one in part.layers.values()}))
         raise ValueError(f"precision {precision} found for a quantised file ({kinds}), auto expected")
     if precision not in _FP8:
-        return {name: tensor.to(precision) for name, tensor in weights.items()}
+        return {name: _narrowed(tensor, precision, name) for name, tensor in weights.items()}
     return {
         name: tensor.to(precision) if tensor.ndim == 2 and "embed" not in name else tensor
         for name, tensor in weights.items()
     }
+
+
+def _narrowed(tensor: torch.Tensor, precision: torch.dtype, name: str) -> torch.Tensor:
+    if precision == torch.float16 and tensor.dtype != precision and tensor.numel():
+        largest = float(tensor.abs().amax())
+        if largest > torch.finfo(precision).max:
+            raise ValueError(
+                f"{name} holds values up to {largest:.3g}, 65504 at most expected for fp16: choose bf16 or fp32"
+            )
+    return tensor.to(precision)
+
+
+def check_device(weights: Mapping[str, torch.Tensor], device: torch.device, part: str) -> None:
+    """Makes sure that a device can hold weights: Apple's GPUs have no fp8.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    stored = {tensor.dtype for tensor in weights.values()}
+    if device.type == "mps" and stored & {*_FP8}:
+        raise ValueError(
+            f"{part}: fp8 weights found, which Apple's GPUs do not have: choose precision bf16 or fp16, or convert the "
+            "folder to int8"
+        )
 
 
 def storage_dtype(

@@ -27,7 +27,7 @@ from ..internvl_u.rope import Layout
 from ..internvl_u.sampling import check_finite
 from . import compat
 from .conditioning import Conditioning, own_options
-from .dtypes import cast_weights, compute_dtype, operations_for
+from .dtypes import cast_weights, check_device, compute_dtype, operations_for
 from .guidance import PARTIAL
 from .hf_modules import cast_language_model
 from .latents import Latent, check_vae
@@ -198,6 +198,7 @@ def _make_patcher(
     config = mllm_config(part.shapes, part.config, part.source)
     weights = cast_weights(part, precision)
     load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
+    check_device(weights, load_device, part.name)
     compute = compute_dtype(weights, load_device)
     operations = operations_for(weights, compute)
     model = MLLM(config, device="meta", operations=operations)
