@@ -203,7 +203,7 @@ def _make_patcher(
     operations = operations_for(weights, compute)
     model = MLLM(config, device="meta", operations=operations)
     cast_language_model(model.language_model, operations, compute)
-    quantize_layers(model, part.layers, part.checkpoint.path)
+    quantize_layers(model, part.layers, compute, part.checkpoint.path)
     model.requires_grad_(False)
     model.load_state_dict(weights, strict=True, assign=True)
     model.eval()

@@ -182,7 +182,7 @@ def load_model(
         cast(Any, config).custom_operations = comfy.ops.manual_cast
     model = config.get_model(weights, device=offload_device if part.layers and known else "meta")
     if not known:
-        quantize_layers(model.diffusion_model, part.layers, source)
+        quantize_layers(model.diffusion_model, part.layers, plan.compute or plan.storage, source)
     model.diffusion_model.requires_grad_(False)
     model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
     cast(NativeMMDiT, model.diffusion_model).mapped = compat.mapped_files(part, weights)

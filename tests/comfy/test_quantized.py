@@ -92,7 +92,7 @@ def test_the_language_model_in_a_format_of_comfyuis_is_refused_by_name(native, p
     weights[f"{layer}.weight"] = torch.zeros(len(matrix), matrix.shape[1] // 2, dtype=torch.uint8)
     weights[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
     save_file(weights, file, open_part(plain[1], "vlm").checkpoint.metadata)
-    with pytest.raises(RuntimeError, match="q_proj is a Linear in nvfp4, .* expected here"):
+    with pytest.raises(RuntimeError, match="q_proj is a Linear in nvfp4, linear layers and .* expected here"):
         native.load(plain[0], "auto", file, plain[2])
 
 
@@ -151,3 +151,36 @@ def test_a_lora_on_our_quantised_layers_adds_what_it_adds_to_plain_ones(native, 
     layer.set_weight(dense + delta)
     assert layer.weight.dtype == torch.bfloat16
     assert torch.allclose(layer(hidden) - before, hidden @ delta.T, atol=0.1)
+
+
+TABLES = {
+    "fp8, one scale": (torch.float8_e4m3fn, 0, 0),
+    "e5m2, one scale": (torch.float8_e5m2, 0, 0),
+    "int8, one scale": (torch.int8, 0, 0),
+    "int8, one per row": (torch.int8, 1, 0),
+    "int8, rotated": (torch.int8, 1, 64),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_a_table_of_embeddings_that_a_tool_has_quantised_is_read(native, plain, tmp_path, near, case):
+    """convert_to_quant takes the embeddings with the rest, unless it is told not to."""
+    dtype, axis, group = TABLES[case]
+    weights, file = load_file(plain[1]), tmp_path / "x.safetensors"
+    for layer in ("language_model.model.embed_tokens", "special_token_embedding"):
+        table = weights[f"{layer}.weight"].float()
+        table = int8.rotate(table, group) if group else table
+        limit = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+        scale = (table.abs().amax(1, keepdim=True) if axis else table.abs().max()) / limit
+        scaled = (table / scale).round() if dtype == torch.int8 else table / scale
+        weights[f"{layer}.weight"], weights[f"{layer}.weight_scale"] = scaled.to(dtype), scale
+        (name,) = (name for name, stored in FORMATS.items() if stored == dtype)
+        form = {"format": name, **({"convrot": True, "convrot_groupsize": group} if group else {})}
+        weights[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(form).encode()), dtype=torch.uint8)
+    save_file(weights, file, open_part(plain[1], "vlm").checkpoint.metadata)
+    mllms = [native.load(plain[0], "auto", one, plain[2])[1] for one in (file, plain[1])]
+    found, expected = (one.encode("a cat")[0][0][0] for one in mllms)
+    near(found, expected, 0.15 if dtype == torch.float8_e5m2 else 0.08)
+
+
+FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
