@@ -32,6 +32,8 @@ SMALLEST, LARGEST = 16, 4096
 """Pixels per side."""
 FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old")
 """What `convert` writes: the last two have one scale per matrix, in the two spellings of ComfyUI."""
+GGUF_DTYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
+"""What `convert` writes as GGUF, the finest first."""
 REPOSITORY = "InternVL-U/InternVL-U"
 HOW_TO_GET = (
     f"Download {REPOSITORY} from Hugging Face (or OpenGVLab/InternVL-U from ModelScope) with its subfolders "
