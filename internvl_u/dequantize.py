@@ -8,7 +8,7 @@ lies; in fp32 the values are those of the package `gguf`, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch.nn import functional
 CHUNK = 8 << 20
 """Values that are turned into fp32 at once, on the way to another dtype."""
 WHOLE = 32 << 20
-"""Values above which a linear layer takes its matrix a piece of rows at a time: the released `lm_head` has 311 million."""
+"""Values above which a linear layer takes its matrix by pieces of rows: the released `lm_head` has 311 million."""
 
 
 class BlockFormat(NamedTuple):
@@ -129,9 +129,9 @@ def pack_layers(
         if not name.endswith(".weight") or not isinstance(layer, (nn.Linear, nn.Embedding)):
             wrong.append(f"{name}: {packing.format}")
             continue
-        layer.__class__ = embedding if isinstance(layer, nn.Embedding) else linear
-        layer.weight = nn.Parameter(torch.empty(packing.stored_shape, dtype=torch.uint8, device="meta"), False)
-        one = cast(PackedEmbedding, layer)
+        one = cast(Any, layer)
+        one.__class__ = embedding if isinstance(layer, nn.Embedding) else linear
+        one.weight = nn.Parameter(torch.empty(packing.stored_shape, dtype=torch.uint8, device="meta"), False)
         one.packing, one.out_dtype = packing, dtype
     if wrong:
         raise RuntimeError(

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy
 import torch
 
-from .dequantize import FORMATS, Packing
 from .checkpoint import METADATA
+from .dequantize import FORMATS, Packing
 from .gguf_header import ARCHITECTURE, DESCRIPTION
 from .quantize import quantize
 
@@ -120,4 +120,3 @@ def _sha256(file: Path) -> str:
         while data := written.read(_READ_AT_ONCE):
             digest.update(data)
     return digest.hexdigest()
-

@@ -36,8 +36,11 @@ def plan_transformer(
         ValueError: the file is scaled fp8, which has its precision already.
     """
     weights = cast_weights(part, precision)
-    stored = None if part.scales else precision or comfy.utils.weight_dtype(weights)
-    storage = precision or storage_dtype(weights, stored, supported)
+    plain = weights if not part.packed else part.plain
+    stored = None if part.scales else precision or comfy.utils.weight_dtype(plain)
+    storage = precision or storage_dtype(plain, stored, supported)
+    if part.packed and storage in _FP8:  # a start option, which has nothing left to shrink
+        storage = stored or torch.bfloat16
     compute = mm.unet_manual_cast(None if part.scales else storage, device, list(supported))
     if not part.scales and precision is None and storage != stored:
         weights = cast_weights(part, storage)
@@ -47,18 +50,20 @@ def plan_transformer(
 def cast_weights(part: Part, precision: torch.dtype | None) -> Weights:
     """Returns the weights as they are kept; None leaves them as they are.
 
-    In fp8 only matrices shrink: norms, biases and embeddings are small and suffer most.
+    In fp8 only matrices shrink: norms, biases and embeddings are small and suffer most. Packed matrices stay packed.
 
     Raises:
-        ValueError: the file is scaled fp8, which has its precision already.
+        ValueError: the file is scaled fp8, which has its precision already, or GGUF and fp8 is wanted.
     """
     weights = part.weights
     if precision is None:
         return dict(weights)
     if part.scales:
         raise ValueError(f"precision {precision} found for a file of scaled fp8, auto expected")
+    if part.packed and precision in _FP8:
+        raise ValueError(f"precision {precision} found for a GGUF file, auto, fp32 or bf16 expected")
     if precision not in _FP8:
-        return {name: tensor.to(precision) for name, tensor in weights.items()}
+        return {name: tensor if name in part.packed else tensor.to(precision) for name, tensor in weights.items()}
     return {
         name: tensor.to(precision) if tensor.ndim == 2 and "embed" not in name else tensor
         for name, tensor in weights.items()
