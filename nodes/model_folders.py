@@ -168,10 +168,10 @@ def _language_of(name: str, wanted: str) -> Path:
         wanted = twin if twin in found else next(iter(found), AUTO)
     file = _by_name(found, wanted)
     if file is None:
-        reason = _reason(_by_name(files(LANGUAGE_KEY), wanted), "vlm")
+        searched = ", ".join(folder_paths.get_folder_paths(LANGUAGE_KEY))
         raise FileNotFoundError(
-            reason
-            or f"no language model {wanted!r} for {name} in {', '.join(folder_paths.get_folder_paths(LANGUAGE_KEY))}. "
+            _reason(_by_name(files(LANGUAGE_KEY), wanted), "vlm")
+            or f"no language model {wanted!r} for {name} in {searched}. "
             "`python -m internvl_u convert` writes it beside the transformer's file."
         )
     return file
