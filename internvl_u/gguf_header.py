@@ -115,7 +115,10 @@ class _Reader:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
     def text(self) -> str:
-        return self.take(self.number()).decode("utf-8")
+        try:
+            return self.take(self.number()).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _Malformed(f"a text that is no UTF-8: {error}") from error
 
     def skip_value(self, kind: int) -> None:
         if kind in _SCALARS:
