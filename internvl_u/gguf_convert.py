@@ -77,40 +77,45 @@ def write_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(FILE_TYPES[dtype])
     writer.add_string(DESCRIPTION, metadata[METADATA])
-    forms = [form_of(tensor.name, tensor.shape, dtype) for tensor in tensors]
-    for tensor, form in zip(tensors, forms, strict=True):
-        stored = (*tensor.shape, 2) if form == "BF16" else Packing(form, tensor.shape).stored_shape
+    planned: list[tuple[OutputTensor, str, int]] = []
+    for tensor in tensors:
+        form = form_of(tensor.name, tensor.shape, dtype)
+        size = math.prod((*tensor.shape, 2) if form == "BF16" else Packing(form, tensor.shape).stored_shape)
+        planned.append((tensor, form, size))
         kind = gguf.GGMLQuantizationType[form]
-        writer.add_tensor_info(tensor.name, tensor.shape, numpy.dtype("float32"), math.prod(stored), raw_dtype=kind)
+        writer.add_tensor_info(tensor.name, tensor.shape, numpy.dtype("float32"), size, raw_dtype=kind)
     try:
         writer.write_header_to_file(file)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor, form in zip(tensors, forms, strict=True):
-            data = _packed(tensor, form)
-            writer.write_tensor_data(data)
+        for tensor, form, size in planned:
+            writer.write_tensor_data(_packed(tensor, form, size))
             if on_bytes is not None:
-                on_bytes(data.nbytes)
+                on_bytes(size)
         writer.flush()
     finally:
         writer.close()
     return _sha256(file)
 
 
-def _packed(tensor: OutputTensor, form: str) -> numpy.ndarray:
+def _packed(tensor: OutputTensor, form: str, size: int) -> numpy.ndarray:
+    """Returns a tensor's bytes. Pieces of a source are whole blocks of every format, and a row is one run of blocks."""
+    data, end = numpy.empty(size, numpy.uint8), 0
+    for values in tensor.source.chunks() if tensor.source else ():
+        piece = _blocks(values, form)
+        data[end : end + piece.size] = piece
+        end += piece.size
+    return data
+
+
+def _blocks(values: torch.Tensor, form: str) -> numpy.ndarray:
     import gguf
 
-    # Pieces of a source are whole blocks of every format, and a row is one run of blocks.
-    pieces = []
-    for values in tensor.source.chunks() if tensor.source else ():
-        if form == "BF16":
-            pieces.append(values.to(torch.bfloat16).view(torch.uint8).numpy())
-        elif form == "Q8_0":
-            rows = values.float().numpy().reshape(1, -1)
-            pieces.append(gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q8_0).reshape(-1))
-        else:
-            pieces.append(quantize(values, form).numpy())
-    return numpy.concatenate(pieces) if pieces else numpy.empty(0, numpy.uint8)
+    if form == "BF16":
+        return values.to(torch.bfloat16).view(torch.uint8).numpy()
+    if form == "Q8_0":
+        return gguf.quants.quantize(values.float().numpy().reshape(1, -1), gguf.GGMLQuantizationType.Q8_0).reshape(-1)
+    return quantize(values, form).numpy()
 
 
 def _sha256(file: Path) -> str:
