@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-CHUNK = 8 << 20
-"""Values that are turned into fp32 at once, on the way to another dtype."""
+CHUNK, CPU_CHUNK = 8 << 20, 256 << 10
+"""Values that are turned into fp32 at once, on the way to another dtype; on a processor as many as its cache holds."""
 WHOLE = 32 << 20
 """Values above which a linear layer takes its matrix by pieces of rows: the released `lm_head` has 311 million."""
 
@@ -60,7 +60,8 @@ def dequantize(packed: torch.Tensor, form: str, dtype: torch.dtype = torch.float
     """Returns the values [rows, columns] of a packed matrix [rows, bytes], on its device."""
     layout = FORMATS[form]
     rows, columns = packed.shape[0], packed.shape[1] // layout.size * layout.values
-    step = max(1, CHUNK // max(columns, 1))
+    chunk = CPU_CHUNK if packed.device.type == "cpu" else CHUNK
+    step = max(1, chunk // max(columns, 1))
     if rows <= step:
         return layout.unpack(packed.reshape(-1, layout.size)).reshape(rows, columns).to(dtype)
     result = torch.empty(rows, columns, dtype=dtype, device=packed.device)

@@ -122,6 +122,7 @@ def test_a_lora_is_that_of_the_unpacked_model_however_much_is_loaded(both, draw,
     if share is not None:
         ours.patch_model(load_weights=False)
         budget_of(ours, share)
+        assert ours.model.model_lowvram == (share < 1)
     positive = mllm.encode(case.prompt)[0]
     velocities = [
         velocity(patcher, positive, case, patched=share is not None and patcher is ours) for patcher in (ours, theirs)
@@ -158,6 +159,18 @@ def test_a_lora_is_applied_once_when_layers_are_unloaded_and_loaded_again(both, 
     near(velocity(ours, positive, case, patched=True), expected, 1e-5)
     budget_of(ours, 0.3)
     near(velocity(ours, positive, case, patched=True), expected, 1e-5)
+
+
+def test_an_interrupt_ends_a_step_in_the_middle(both, golden):
+    import comfy.model_management as mm
+
+    (model, mllm, _), _ = both
+    case = golden("t2i_square")
+    positive = mllm.encode(case.prompt)[0]
+    mm.interrupt_current_processing()
+    with pytest.raises(mm.InterruptProcessingException):
+        velocity(model, positive, case)
+    assert velocity(model, positive, case).isfinite().all()
 
 
 def test_two_loras_follow_each_other_without_a_trace(both, draw, golden):

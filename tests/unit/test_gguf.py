@@ -76,7 +76,7 @@ def test_large_matrices_are_unpacked_in_pieces_and_the_same(monkeypatch):
     hidden = torch.randn(2, 3, 1024)
     bias = torch.randn(64)
     product = blocks.packed_linear(hidden, packed, "Q4_K", bias)
-    monkeypatch.setattr(blocks, "CHUNK", 5000)
+    monkeypatch.setattr(blocks, "CPU_CHUNK", 5000)
     monkeypatch.setattr(blocks, "WHOLE", 9000)
     assert torch.equal(blocks.dequantize(packed, "Q4_K"), whole)
     assert torch.equal(blocks.dequantize(packed, "Q4_K", torch.bfloat16), halved)
