@@ -9,12 +9,14 @@ ComfyUI's `cast_bias_weight(module, input, offloadable=)`, `uncast_bias_weight` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
+import comfy.float
 import comfy.ops
 import torch
 from torch import nn
 
+from ..internvl_u import fp8
 from ..internvl_u.operations import Operations
 from . import compat
 
@@ -63,10 +65,34 @@ class ScaledLinear(comfy.ops.manual_cast.Linear):
     scale: float
 
     def forward_comfy_cast_weights(self, hidden: torch.Tensor) -> torch.Tensor:
+        scale = self.scale * getattr(self.weight, "grown", 1.0)
         weight, bias, stream = compat.cast_weight(self, hidden)
-        result = torch.nn.functional.linear(hidden * self.scale, weight, bias)
+        result = torch.nn.functional.linear(hidden * scale, weight, bias)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return result
+
+    def set_weight(
+        self,
+        weight: torch.Tensor,
+        inplace_update: bool = False,
+        seed: int = 0,
+        return_weight: bool = False,
+        **_: object,
+    ) -> torch.Tensor | None:
+        """Keeps a matrix that ComfyUI has patched; one that fp8 cannot hold is divided by what it has grown by.
+
+        ComfyUI puts the unpatched parameter back by itself, so what it has grown by is kept with the patched one.
+        """
+        if return_weight:
+            return weight
+        grown = 1.0 if inplace_update else max(1.0, float(weight.abs().max()) / fp8.LARGEST)
+        stored = comfy.float.stochastic_rounding(weight / grown, fp8.DTYPE, seed=seed)
+        if inplace_update:
+            self.weight.data.copy_(stored)
+        else:
+            self.weight = nn.Parameter(stored, requires_grad=False)
+            cast(Any, self.weight).grown = grown
+        return None
 
 
 def cast_language_model(model: nn.Module, operations: Operations, compute: torch.dtype) -> None:
