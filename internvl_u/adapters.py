@@ -1,4 +1,4 @@
-"""What an adapter adds to a weight: LoRA (arXiv 2106.09685), DoRA (2402.09353), and LyCORIS' LoHa and LoKr (2309.14859).
+"""What an adapter adds to a weight: LoRA (arXiv 2106.09685), DoRA (2402.09353), LyCORIS' LoHa and LoKr (2309.14859).
 
 An adapter is a layer's tensors by the names that kohya and LyCORIS gave them, which ComfyUI knows. All arithmetic is in
 fp32.
@@ -39,7 +39,7 @@ def merged_bias(bias: torch.Tensor, adapter: Adapter, strength: float) -> torch.
 
 
 def decomposed(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """Returns `weight` with the norms that DoRA has learned: of its rows for [rows, 1], else of its columns [1, columns].
+    """Returns `weight` with the norms that DoRA has learned: of rows for [rows, 1], of columns for [1, columns].
 
     ComfyUI's own divides by the norms of the rows before anything was added; PEFT and LyCORIS by those after.
     """
@@ -63,6 +63,11 @@ def delta(adapter: Adapter) -> torch.Tensor:
 def changes_weight(adapter: Mapping[str, object]) -> bool:
     """Returns whether an adapter changes the weight, and not only the bias."""
     return bool(set(adapter) - {"diff_b", "alpha"})
+
+
+def can_be_merged(adapter: Adapter) -> bool:
+    """Returns whether `merged` knows an adapter's kind."""
+    return not changes_weight(adapter) or any(name in adapter for name in ADDITIVE)
 
 
 def rank_of(adapter: Adapter) -> int | None:

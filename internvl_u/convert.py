@@ -27,8 +27,8 @@ from .vae import wan_name
 
 CHUNK = 8 << 20
 """Values that are converted at once."""
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", fp8.DTYPE: "F8_E4M3", torch.uint8: "U8"}
+SOURCE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = {dtype: name for name, dtype in SOURCE_DTYPES.items()} | {fp8.DTYPE: "F8_E4M3", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
@@ -281,8 +281,8 @@ def list_tensors(folder: Folder, part: str) -> dict[str, SourceTensor]:
             name = stored.removeprefix("decoder.") if part == "generation_decoder" else stored
             if name not in opened.weights:
                 continue
-            if entry["dtype"] not in _TORCH_DTYPES:
-                raise RuntimeError(f"{file}: {stored} is {entry['dtype']}, one of {', '.join(_TORCH_DTYPES)} expected")
-            begin, dtype = start + entry["data_offsets"][0], _TORCH_DTYPES[entry["dtype"]]
+            if entry["dtype"] not in SOURCE_DTYPES:
+                raise RuntimeError(f"{file}: {stored} is {entry['dtype']}, one of {', '.join(SOURCE_DTYPES)} expected")
+            begin, dtype = start + entry["data_offsets"][0], SOURCE_DTYPES[entry["dtype"]]
             result[name] = SourceTensor(stored, file, begin, tuple(entry["shape"]), dtype)
     return result

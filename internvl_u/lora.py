@@ -1,8 +1,8 @@
 """LoRA files, whoever has written them: their tensors by the names of our modules.
 
-A key is a layer's name in one of many spellings and, after it, which tensor of the adapter it is. The spellings are those
-of ComfyUI and ai-toolkit (`diffusion_model.`), diffusers (`transformer.`), PEFT (`base_model.model.`, `.lora_A.`), kohya
-and musubi (`lora_unet_` with underscores), LyCORIS (`lycoris_`, LoHa, LoKr), OneTrainer (`lora_transformer_`) and of the
+A key is a layer's name in one of many spellings and, after it, which tensor of the adapter it is. The spellings are
+those of ComfyUI and ai-toolkit (`diffusion_model.`), diffusers (`transformer.`), PEFT (`base_model.model.`), kohya and
+musubi (`lora_unet_` with underscores), LyCORIS (`lycoris_`, LoHa, LoKr), OneTrainer (`lora_transformer_`) and of the
 checkpoint itself (`decoder.`, `vlm.language_model.`).
 """
 
@@ -34,7 +34,7 @@ _SUFFIXES = tuple(
         (rf"\.lora_A{_ADAPTER_NAME}(?:\.weight)?", "lora_down.weight"),
         (rf"\.lora_B{_ADAPTER_NAME}(?:\.weight)?", "lora_up.weight"),
         (rf"\.lora_magnitude_vector{_ADAPTER_NAME}(?:\.weight)?", "dora_scale"),
-        (r"[._]lora(?:_linear_layer)?[._](down|up)\.weight", r"lora_\1.weight"),
+        (r"[._]lora(?:_linear_layer)?[._](down|up|mid)\.weight", r"lora_\1.weight"),
         (rf"\.(hada_[wt][12](?:_[ab])?|lokr_(?:w[12](?:_[ab])?|t2)){_ADAPTER_NAME}", r"\1"),
         (r"\.(alpha|dora_scale|diff|diff_b|oft_blocks|rescale)", r"\1"),
         (r"\.w_norm", "diff"),
@@ -43,6 +43,7 @@ _SUFFIXES = tuple(
 )
 _UNDERSCORED = re.compile(r"(?:lora_[a-z]+\d*|lycoris)_")
 _WRAPPERS = re.compile(r"(?:base_model\.model|_orig_mod)\.")  # PEFT's and torch.compile's, anywhere in a name
+_UNMERGED = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.|^base_model\.model\.")
 _PREFIXES = (
     "diffusion_model.",
     "transformer.",
@@ -76,15 +77,15 @@ class AdapterConfig(Section):
     """PEFT's adapter_config.json: what scales the product of the two matrices."""
 
     lora_alpha: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
-    other_alpha: Annotated[float, Field(ge=-1e6, le=1e6)] | None = Field(None, alias="alpha")  # of LoHa and LoKr
+    alpha: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None  # of LoHa and LoKr
     alpha_pattern: dict[str, float] = {}
     use_rslora: bool = False
 
-    def alpha(self, layer: str, rank: int) -> float | None:
+    def alpha_of(self, layer: str, rank: int) -> float | None:
         """Returns what is divided by the rank; None if it is not stated."""
         patterns = self.alpha_pattern.items()
         found = next((value for key, value in patterns if re.search(rf"(^|\.){re.escape(key)}$", layer)), None)
-        whole = self.other_alpha if self.lora_alpha is None else self.lora_alpha
+        whole = self.alpha if self.lora_alpha is None else self.lora_alpha
         alpha = whole if found is None else found
         return alpha * math.sqrt(rank) if alpha is not None and self.use_rslora else alpha
 
@@ -118,7 +119,9 @@ class LayerNames:
     def __init__(self, shapes: Mapping[str, Shapes]):
         self._found: dict[str, tuple[str, str]] = {}
         for part, tensors in shapes.items():
-            for layer in dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith((".weight", ".bias"))):
+            for layer in dict.fromkeys(
+                name.rpartition(".")[0] for name in tensors if name.endswith((".weight", ".bias"))
+            ):
                 for spelled in (layer, *(layer.removeprefix(tail) for tail in _TAILS if part == LANGUAGE)):
                     self._found.setdefault(spelled, (part, layer))
                     self._found.setdefault(spelled.replace(".", "_"), (part, layer))
@@ -224,12 +227,26 @@ def check_numbers(tensors: Mapping[str, torch.Tensor], source: str) -> None:
         )
 
 
+def check_merged(names: Iterable[str], source: Path) -> None:
+    """Makes sure that no LoRA lies unmerged between a checkpoint's weights, as trainers save it with PEFT.
+
+    Raises:
+        RuntimeError: with the count and the first five names; says how to merge it.
+    """
+    found = sorted(name for name in names if _UNMERGED.search(name))
+    if found:
+        raise RuntimeError(
+            f"{source}: {len(found)} tensors of a LoRA that is not merged found ({', '.join(found[:5])}), plain "
+            "weights expected: `python -m internvl_u merge --model FOLDER --out NEW_FOLDER` merges it"
+        )
+
+
 def set_alphas(layers: Mapping[str, Mapping[str, Adapter]], configs: Mapping[str, AdapterConfig]) -> None:
     """Puts what `configs` (by part) say of the scale into the adapters that carry none of their own."""
     for part, layer, adapter in _every(layers):
         rank = rank_of(adapter)
         if part in configs and rank is not None and "alpha" not in adapter:
-            alpha = configs[part].alpha(layer, rank)
+            alpha = configs[part].alpha_of(layer, rank)
             if alpha is not None:
                 adapter["alpha"] = torch.tensor(float(alpha))
 

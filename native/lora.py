@@ -31,6 +31,7 @@ class InMeantValues(WeightAdapterBase):
     """
 
     name = "internvl_u"
+    weights: Any
 
     def __init__(self, loaded_keys: set[str], weights: tuple[WeightAdapterBase, torch.Tensor | None, float]):
         self.loaded_keys, self.weights = loaded_keys, weights
@@ -40,7 +41,14 @@ class InMeantValues(WeightAdapterBase):
         inner, magnitude, scale = self.weights
         meant = weight * scale
         added = inner.calculate_weight(
-            meant.clone(), key, 1.0 if magnitude is not None else strength, 1.0, None, lambda change: change, *more, **options
+            meant.clone(),
+            key,
+            1.0 if magnitude is not None else strength,
+            1.0,
+            None,
+            lambda change: change,
+            *more,
+            **options,
         )
         if magnitude is not None:
             added = meant + strength * (decomposed(added.float(), magnitude.to(added.device)).to(meant) - meant)

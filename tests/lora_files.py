@@ -2,7 +2,12 @@
 
 import torch
 
-LAYERS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_out.0", "transformer_blocks.0.txt_mlp.net.2", "img_in")
+LAYERS = (
+    "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.1.attn.to_out.0",
+    "transformer_blocks.0.txt_mlp.net.2",
+    "img_in",
+)
 LANGUAGE_LAYERS = ("language_model.model.layers.0.self_attn.q_proj", "language_model.model.layers.1.mlp.down_proj")
 RANK, STRENGTH = 4, 0.7
 
@@ -132,7 +137,9 @@ LANGUAGE_SPELLINGS = {
     "transformers": _peft("", name=_inside),
     "kohya": _kohya("lora_te_"),
     "kohya of the language model": _kohya("lora_te1_", lambda layer: _inside(layer).replace(".", "_")),
-    "kohya of its layers": _kohya("lora_te_", lambda layer: layer.removeprefix("language_model.model.").replace(".", "_")),
+    "kohya of its layers": _kohya(
+        "lora_te_", lambda layer: layer.removeprefix("language_model.model.").replace(".", "_")
+    ),
     "diffusers": _peft("text_encoder.", name=_inside),
     "LyCORIS LoKr": _lokr,
     "LyCORIS LoHa": _loha,

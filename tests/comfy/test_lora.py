@@ -284,9 +284,7 @@ def ENDS(velocity):
     return (lambda model, mllm: velocity(model).float(), lambda model, mllm: hidden(mllm))
 
 
-def test_the_scale_that_diffusers_writes_into_the_metadata_counts(
-    loaded, apply_lora, velocity, near, save, change
-):
+def test_the_scale_that_diffusers_writes_into_the_metadata_counts(loaded, apply_lora, velocity, near, save, change):
     weights = weights_of(loaded.model.model.diffusion_model)
     tensors = written(change, SPELLINGS["diffusers"], weights)
     stated = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.use_dora": False}
