@@ -88,6 +88,11 @@ def problem_of(adapter: Adapter, weight: tuple[int, ...] | None, bias: tuple[int
         return "it has no weight to change"
     if inner := [name for name in _OF_CONVOLUTIONS if name in adapter]:
         return f"{inner[0]} found, which only convolutions have"
+    kinds = {name.partition("_")[0] for name in adapter if name.startswith(("lora_", "hada_", "lokr_", "oft_"))}
+    if len(kinds | ({"diff"} & set(adapter))) > 1:
+        return f"{', '.join(sorted(adapter))} found, one kind of change expected"
+    if "diff" in adapter and tuple(adapter["diff"].shape) != weight:
+        return f"{list(adapter['diff'].shape)} found, {list(weight)} expected"
     if not any(name in adapter for name in ADDITIVE):
         return "" if "oft_blocks" in adapter else f"{', '.join(sorted(adapter))} found and nothing that they belong to"
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +27,8 @@ TRANSFORMER, LANGUAGE = "generation_decoder", "vlm"
 PART_NAMES = {TRANSFORMER: "MODEL", LANGUAGE: "MLLM"}
 """What the parts are called in messages: ComfyUI's inputs."""
 Shapes = Mapping[str, tuple[int, ...]]
+LONGEST_NAME = 500
+"""Characters; the longest of a layer's spellings has about 100."""
 _ADAPTER_NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"  # PEFT's, such as `default`
 _SUFFIXES = tuple(
     (re.compile(pattern + "$"), name)
@@ -109,8 +111,9 @@ class LoRA:
         text = f"{self.file.name}: {', '.join(taken) or 'nothing is changed'}"
         if not self.unknown:
             return f"{text}; all {self.keys} keys fit"
-        first = ", ".join(self.unknown[:5])
-        return f"{text}; {len(self.unknown)} of {self.keys} keys fit nothing here and are left out: {first}"
+        return (
+            f"{text}; {len(self.unknown)} of {self.keys} keys fit nothing here and are left out: {_first(self.unknown)}"
+        )
 
 
 class LayerNames:
@@ -128,6 +131,8 @@ class LayerNames:
 
     def find(self, spelled: str) -> tuple[str, str] | None:
         """Returns (part, layer) of a name in whatever spelling; None for one that is no layer of ours."""
+        if len(spelled) > LONGEST_NAME:
+            return None
         name = _WRAPPERS.sub("", spelled)
         prefixes: Iterable[str] = _PREFIXES
         if "." not in name:
@@ -150,11 +155,13 @@ def read_lora(file: Path, shapes: Mapping[str, Shapes]) -> LoRA:
     opened, mapped = open_files([file], open_file)
     tensors = {name: tensor.clone() for name, tensor in opened.items()} if mapped else opened
     layers, unknown = sort_tensors(tensors, LayerNames(shapes), str(file))
-    check_adapters(layers, shapes, str(file))
-    check_dtypes({name: one for name, one in tensors.items() if not name.endswith(".alpha")}, "LoRA", file)
-    check_numbers(tensors, str(file))
-    if not any(layers.values()):
+    if not layers:
         raise RuntimeError(_foreign(file, tuple(tensors), shapes))
+    left = frozenset(unknown)
+    taken = {name: tensor for name, tensor in tensors.items() if name not in left}
+    check_dtypes({name: one for name, one in taken.items() if not name.endswith(".alpha")}, "LoRA", file)
+    check_adapters(layers, shapes, str(file))
+    check_numbers(taken, str(file))
     set_alphas(layers, _stated_alphas(file))
     return LoRA(file, layers, unknown, len(tensors))
 
@@ -179,8 +186,8 @@ def sort_tensors(
         adapter = layers.setdefault(part, {}).setdefault(layer, {})
         if suffix in adapter:
             raise RuntimeError(
-                f"{source}: {key} and another key both stand for {layer}.{suffix}, one expected: it holds several "
-                "adapters. Save one alone."
+                f"{source}: {key[:200]} and another key both stand for {layer}.{suffix}, one expected: it holds "
+                "several adapters. Save one alone."
             )
         adapter[suffix] = tensor[:, None] if suffix == "dora_scale" and tensor.ndim == 1 else tensor
     return layers, tuple(unknown)
@@ -223,7 +230,7 @@ def check_numbers(tensors: Mapping[str, torch.Tensor], source: str) -> None:
     if wrong:
         raise RuntimeError(
             f"{source}: {len(wrong)} of {len(tensors)} tensors hold values that are infinite or not a number (NaN), "
-            f"numbers expected: {', '.join(wrong[:5])}. The training has failed: take an earlier save."
+            f"numbers expected: {_first(wrong)}. The training has failed: take an earlier save."
         )
 
 
@@ -236,7 +243,7 @@ def check_merged(names: Iterable[str], source: Path) -> None:
     found = sorted(name for name in names if _UNMERGED.search(name))
     if found:
         raise RuntimeError(
-            f"{source}: {len(found)} tensors of a LoRA that is not merged found ({', '.join(found[:5])}), plain "
+            f"{source}: {len(found)} tensors of a LoRA that is not merged found ({_first(found)}), plain "
             "weights expected: `python -m internvl_u merge --model FOLDER --out NEW_FOLDER` merges it"
         )
 
@@ -258,6 +265,10 @@ def adapter_config(file: Path) -> AdapterConfig:
         RuntimeError: it is unreadable, or says what cannot be.
     """
     return checked(AdapterConfig, read_json(file), str(file))
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(name[:100] for name in names[:5])
 
 
 def _every(layers: Mapping[str, Mapping[str, Adapter]]) -> Iterator[tuple[str, str, Adapter]]:
@@ -287,6 +298,6 @@ def _foreign(file: Path, keys: tuple[str, ...], shapes: Mapping[str, Shapes]) ->
     connected = " or ".join(PART_NAMES[part] for part in shapes)
     other = "" if len(shapes) == len(PART_NAMES) else " If it is for the other half, connect that one too."
     return (
-        f"{file}: none of its {len(keys)} keys fits the {connected} of InternVL-U ({', '.join(keys[:5])}), a LoRA for "
+        f"{file}: none of its {len(keys)} keys fits the {connected} of InternVL-U ({_first(keys)}), a LoRA for "
         f"InternVL-U expected.{looks}{other}"
     )

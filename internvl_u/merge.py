@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .adapters import Adapter, can_be_merged, merged, merged_bias, rank_of
+from .adapters import Adapter, can_be_merged, changes_weight, merged, merged_bias, rank_of
 from .checkpoint import PADDING, PARTS, Folder, Part, check_folder, open_part
 from .convert import CHUNK, SOURCE_DTYPES, OutputTensor, SourceTensor, write_file
 from .files import check_unchanged, state_of
@@ -116,9 +116,13 @@ class StoredPart:
         dtype, shape = SOURCE_DTYPES[entry["dtype"]], tuple(entry["shape"])
         source = SourceTensor(stored, file, start + entry["data_offsets"][0], shape, dtype)
         name = _plain_name(stored)
-        changes = self.changes.get(_own_name(name, self.name).rpartition(".")[0], ())
+        layer, _, last = _own_name(name, self.name).rpartition(".")
+        wanted = {"weight": changes_weight, "bias": lambda adapter: "diff_b" in adapter}.get(
+            last, lambda adapter: False
+        )
+        changes = tuple(one for one in self.changes.get(layer, ()) if wanted(one[0]))
         return (
-            MergedTensor(name, dtype, shape, source, changes=tuple(changes))
+            MergedTensor(name, dtype, shape, source, changes=changes)
             if changes
             else OutputTensor(name, dtype, shape, source)
         )
@@ -145,6 +149,9 @@ def merge(
     """
     check_folder(model)
     _check_out(model, out)
+    absent = [str(file) for file, _ in loras if not file.is_file()]
+    if absent:
+        raise FileNotFoundError(f"no file {', '.join(absent)} for --lora")
     folder = Folder(model)
     partial = out.with_name(f"{out.name}.{os.getpid()}.part")  # of this process's own: two merges do not mix
     try:

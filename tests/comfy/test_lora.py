@@ -194,6 +194,13 @@ def test_the_empty_context_is_never_one_of_another_lora_or_strength(
     assert torch.equal(negative(apply_lora(None, fresh, file, 1.0, 0.5)[1]), results[1])
 
 
+def test_the_copy_counts_as_the_original_does(loaded, apply_lora, save, language_change):
+    file = save(written(language_change, LANGUAGE_SPELLINGS["kohya"], weights_of(loaded.mllm.model)))
+    changed = apply_lora(None, loaded.mllm, file, 1.0, 0.5)[1]
+    assert changed.get_ram_usage() == loaded.mllm.get_ram_usage() and changed.is_dynamic() is False
+    assert changed.model is loaded.mllm.model and not loaded.mllm.patcher.patches
+
+
 def test_text_is_written_with_the_lora_and_without_it_again(loaded, apply_lora, save):
     change = random_change(shapes_of(loaded.mllm.model), LANGUAGE_LAYERS, size=1.0)
     file = save(written(change, LANGUAGE_SPELLINGS["transformers"], weights_of(loaded.mllm.model)))

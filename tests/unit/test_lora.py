@@ -157,6 +157,8 @@ BROKEN = {
         {"lora_down.weight": DOWN, "lora_up.weight": UP, "lora_mid.weight": torch.zeros(4, 4, 1, 1)},
         "only convolutions have",
     ),
+    "two kinds": ({"lora_A.weight": DOWN, "lora_B.weight": UP, "diff": torch.zeros(128, 64)}, "one kind of change"),
+    "a difference of another size": ({"diff": torch.zeros(64, 128)}, r"\[64, 128\] found, \[128, 64\] expected"),
     "Kronecker factors": ({"lokr_w1": torch.ones(3, 3), "lokr_w2": torch.ones(5, 5)}, r"\[15, 15\] found"),
 }
 
@@ -176,6 +178,11 @@ def test_values_that_are_no_numbers_are_told(read, value):
     key = "transformer_blocks.0.attn.to_q"
     with pytest.raises(RuntimeError, match=f"1 of 2 tensors hold values that are infinite .*: {key}.lora_B.weight"):
         read({f"{key}.lora_A.weight": DOWN, f"{key}.lora_B.weight": bad})
+
+
+def test_what_is_left_out_may_hold_anything(read):
+    tensors = {"img_in.diff": torch.zeros(64, 64), "step": torch.tensor([5]), "loss": torch.tensor([torch.nan])}
+    assert read(tensors).unknown == ("loss", "step")
 
 
 def test_whole_numbers_are_refused(read):

@@ -143,6 +143,20 @@ def test_the_transformers_lora_inside_takes_the_alpha_of_peft(broken, tmp_path, 
     assert not (tmp_path / "new" / "generation_decoder" / "adapter_config.json").exists()
 
 
+def test_an_adapter_that_lies_beside_the_weights_is_merged(broken, tmp_path, plain, changes, near):
+    tensors = written(changes[LANGUAGE], LANGUAGE_SPELLINGS["PEFT of the language model"], plain[LANGUAGE])
+    save_file(tensors, broken / "vlm" / "adapter_model.safetensors")
+    (broken / "vlm" / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2}))
+    merge(broken, tmp_path / "new")
+    check_merged(near, tmp_path / "new", plain, {LANGUAGE: changes[LANGUAGE]}, 0.5)
+    assert not list((tmp_path / "new" / "vlm").glob("adapter*"))
+
+
+def test_a_lora_that_is_not_there_is_named(checkpoint, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file .*nowhere.safetensors for --lora"):
+        merge(checkpoint, tmp_path / "new", [(tmp_path / "nowhere.safetensors", 1.0)])
+
+
 def test_a_scale_that_stands_nowhere_is_asked_for(broken, tmp_path, plain, changes, near):
     trainer_folder(broken, "generation_decoder", changes[TRANSFORMER], alpha=5.0)
     with pytest.raises(ValueError, match="is scaled stands nowhere, .* give --alpha"):
