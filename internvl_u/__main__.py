@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_draw(commands.add_parser("draw", help="draw a picture from a text, or edit pictures"))
     _add_ask(commands.add_parser("ask", help="ask about pictures, or chat without any"))
     _add_convert(commands.add_parser("convert", help="write single files for ComfyUI's model folders"))
+    _add_merge(commands.add_parser("merge", help="write a checkpoint folder with LoRAs merged into its weights"))
     return parser
 
 
@@ -118,6 +119,31 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "Q8_0 to Q4_K: GGUF, which wants the package gguf (default %(default)s)",
     )
     parser.set_defaults(run=_convert)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder, released layout")
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="LoRAs to merge; not needed for one that a trainer has left in the folder",
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="S",
+        help="one for each --lora, or one for all (default 1)",
+    )
+    parser.add_argument("--alpha", type=float, metavar="A", help="lora_alpha of a LoRA in the folder that states none")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
+    parser.set_defaults(run=_merge)
 
 
 def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int, what: str) -> None:
@@ -190,6 +216,27 @@ def _convert(options: argparse.Namespace) -> None:
         if file.suffix == ".gguf":
             print(f"{file.name}: {GGUF(file).summary()}", file=sys.stderr)
     write_text("\n".join(map(str, files)), "list of files")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .merge import merge
+    from .numbers import is_finite
+    from .results import write_text
+
+    check_model_name(str(options.model))
+    strengths = options.strength or [1.0]
+    if not all(map(is_finite, [*strengths, *filter(None, [options.alpha])])):
+        raise ValueError("--strength or --alpha that is infinite or not a number found, a number expected")
+    if len(strengths) == 1:
+        strengths *= len(options.lora)
+    if len(strengths) != len(options.lora):
+        raise ValueError(f"{len(strengths)} of --strength found for {len(options.lora)} of --lora, one each expected")
+    with tqdm(unit="B", unit_scale=True, desc="merge") as bar:
+        done = merge(options.model, options.out, list(zip(options.lora, strengths)), options.alpha, bar.update)
+    print("\n".join(f"internvl_u: {report}" for report in done.reports), file=sys.stderr)
+    write_text("\n".join(map(str, done.files)), "list of files")
 
 
 def _open(options: argparse.Namespace) -> Pipeline:

@@ -19,6 +19,7 @@ from .defaults import HOW_TO_GET
 from .dequantize import Packing
 from .files import FileState
 from .header import header_bytes, metadata_of, read_header
+from .lora import check_merged
 from .quantization import QuantizedLayer, split_layers
 from .schema import Description, ModelIndex, checked, parse, read_json
 from .weights import OpenFile, Weights, check_dtypes, open_file, open_files, shapes_of, weight_files
@@ -257,6 +258,7 @@ def open_part(source: Path, part: str, open_file: OpenFile = open_file) -> Part:
     checkpoint = open_checkpoint(source)
     config = checkpoint.config(part)
     stored, mapped = checkpoint.weights(part, open_file)
+    check_merged(stored, source)
     for prefix in _PREFIXES.get(part, ()):
         stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
     if part == "generation_decoder":

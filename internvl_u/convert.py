@@ -29,8 +29,8 @@ from .vae import wan_name
 
 CHUNK = 8 << 20
 """Values that are converted at once."""
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"}
+SOURCE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = {dtype: name for name, dtype in SOURCE_DTYPES.items()} | {torch.int8: "I8"}
 _DTYPE_NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.uint8: "U8"}
 _PLAIN = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _MATRICES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -331,8 +331,8 @@ def list_tensors(folder: Folder, part: str) -> dict[str, SourceTensor]:
             name = stored.removeprefix("decoder.") if part == "generation_decoder" else stored
             if name not in opened.weights:
                 continue
-            if entry["dtype"] not in _TORCH_DTYPES:
-                raise RuntimeError(f"{file}: {stored} is {entry['dtype']}, one of {', '.join(_TORCH_DTYPES)} expected")
-            begin, dtype = start + entry["data_offsets"][0], _TORCH_DTYPES[entry["dtype"]]
+            if entry["dtype"] not in SOURCE_DTYPES:
+                raise RuntimeError(f"{file}: {stored} is {entry['dtype']}, one of {', '.join(SOURCE_DTYPES)} expected")
+            begin, dtype = start + entry["data_offsets"][0], SOURCE_DTYPES[entry["dtype"]]
             result[name] = SourceTensor(stored, file, begin, tuple(entry["shape"]), dtype)
     return result

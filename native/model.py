@@ -70,8 +70,12 @@ class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_s
         return noise if max_denoise else super().noise_scaling(sigma, noise, latent_image, max_denoise)
 
 
-class InternVLU(comfy.model_base.QwenImage):
-    """Derived from QwenImage for the one test that ComfyUI makes of it: the names that LoRA files may use."""
+class InternVLU(comfy.model_base.QwenImage, comfy.model_base.HunyuanDiT):
+    """Derived from two models for the one test that ComfyUI makes of each: the names that LoRA files may use.
+
+    QwenImage brings `X`, `transformer.X` and `lycoris_X`, HunyuanDiT `base_model.model.X`. Nothing else of them is
+    used.
+    """
 
     def __init__(self, model_config: InternVLUConfig, device: torch.device | str | None = None):
         comfy.model_base.BaseModel.__init__(

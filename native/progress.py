@@ -50,9 +50,20 @@ def show(hidden: HiddenHolder, text: str, cut: str = "") -> None:
     server = PromptServer.instance
     if server.client_id is None:
         return  # a job that came from no page: the text would go to all of them
-    node = hidden.dynprompt.get_display_node_id(hidden.unique_id) if hidden.dynprompt else hidden.unique_id
+    node = _shown_node(hidden)
     workflow = _workflow_id(hidden.extra_pnginfo)
     server.send_sync(EVENT, {"node": node, "workflow": workflow, "text": text, "cut": cut}, server.client_id)
+
+
+def show_note(hidden: HiddenHolder, text: str) -> None:
+    """Shows a sentence below a node, the way of ComfyUI's own nodes, in the browser that queued the job."""
+    server = PromptServer.instance
+    if server.client_id is not None:
+        server.send_progress_text(text, _shown_node(hidden), server.client_id)
+
+
+def _shown_node(hidden: HiddenHolder) -> str:
+    return hidden.dynprompt.get_display_node_id(hidden.unique_id) if hidden.dynprompt else hidden.unique_id
 
 
 def _workflow_id(extra_pnginfo: object) -> object:

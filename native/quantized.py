@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+import comfy.float
 import comfy.ops
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ class Quantized(nn.Module):
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **_: object) -> torch.Tensor:
         """Returns the matrix, fp32, that a stored one stands for: what a patch is added to."""
-        return int8.dequantize(weight, self.scale.to(weight.device), self.group)
+        return int8.dequantize(weight, self.scales(weight.device), self.group)
 
     def set_weight(
         self,
@@ -38,13 +39,40 @@ class Quantized(nn.Module):
         return_weight: bool = False,
         **_: object,
     ) -> torch.Tensor | None:
-        """Takes a patched matrix, which is kept in bf16 and not rounded to few bits again; or returns it as stored."""
+        """Takes a patched matrix, or returns it as it would be stored.
+
+        What a row or the matrix has grown by beyond the stored dtype's range is kept with the patched parameter:
+        ComfyUI puts the unpatched one back by itself.
+        """
         stored = int8.rotate(weight.float(), self.group) if self.group else weight.float()
         stored = stored / self.scale.to(weight.device).reshape(-1, 1)
         if return_weight:
             return stored
-        self.weight = nn.Parameter(stored.to(torch.bfloat16), requires_grad=False)
+        dtype = self.weight.dtype
+        limit = int8.LARGEST if dtype == torch.int8 else torch.finfo(dtype).max
+        peaks = stored.abs().amax(1, keepdim=True) if self.scale.numel() > 1 else stored.abs().max().reshape(1, 1)
+        grown = torch.ones_like(peaks) if inplace_update else (peaks / limit).clamp(min=1.0)
+        rounded = _rounded(stored / grown, dtype, seed or 0)
+        if inplace_update:
+            self.weight.data.copy_(rounded)
+        else:
+            self.weight = nn.Parameter(rounded, requires_grad=False)
+            cast(Any, self.weight).grown = grown.flatten()
         return None
+
+    def scales(self, device: torch.device) -> torch.Tensor:
+        """Returns what the stored matrix is to be multiplied by: one, or [rows]."""
+        scale, grown = self.scale.to(device), getattr(self.weight, "grown", None)
+        return scale if grown is None else scale * grown.to(device)
+
+
+def _rounded(values: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Returns values in a stored dtype, up or down by chance, so that a small patch is not lost in each of them."""
+    if dtype != torch.int8:
+        return comfy.float.stochastic_rounding(values, dtype, seed=seed)
+    generator = torch.Generator(values.device).manual_seed(seed)
+    chance = torch.rand(values.shape, generator=generator, device=values.device)
+    return (values + chance).floor().clamp(-int8.LARGEST, int8.LARGEST).to(dtype)
 
 
 class QuantizedLinear(Quantized, comfy.ops.manual_cast.Linear):
@@ -54,10 +82,11 @@ class QuantizedLinear(Quantized, comfy.ops.manual_cast.Linear):
         weight, bias, stream = compat.cast_weight(self, hidden)
         if self.group:
             hidden = int8.rotate(hidden, self.group)
-        if self.scale.numel() == 1:
-            result = functional.linear(hidden * float(self.scale), weight, bias)
+        scale = self.scales(hidden.device)
+        if scale.numel() == 1:
+            result = functional.linear(hidden * float(scale), weight, bias)
         else:
-            result = functional.linear(hidden, weight) * self.scale.to(hidden.device, hidden.dtype)
+            result = functional.linear(hidden, weight) * scale.to(hidden.dtype)
             result = result if bias is None else result + bias
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return result
@@ -76,7 +105,7 @@ class QuantizedEmbedding(Quantized, comfy.ops.manual_cast.Embedding):
             table = patch(table.float())
         rows = functional.embedding(where, table.view(torch.uint8) if table.dtype.itemsize == 1 else table)
         rows = rows.view(table.dtype) if table.dtype.itemsize == 1 else rows
-        scale = self.scale.to(where.device)
+        scale = self.scales(where.device)
         rows = rows.float() * (scale if scale.numel() == 1 else scale[where].unsqueeze(-1))
         return (int8.rotate(rows, self.group) if self.group else rows).to(ids.device, self.out_dtype)
 

@@ -7,11 +7,13 @@ from .decode import DecodeLatent
 from .encode import EncodePrompt
 from .latent import CreateLatent
 from .load import LoadModel
+from .lora import LoadLoRA
 from .sample import CreateGuider, SampleLatent, ScheduleSteps, SelectSampler
 from .think import AnswerQuestion, WriteThought
 
 NODES = [
     LoadModel,
+    LoadLoRA,
     EncodePrompt,
     CreateLatent,
     SampleLatent,

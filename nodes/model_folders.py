@@ -26,6 +26,7 @@ from ..native import compat
 KEY = "InternVL-U"
 SHARED_KEY = "diffusers"
 TRANSFORMER_KEY, LANGUAGE_KEY, VAE_KEY = "diffusion_models", "text_encoders", "vae"
+LORA_KEY = "loras"
 AUTO = "auto"
 QWEN_VAE = "qwen_image_vae.safetensors"
 GGUF_KEYS = {TRANSFORMER_KEY: "internvl_u_gguf_diffusion_models", LANGUAGE_KEY: "internvl_u_gguf_text_encoders"}
@@ -159,6 +160,21 @@ def find(name: str, language: str = AUTO, vae: str = AUTO) -> Found:
         inside if inside and language == AUTO else _language_of(name, language),
         inside if inside and vae == AUTO else _vae_of(name, vae),
     )
+
+
+def find_lora(name: str) -> Path:
+    """Returns the file of a LoRA.
+
+    Raises:
+        FileNotFoundError: there is none of this name; tells where it was looked for.
+    """
+    file = _by_name(files(LORA_KEY), name)
+    if file is None:
+        raise FileNotFoundError(
+            f"no LoRA {name!r} in {', '.join(folder_paths.get_folder_paths(LORA_KEY))}. Put its .safetensors file "
+            "there, then press R to refresh the list."
+        )
+    return file
 
 
 def _language_of(name: str, wanted: str) -> Path:

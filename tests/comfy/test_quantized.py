@@ -148,9 +148,10 @@ def test_a_lora_on_our_quantised_layers_adds_what_it_adds_to_plain_ones(native, 
     layer.weight = torch.nn.Parameter(patched, requires_grad=False)
     assert torch.allclose(layer(hidden) - before, hidden @ delta.T, atol=1e-3)
     layer.weight = original
-    layer.set_weight(dense + delta)
-    assert layer.weight.dtype == torch.bfloat16
-    assert torch.allclose(layer(hidden) - before, hidden @ delta.T, atol=0.1)
+    layer.set_weight(dense + 10 * delta)
+    assert layer.weight.dtype == original.dtype, "what has been patched takes no more memory"
+    change, expected = layer(hidden) - before, 10 * hidden @ delta.T
+    assert (change - expected).norm() < 0.06 * expected.norm()
 
 
 TABLES = {

@@ -29,7 +29,7 @@ from playwright.sync_api import Page, sync_playwright
 from ..demo import server
 from ..fetch import version_of
 from . import made_from, nano_graphs, wiring
-from .graphs import COLUMNS, LINKS, NOTES, SIZES, TITLES
+from .graphs import COLUMNS, NOTES, SIZES, TITLES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "internvl-u"
@@ -119,11 +119,13 @@ SHOWN = """
 
 def build(page: Page, name: str, only: list[str] | None = None, sizes: dict = SIZES, nano: bool = False) -> None:
     """Puts the graph of this name into the page, or only some of its nodes; with the nano model's values on demand."""
-    given, note = (nano_graphs.columns(name), nano_graphs.note(name)) if nano else (COLUMNS[name], NOTES[name])
+    given, note = (
+        (nano_graphs.columns(name), nano_graphs.note(name)) if nano else (wiring.columns(name), NOTES.get(name))
+    )
     kept = [[node for node in column if only is None or node[0] in only] for column in given]
     columns = [column for column in kept if column]
     names = {node[0] for column in columns for node in column}
-    links = [re.split(r"[. ]", link) for link in LINKS[name].split(", ")]
+    links = [re.split(r"[. ]", link) for link in wiring.links(name).split(", ")]
     links = [link for link in links if {link[0], link[2]} <= names]
     layout = {"sizes": sizes, "titles": TITLES, "columnGap": COLUMN_GAP, "rowGap": ROW_GAP, "title": TITLE}
     page.evaluate(BUILD, {"columns": columns, "note": note, "links": links} | layout)

@@ -18,7 +18,7 @@ FILE = Path(__file__).with_suffix(".json")
 NAMES = [*graphs.COLUMNS, *wiring.PARTS]
 OURS = "InternVLU_"
 # Widgets that list what lies in folders.
-FOLDER_WIDGETS = {"model_name", "mllm_name", "vae_name"}
+FOLDER_WIDGETS = {"model_name", "mllm_name", "vae_name", "lora_name"}
 OF_AN_INPUT = ("default", "min", "max", "step", "round", "multiline", "display_name", "advanced", "options")
 OF_A_NODE = ("name", "display_name", "output", "output_name")
 EXPLANATIONS = ("tooltip", "description", "category", "output_tooltips")  # on help pages, not in workflows and pictures
@@ -45,13 +45,13 @@ def of_workflow(name: str, info: dict) -> dict:
 def of_node(name: str, info: dict) -> dict:
     """Returns what a help page is made from: the node, and the graph in its picture."""
     workflow, parts = wiring.PARTS[name]
-    used = [node for column in graphs.COLUMNS[workflow] for node in column if node[0] in parts.split()]
+    used = [node for column in wiring.columns(workflow) for node in column if node[0] in parts.split()]
     return {"node": ours(info[name], EXPLANATIONS), "sizes": wiring.SIZES, **drawn(workflow, used, info)}
 
 
 def drawn(name: str, used: list[tuple], info: dict) -> dict:
     """Returns what a picture of some of a graph's nodes shows."""
-    links = [link.split() for link in graphs.LINKS[name].split(", ")]
+    links = [link.split() for link in wiring.links(name).split(", ")]
     links = [link for link in links if {end.split(".")[0] for end in link} <= {node for node, *_ in used}]
     columns = [[node, kind, values, graphs.TITLES.get(node), graphs.SIZES.get(node)] for node, kind, values in used]
     return {"columns": columns, "links": links, "nodes": [described(node, links, info) for node in used]}
