@@ -17,9 +17,9 @@ import torch
 
 from .defaults import HOW_TO_GET
 from .files import FileState
-from .fp8 import split_scales
 from .header import header_bytes, metadata_of, read_header
 from .lora import check_merged
+from .quantization import QuantizedLayer, split_layers
 from .schema import Description, ModelIndex, checked, parse, read_json
 from .weights import OpenFile, Weights, check_dtypes, open_file, open_files, shapes_of, weight_files
 
@@ -37,8 +37,8 @@ _PREFIXES = {"generation_decoder": ("decoder.", _SAVED_PREFIX)}
 class Part:
     """One of the three parts, opened.
 
-    `weights` go by the names of our modules (of the VAE: diffusers' or Wan 2.1's, as they are stored); `scales` and
-    `formats` are those of quantised layers, by layer. `mapped` are the files, as they were, that weights are mapped
+    `weights` go by the names of our modules (of the VAE: diffusers' or Wan 2.1's, as they are stored); `layers` are
+    the quantised ones. `mapped` are the files, as they were, that weights are mapped
     from; `source` names where the configuration stands.
     """
 
@@ -46,8 +46,7 @@ class Part:
     name: str
     weights: Weights
     config: dict
-    scales: Weights
-    formats: dict[str, dict[str, str]]
+    layers: dict[str, QuantizedLayer]
     mapped: tuple[FileState, ...] = ()
 
     @property
@@ -58,8 +57,12 @@ class Part:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The weights' shapes by name."""
-        return shapes_of(self.weights)
+        """The weights' shapes by name; of quantised matrices those of the values that they stand for."""
+        shapes = shapes_of(self.weights)
+        for layer, one in self.layers.items():
+            rows, columns = shapes[f"{layer}.weight"]
+            shapes[f"{layer}.weight"] = (rows, columns * one.values_per_byte)
+        return shapes
 
     def mapped_by(self, used: Mapping[str, torch.Tensor]) -> tuple[FileState, ...]:
         """Returns `mapped` if a tensor of `used`, a network's weights by name, is still mapped; else nothing."""
@@ -229,9 +232,10 @@ def open_part(source: Path, part: str, open_file: OpenFile = open_file) -> Part:
         stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
     if part == "generation_decoder":
         stored.pop(PADDING, None)
-    quantized = split_scales(stored, checkpoint.metadata, source)
-    check_dtypes(quantized.weights, part, source)
-    return Part(checkpoint, part, quantized.weights, config, quantized.scales, quantized.formats, mapped)
+    weights, layers = split_layers(stored, checkpoint.metadata, source)
+    plain = {name: tensor for name, tensor in weights.items() if name.removesuffix(".weight") not in layers}
+    check_dtypes(plain, part, source)
+    return Part(checkpoint, part, weights, config, layers, mapped)
 
 
 def is_checkpoint(root: Path) -> bool:

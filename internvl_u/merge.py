@@ -194,7 +194,7 @@ def _open(folder: Folder, name: str) -> StoredPart:
     if name == TRANSFORMER:
         plain.pop(PADDING, None)
     check_dtypes(stored, name, folder.path)
-    check_part(Part(folder, name, plain, folder.config(name), {}, {}))
+    check_part(Part(folder, name, plain, folder.config(name), {}))
     return StoredPart(folder, name, shapes_of(plain), inside)
 
 

@@ -8,15 +8,12 @@ ComfyUI's `cast_bias_weight(module, input, offloadable=)`, `uncast_bias_weight` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
-import comfy.float
 import comfy.ops
 import torch
 from torch import nn
 
-from ..internvl_u import fp8
 from ..internvl_u.operations import Operations
 from . import compat
 
@@ -59,42 +56,6 @@ class CastEmbedding(comfy.ops.manual_cast.Embedding):
         return rows.to(ids.device, self.out_dtype)
 
 
-class ScaledLinear(comfy.ops.manual_cast.Linear):
-    """A linear layer whose fp8 matrix was divided by `scale`; the few inputs are multiplied, not the matrix."""
-
-    scale: float
-
-    def forward_comfy_cast_weights(self, hidden: torch.Tensor) -> torch.Tensor:
-        scale = self.scale * getattr(self.weight, "grown", 1.0)
-        weight, bias, stream = compat.cast_weight(self, hidden)
-        result = torch.nn.functional.linear(hidden * scale, weight, bias)
-        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-        return result
-
-    def set_weight(
-        self,
-        weight: torch.Tensor,
-        inplace_update: bool = False,
-        seed: int = 0,
-        return_weight: bool = False,
-        **_: object,
-    ) -> torch.Tensor | None:
-        """Keeps a matrix that ComfyUI has patched; one that fp8 cannot hold is divided by what it has grown by.
-
-        ComfyUI puts the unpatched parameter back by itself, so what it has grown by is kept with the patched one.
-        """
-        if return_weight:
-            return weight
-        grown = 1.0 if inplace_update else max(1.0, float(weight.abs().max()) / fp8.LARGEST)
-        stored = comfy.float.stochastic_rounding(weight / grown, fp8.DTYPE, seed=seed)
-        if inplace_update:
-            self.weight.data.copy_(stored)
-        else:
-            self.weight = nn.Parameter(stored, requires_grad=False)
-            cast(Any, self.weight).grown = grown
-        return None
-
-
 def cast_language_model(model: nn.Module, operations: Operations, compute: torch.dtype) -> None:
     """Gives transformers' modules ComfyUI's classes, so that their weights can be cast and offloaded.
 
@@ -114,11 +75,3 @@ def cast_language_model(model: nn.Module, operations: Operations, compute: torch
         "dtype": property(lambda self: self.execution[1]),
     }
     model.__class__ = type(type(model).__name__, (type(model),), execution)
-
-
-def scale_layers(model: nn.Module, scales: Mapping[str, torch.Tensor]) -> None:
-    """Makes the layers of scaled fp8 multiply by their scales."""
-    for name, scale in scales.items():
-        layer = model.get_submodule(name)
-        layer.__class__ = ScaledLinear
-        cast(ScaledLinear, layer).scale = float(scale)

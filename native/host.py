@@ -25,8 +25,10 @@ NAMES = (
     "comfy.ops.disable_weight_init",
     "comfy.ops.manual_cast.Embedding",
     "comfy.ops.manual_cast.Linear.comfy_cast_weights",
+    "comfy.ops.manual_cast.Linear",
     "comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL",
     "comfy.patcher_extension.WrappersMP.OUTER_SAMPLE",
+    "comfy.quant_ops.QUANT_ALGOS",
     "comfy.utils.DISABLE_MMAP",
     "comfy.utils.PROGRESS_BAR_ENABLED",
     "comfy.weight_adapter.WeightAdapterBase",
@@ -43,7 +45,6 @@ NAMES = (
 CALLS: dict[str, tuple[int, str]] = {
     "comfy.conds.CONDList": (1, ""),
     "comfy.conds.CONDRegular._copy_with": (2, ""),
-    "comfy.float.stochastic_rounding": (2, "seed"),
     "comfy.ldm.modules.attention.optimized_attention": (4, "skip_reshape transformer_options"),
     "comfy.lora.load_lora": (2, ""),
     "comfy.model_base.BaseModel.__init__": (3, "device unet_model"),

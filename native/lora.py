@@ -16,8 +16,8 @@ from comfy.weight_adapter import WeightAdapterBase
 from ..internvl_u.adapters import Adapter, decomposed
 from ..internvl_u.lora import LANGUAGE, TRANSFORMER, read_lora
 from .guidance import check_model
-from .hf_modules import ScaledLinear
 from .mllm import NativeMLLM, check_mllm
+from .quantized import Quantized
 
 _logger = logging.getLogger("internvl_u")
 _PREFIX = {TRANSFORMER: "diffusion_model.", LANGUAGE: ""}
@@ -26,33 +26,48 @@ _PREFIX = {TRANSFORMER: "diffusion_model.", LANGUAGE: ""}
 class InMeantValues(WeightAdapterBase):
     """An adapter of ComfyUI's that is given a weight in the values that it was trained on, with DoRA's norms after it.
 
-    `weights` are that adapter, DoRA's magnitudes or None, and the scale that the stored weight was divided by. ComfyUI
-    moves tensors in `weights` to the GPU by itself.
+    `weights` are that adapter, or a difference as it is; DoRA's magnitudes or None; and the layer if it is quantised by
+    our own arithmetic, else None. ComfyUI moves tensors in `weights` to the GPU by itself.
     """
 
     name = "internvl_u"
     weights: Any
 
-    def __init__(self, loaded_keys: set[str], weights: tuple[WeightAdapterBase, torch.Tensor | None, float]):
+    def __init__(
+        self,
+        loaded_keys: set[str],
+        weights: tuple[WeightAdapterBase | torch.Tensor, torch.Tensor | None, Quantized | None],
+    ):
         self.loaded_keys, self.weights = loaded_keys, weights
 
+    def calculate_shape(self, key: str) -> torch.Size | None:
+        """Returns another shape than the weight's for a quantised layer.
+
+        ComfyUI 0.33 then patches it when it is loaded: streamed, it would be rounded to its few bits again.
+        """
+        return None if self.weights[2] is None else torch.Size()
+
     def calculate_weight(self, weight, key, strength, strength_model, offset, function, *more, **options) -> Any:
-        """Returns the stored weight, changed; arguments as ComfyUI gives them to every adapter."""
-        inner, magnitude, scale = self.weights
-        meant = weight * scale
-        added = inner.calculate_weight(
-            meant.clone(),
-            key,
-            1.0 if magnitude is not None else strength,
-            1.0,
-            None,
-            lambda change: change,
-            *more,
-            **options,
-        )
+        """Returns the weight, changed; arguments as ComfyUI gives them to every adapter."""
+        inner, magnitude, layer = self.weights
+        stored = None if getattr(weight, "is_meant", False) else layer
+        meant = weight if stored is None else stored.convert_weight(weight)
+        whole = 1.0 if magnitude is not None else strength
+        if isinstance(inner, torch.Tensor):
+            added = meant + whole * inner.to(meant)
+        else:
+            added = inner.calculate_weight(meant.clone(), key, whole, 1.0, None, _as_it_is, *more, **options)
         if magnitude is not None:
             added = meant + strength * (decomposed(added.float(), magnitude.to(added.device)).to(meant) - meant)
-        return weight + function((added - meant) / scale).to(weight)
+        changed = meant + function(added - meant)
+        if stored is not None:
+            return stored.set_weight(changed, return_weight=True).to(weight)
+        changed.is_meant = True  # for the next LoRA on this weight
+        return changed
+
+
+def _as_it_is(change: torch.Tensor) -> torch.Tensor:
+    return change
 
 
 def apply_lora(
@@ -113,12 +128,12 @@ def _patches(network: torch.nn.Module, prefix: str, layers: Mapping[str, Adapter
     for layer, adapter in layers.items():
         name = f"{prefix}{layer}.weight"
         module = network.get_submodule(f"{prefix}{layer}")
-        scale = module.scale if isinstance(module, ScaledLinear) else 1.0
+        quantized = module if isinstance(module, Quantized) else None
         magnitude, patch = adapter.get("dora_scale"), patches.get(name)
-        if isinstance(patch, WeightAdapterBase) and (magnitude is not None or scale != 1.0):
-            patches[name] = InMeantValues(patch.loaded_keys, (patch, magnitude, scale))
-        elif isinstance(patch, tuple) and scale != 1.0:
-            patches[name] = (patch[0], tuple(value / scale for value in patch[1]))
+        if patch is None or (magnitude is None and quantized is None):
+            continue
+        inner, keys = (patch, patch.loaded_keys) if isinstance(patch, WeightAdapterBase) else (patch[1][0], set())
+        patches[name] = InMeantValues(keys, (inner, magnitude, quantized))
     return patches
 
 

@@ -27,11 +27,12 @@ from ..internvl_u.rope import Layout
 from ..internvl_u.sampling import check_finite
 from . import compat
 from .conditioning import Conditioning, own_options
-from .dtypes import cast_weights, compute_dtype, operations_for
+from .dtypes import cast_weights, check_device, compute_dtype, operations_for
 from .guidance import PARTIAL
-from .hf_modules import cast_language_model, scale_layers
+from .hf_modules import cast_language_model
 from .latents import Latent, check_vae
 from .model import LAYOUT
+from .quantized import quantize_layers
 from .sampler import empty_latent
 
 Execution = dict[str, Any]
@@ -197,13 +198,15 @@ def _make_patcher(
     config = mllm_config(part.shapes, part.config, part.source)
     weights = cast_weights(part, precision)
     load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
+    check_device(weights, load_device, part.name)
     compute = compute_dtype(weights, load_device)
     operations = operations_for(weights, compute)
     model = MLLM(config, device="meta", operations=operations)
     cast_language_model(model.language_model, operations, compute)
-    scale_layers(model, part.scales)
+    quantize_layers(model, part.layers, compute, part.checkpoint.path)
+    model.requires_grad_(False)
     model.load_state_dict(weights, strict=True, assign=True)
-    model.requires_grad_(False).eval()
+    model.eval()
     model.mapped = compat.mapped_files(part, weights)
     compat.remember_dtypes(model)
     patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
