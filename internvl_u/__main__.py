@@ -15,6 +15,7 @@ from .console import check_model_name, shown_name, text_argument, usable_streams
 from .defaults import (
     ANSWER_TOKENS,
     FILE_DTYPES,
+    GGUF_DTYPES,
     GUIDANCE,
     GUIDANCE_WITH_THOUGHT,
     LARGEST,
@@ -112,10 +113,10 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="such as ComfyUI/models")
     parser.add_argument(
         "--dtype",
-        choices=FILE_DTYPES,
+        choices=(*FILE_DTYPES, *GGUF_DTYPES),
         default="bfloat16",
-        help="fp8_scaled: one scale per matrix, as recent ComfyUI has it; fp8_scaled_old: its older spelling "
-        "(default %(default)s)",
+        help="fp8_scaled: one scale per matrix, as recent ComfyUI has it; fp8_scaled_old: its older spelling; "
+        "Q8_0 to Q4_K: GGUF, which wants the package gguf (default %(default)s)",
     )
     parser.set_defaults(run=_convert)
 
@@ -206,10 +207,14 @@ def _convert(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .convert import convert
+    from .gguf_file import GGUF
     from .results import write_text
 
     with tqdm(unit="B", unit_scale=True, desc="convert") as bar:
         files = convert(options.model, options.out, options.dtype, bar.update)
+    for file in files:
+        if file.suffix == ".gguf":
+            print(f"{file.name}: {GGUF(file).summary()}", file=sys.stderr)
     write_text("\n".join(map(str, files)), "list of files")
 
 

@@ -8,14 +8,15 @@ differ in file names and shard counts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
 from .defaults import HOW_TO_GET
+from .dequantize import Packing
 from .files import FileState
 from .header import header_bytes, metadata_of, read_header
 from .lora import check_merged
@@ -28,6 +29,7 @@ METADATA = "internvl_u"
 """Key in a file's metadata: what the folder's JSON files say, as JSON."""
 PADDING = "encoder_padding_token"
 """A tensor of the released files that only fills padding in training."""
+GGUF_ENDING = ".gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "*token*.json")
 _SAVED_PREFIX = "model.diffusion_model."
 _PREFIXES = {"generation_decoder": ("decoder.", _SAVED_PREFIX)}
@@ -38,8 +40,8 @@ class Part:
     """One of the three parts, opened.
 
     `weights` go by the names of our modules (of the VAE: diffusers' or Wan 2.1's, as they are stored); `layers` are
-    the quantised ones. `mapped` are the files, as they were, that weights are mapped
-    from; `source` names where the configuration stands.
+    the quantised ones. `mapped` are the files, as they were, that weights are mapped from; `packed` says which weights
+    are bytes of packed matrices; `source` names where the configuration stands.
     """
 
     checkpoint: WeightFormat
@@ -48,6 +50,7 @@ class Part:
     config: dict
     layers: dict[str, QuantizedLayer]
     mapped: tuple[FileState, ...] = ()
+    packed: Mapping[str, Packing] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -57,12 +60,21 @@ class Part:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The weights' shapes by name; of quantised matrices those of the values that they stand for."""
-        shapes = shapes_of(self.weights)
+        """The weights' shapes by name; of quantised and packed matrices those of the values that they stand for."""
+        shapes = shapes_of(self.weights) | {name: packing.shape for name, packing in self.packed.items()}
         for layer, one in self.layers.items():
             rows, columns = shapes[f"{layer}.weight"]
             shapes[f"{layer}.weight"] = (rows, columns * one.values_per_byte)
         return shapes
+
+    @property
+    def plain(self) -> Weights:
+        """The weights that are numbers as they are."""
+        return {
+            name: tensor
+            for name, tensor in self.weights.items()
+            if name not in self.packed and name.removesuffix(".weight") not in self.layers
+        }
 
     def mapped_by(self, used: Mapping[str, torch.Tensor]) -> tuple[FileState, ...]:
         """Returns `mapped` if a tensor of `used`, a network's weights by name, is still mapped; else nothing."""
@@ -94,6 +106,11 @@ class WeightFormat(Protocol):
         Raises:
             FileNotFoundError, RuntimeError: a file is missing or unreadable.
         """
+        ...
+
+    @property
+    def packed(self) -> Mapping[str, Packing]:
+        """How tensors of `weights` are packed, by name; those that it does not name are numbers as they are."""
         ...
 
     @property
@@ -146,6 +163,10 @@ class Folder:
     def metadata(self) -> Mapping[str, str]:
         return {}
 
+    @property
+    def packed(self) -> Mapping[str, Packing]:
+        return {}
+
     def files(self) -> list[Path]:
         patterns = [f"{part}/{name}" for part in PARTS for name in ("*.safetensors", "*.index.json", "config.json")]
         patterns += [f"{place}/{name}" for place in ("processor", "vlm") for name in _TOKENIZER_FILES]
@@ -182,6 +203,10 @@ class SingleFile:
     def metadata(self) -> Mapping[str, str]:
         return self._metadata
 
+    @property
+    def packed(self) -> Mapping[str, Packing]:
+        return {}
+
     @cached_property
     def description(self) -> Description:
         """What `convert` wrote of the part; empty in a file that is not ours."""
@@ -214,7 +239,13 @@ class SingleFile:
 
 def open_checkpoint(source: Path) -> WeightFormat:
     """Returns the format that a checkpoint folder or a single file is in. Nothing is read yet."""
-    return Folder(source) if source.is_dir() else SingleFile(source)
+    if source.is_dir():
+        return Folder(source)
+    if source.suffix == GGUF_ENDING:
+        from .gguf_file import GGUF  # it is a single file as well, and derived from it
+
+        return GGUF(source)
+    return SingleFile(source)
 
 
 def open_part(source: Path, part: str, open_file: OpenFile = open_file) -> Part:
@@ -233,9 +264,10 @@ def open_part(source: Path, part: str, open_file: OpenFile = open_file) -> Part:
     if part == "generation_decoder":
         stored.pop(PADDING, None)
     weights, layers = split_layers(stored, checkpoint.metadata, source)
-    plain = {name: tensor for name, tensor in weights.items() if name.removesuffix(".weight") not in layers}
-    check_dtypes(plain, part, source)
-    return Part(checkpoint, part, weights, config, layers, mapped)
+    packed = {name: packing for name, packing in checkpoint.packed.items() if name in weights}
+    opened = Part(checkpoint, part, weights, config, layers, mapped, packed)
+    check_dtypes(opened.plain, part, source)
+    return opened
 
 
 def is_checkpoint(root: Path) -> bool:
@@ -268,6 +300,8 @@ def check_folder(root: Path) -> None:
 def holds_transformer(file: Path) -> bool:
     """Returns whether a file's header is that of InternVL-U's transformer: its queries come with gates."""
     try:
+        if file.suffix == GGUF_ENDING:
+            return cast(SingleFile, open_checkpoint(file)).description.part == "generation_decoder"
         if b"txt_norm.weight" not in header_bytes(file)[0]:  # so that foreign files cost no parsing
             return False
         header = read_header(file)[0]
@@ -283,8 +317,8 @@ def holds_transformer(file: Path) -> bool:
 def holds_language_model(file: Path) -> bool:
     """Returns whether a file says in its metadata that `convert` made it of the language model."""
     try:
-        if METADATA.encode() not in header_bytes(file)[0]:
+        if file.suffix != GGUF_ENDING and METADATA.encode() not in header_bytes(file)[0]:
             return False
-        return SingleFile(file).description.part == "vlm"
+        return cast(SingleFile, open_checkpoint(file)).description.part == "vlm"
     except (RuntimeError, OSError, ValueError):
         return False

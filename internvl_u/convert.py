@@ -12,14 +12,16 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial as partial_of
 from pathlib import Path
 
 import torch
 
 from . import __version__, fp8, int8, quantization
 from .checkpoint import METADATA, PARTS, Folder, check_folder, open_part
-from .defaults import FILE_DTYPES
+from .defaults import FILE_DTYPES, GGUF_DTYPES
 from .files import check_unchanged, state_of
+from .gguf_convert import check_writer, write_gguf
 from .header import read_header
 from .load import check_part
 from .tokenizer import tokenizer_json
@@ -129,17 +131,21 @@ def convert(
 
     Raises:
         ValueError: the dtype is unknown.
+        ModuleNotFoundError: GGUF is wanted, and the package that writes it is not installed.
         FileExistsError: a file is there already.
         FileNotFoundError, RuntimeError: the folder is incomplete or of another model, its weights do not fit its
             configuration or are no numbers, or a file of it was written to meanwhile.
     """
-    if dtype not in FILE_DTYPES:
-        raise ValueError(f"dtype {dtype!r} found, one of {', '.join(FILE_DTYPES)} expected")
+    packs = dtype in GGUF_DTYPES
+    if not packs and dtype not in FILE_DTYPES:
+        raise ValueError(f"dtype {dtype!r} found, one of {', '.join((*FILE_DTYPES, *GGUF_DTYPES))} expected")
+    if packs:
+        check_writer()
     check_folder(model)
-    suffix = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
+    suffix = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype) + (".gguf" if packs else ".safetensors")
     files = [
-        out / "diffusion_models" / f"internvl_u_{suffix}.safetensors",
-        out / "text_encoders" / f"internvl_u_mllm_{suffix}.safetensors",
+        out / "diffusion_models" / f"internvl_u_{suffix}",
+        out / "text_encoders" / f"internvl_u_mllm_{suffix}",
         out / "vae" / "internvl_u_vae_bf16.safetensors",
     ]
     if any(model.resolve() in file.resolve().parents for file in files):
@@ -151,15 +157,17 @@ def convert(
     before = [state_of(file) for file in folder.files()]
     sources = {part: list_tensors(folder, part) for part in PARTS}
     # Planning reads all weights, for their scales.
+    planned = "bfloat16" if packs else dtype  # the blocks of a GGUF file are planned by their writer
     plans = [
-        _plan_transformer(folder, sources["generation_decoder"], dtype),
-        _plan_language_model(folder, sources["vlm"], dtype),
+        _plan_transformer(folder, sources["generation_decoder"], planned),
+        _plan_language_model(folder, sources["vlm"], planned),
         _plan_vae(folder, sources["vae"]),
     ]
     # Names of this process's own: two conversions at once do not mix.
     partial = [file.with_name(f"{file.name}.{os.getpid()}.part") for file in files]
+    writers = [partial_of(write_gguf, dtype=dtype) if file.suffix == ".gguf" else write_file for file in files]
     try:
-        sums = [write_file(file, *plan, on_bytes) for file, plan in zip(partial, plans, strict=True)]
+        sums = [write(file, *plan, on_bytes) for write, file, plan in zip(writers, partial, plans, strict=True)]
         check_unchanged(before)
         put_all(partial, files)
     finally:

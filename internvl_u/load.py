@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from .checkpoint import Part, open_part
 from .config import mllm_config, mmdit_config
+from .dequantize import pack_layers
 from .mllm import MLLM
 from .mmdit import MMDiT
 from .operations import Operations
 from .vae import StandaloneVAE, check_vae
 from .weights import check_finite_weights, check_shapes, load_weights, shapes_of
+
+Network = TypeVar("Network", MLLM, MMDiT)
 
 
 def check_part(part: Part) -> None:
@@ -36,16 +40,15 @@ def load_mllm(
 ) -> MLLM:
     """Returns the multimodal language model. With `dtype` None the files' own is kept.
 
+    Matrices of a GGUF file stay packed, and are turned into `dtype` when a layer runs.
+
     Raises:
         FileNotFoundError: a file is missing.
         RuntimeError: the files are damaged, of another model, or do not fit each other.
     """
     part = open_part(root, "vlm")
     model = MLLM(mllm_config(part.shapes, part.config, part.source), device="meta", operations=operations)
-    load_weights(model, part.weights, part.name)
-    model.to(device=device, dtype=dtype).eval()
-    model.mapped = part.mapped_by(model.state_dict())
-    return model
+    return _filled(model, part, dtype, device)
 
 
 def load_mmdit(
@@ -59,6 +62,13 @@ def load_mmdit(
     """
     part = open_part(root, "generation_decoder")
     model = MMDiT(mmdit_config(part.shapes, part.config, part.source), device="meta", operations=operations)
+    return _filled(model, part, dtype, device)
+
+
+def _filled(model: Network, part: Part, dtype: torch.dtype | None, device: torch.device | str) -> Network:
+    check_shapes(shapes_of(model.state_dict()), part.shapes, part.name)
+    kept = dtype or next((tensor.dtype for tensor in part.plain.values()), torch.float32)
+    pack_layers(model, part.packed, kept)
     load_weights(model, part.weights, part.name)
     model.to(device=device, dtype=dtype).eval()
     model.mapped = part.mapped_by(model.state_dict())

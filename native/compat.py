@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
 from server import PromptServer
 
+from ..internvl_u import checkpoint
 from ..internvl_u.checkpoint import Part
 from ..internvl_u.files import FileState
 from ..internvl_u.quantization import QuantizedLayer
@@ -37,14 +39,15 @@ def make_patcher(
     load_device: torch.device,
     offload_device: torch.device,
     dynamic: bool = True,
+    cls: type[ModelPatcher] | None = None,
 ) -> ModelPatcher:
     """Returns ComfyUI's patcher over `model`: the one that streams weights where there is one and `dynamic` allows.
 
     `weights` are those that the model was filled with: newer versions read them again from a fast disk when they are
-    needed, instead of keeping them in memory.
+    needed, instead of keeping them in memory. With `cls` it is one of that class, which streams nothing.
     """
     # Looked up at call time: recent versions rebind the name when they start with dynamic VRAM.
-    cls = getattr(comfy.model_patcher, "CoreModelPatcher", None) if dynamic else None
+    cls = cls or (getattr(comfy.model_patcher, "CoreModelPatcher", None) if dynamic else None)
     cls = cls or comfy.model_patcher.ModelPatcher
     more = {}
     if "fast_disk" in inspect.signature(comfy.model_patcher.ModelPatcher).parameters:
@@ -109,6 +112,19 @@ def cast_weight(
     return cast(Any, comfy.ops.cast_bias_weight(module, input, offloadable=True))
 
 
+def cast_packed(
+    module: torch.nn.Module, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.cuda.Stream | None]:
+    """Returns a module's packed weight on `device` as the bytes that it is, and its bias in `dtype`; see `cast_weight`.
+
+    Where the weight has functions, the first of which unpacks it, it is numbers instead.
+    """
+    return cast(
+        Any,
+        comfy.ops.cast_bias_weight(module, dtype=torch.uint8, device=device, bias_dtype=dtype, offloadable=True),
+    )
+
+
 def cloned_patcher(patcher: ModelPatcher) -> ModelPatcher:
     """Returns a clone of a streaming patcher that does not stream (0.33 and newer)."""
     return cast(Any, patcher).clone(disable_dynamic=True)
@@ -137,6 +153,14 @@ def is_serving() -> bool:
 def open_weights(file: Path) -> dict[str, torch.Tensor]:
     """Returns a file's tensors, mapped by ComfyUI so that it can stream them later."""
     return cast(dict[str, torch.Tensor], comfy.utils.load_torch_file(str(file), safe_load=True))
+
+
+def open_part(source: Path, name: str) -> Part:
+    """Returns a part of a checkpoint, mapped as ComfyUI's options want it; see `checkpoint.open_part`."""
+    part = checkpoint.open_part(source, name, open_weights)
+    if comfy.utils.DISABLE_MMAP and part.packed:
+        return replace(part, weights={name: tensor.clone() for name, tensor in part.weights.items()})
+    return part
 
 
 def mapped_files(part: Part, weights: Mapping[str, torch.Tensor]) -> tuple[FileState, ...]:

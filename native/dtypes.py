@@ -37,8 +37,11 @@ def plan_transformer(
         ValueError: the file is quantised and has its precision already, or the device cannot hold it.
     """
     weights = cast_weights(part, precision)
-    stored = None if part.layers else precision or comfy.utils.weight_dtype(weights)
-    storage = precision or storage_dtype(weights, stored, supported)
+    plain = weights if not part.packed else part.plain
+    stored = None if part.layers else precision or comfy.utils.weight_dtype(plain)
+    storage = precision or storage_dtype(plain, stored, supported)
+    if part.packed and storage in _FP8:  # a start option, which has nothing left to shrink
+        storage = stored or torch.bfloat16
     compute = mm.unet_manual_cast(None if part.layers else storage, device, list(supported))
     if not part.layers and precision is None and storage != stored:
         weights = cast_weights(part, storage)
@@ -49,10 +52,10 @@ def plan_transformer(
 def cast_weights(part: Part, precision: torch.dtype | None) -> Weights:
     """Returns the weights as they are kept; None leaves them as they are.
 
-    In fp8 only matrices shrink: norms, biases and embeddings are small and suffer most.
+    In fp8 only matrices shrink: norms, biases and embeddings are small and suffer most. Packed matrices stay packed.
 
     Raises:
-        ValueError: the file is quantised and has its precision already.
+        ValueError: the file is quantised and has its precision already, or GGUF and fp8 is wanted.
     """
     weights = part.weights
     if precision is None:
@@ -60,8 +63,13 @@ def cast_weights(part: Part, precision: torch.dtype | None) -> Weights:
     if part.layers:
         kinds = ", ".join(sorted({one.format for one in part.layers.values()}))
         raise ValueError(f"precision {precision} found for a quantised file ({kinds}), auto expected")
+    if part.packed and precision in _FP8:
+        raise ValueError(f"precision {precision} found for a GGUF file, auto, fp32, bf16 or fp16 expected")
     if precision not in _FP8:
-        return {name: _narrowed(tensor, precision, name) for name, tensor in weights.items()}
+        kept = part.packed
+        return {
+            name: tensor if name in kept else _narrowed(tensor, precision, name) for name, tensor in weights.items()
+        }
     return {
         name: tensor.to(precision) if tensor.ndim == 2 and "embed" not in name else tensor
         for name, tensor in weights.items()

@@ -15,6 +15,7 @@ from comfy.weight_adapter import WeightAdapterBase
 
 from ..internvl_u.adapters import Adapter, decomposed
 from ..internvl_u.lora import LANGUAGE, TRANSFORMER, read_lora
+from .gguf_ops import CastPackedEmbedding, CastPackedLinear
 from .guidance import check_model
 from .mllm import NativeMLLM, check_mllm
 from .quantized import Quantized
@@ -92,11 +93,7 @@ def apply_lora(
         strengths[LANGUAGE], networks[LANGUAGE] = strength_mllm, mllm.model
     if not any(strengths.values()):
         return model, mllm, f"{file.name}: strength 0, nothing is changed"
-    shapes = {
-        part: {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
-        for part, network in networks.items()
-    }
-    lora = read_lora(file, shapes)
+    lora = read_lora(file, {part: _shapes(network) for part, network in networks.items()})
     if model is not None and strength_model and lora.layers.get(TRANSFORMER):
         model = _patched(model, TRANSFORMER, lora.layers[TRANSFORMER], strength_model)
     if mllm is not None and strength_mllm and lora.layers.get(LANGUAGE):
@@ -105,6 +102,15 @@ def apply_lora(
     report = lora.summary(strengths)
     (_logger.warning if lora.unknown else _logger.info)("InternVL-U, LoRA: %s", report)
     return model, mllm, report
+
+
+def _shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a network's weights by name; of packed ones those of their values."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
+    for name, layer in network.named_modules():
+        if isinstance(layer, CastPackedLinear | CastPackedEmbedding):
+            shapes[f"{name}.weight"] = tuple(layer.packing.shape)
+    return shapes
 
 
 def _patched(patcher: ModelPatcher, part: str, layers: Mapping[str, Adapter], strength: float) -> ModelPatcher:

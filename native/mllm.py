@@ -14,7 +14,7 @@ import comfy.sd
 import torch
 from PIL import Image
 
-from ..internvl_u.checkpoint import Part, open_part
+from ..internvl_u.checkpoint import Part
 from ..internvl_u.config import mllm_config
 from ..internvl_u.encoder import Encoder, check_length
 from ..internvl_u.files import check_unchanged
@@ -28,6 +28,7 @@ from ..internvl_u.sampling import check_finite
 from . import compat
 from .conditioning import Conditioning, own_options
 from .dtypes import cast_weights, check_device, compute_dtype, operations_for
+from .gguf_ops import PackedPatcher, cast_packed_layers
 from .guidance import PARTIAL
 from .hf_modules import cast_language_model
 from .latents import Latent, check_vae
@@ -186,7 +187,7 @@ def load_mllm(source: str, precision: torch.dtype | None = None) -> NativeMLLM:
         RuntimeError: the files are damaged, of another model, or do not fit each other.
         ValueError: the precision does not fit the file.
     """
-    part = open_part(Path(source), "vlm", compat.open_weights)
+    part = compat.open_part(Path(source), "vlm")
     patcher, compute = _make_patcher(part, precision)
     return NativeMLLM(patcher, Encoder.from_checkpoint(part.checkpoint), compute)
 
@@ -199,17 +200,21 @@ def _make_patcher(
     weights = cast_weights(part, precision)
     load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
     check_device(weights, load_device, part.name)
-    compute = compute_dtype(weights, load_device)
-    operations = operations_for(weights, compute)
+    plain = {name: tensor for name, tensor in weights.items() if name not in part.packed}
+    compute = compute_dtype(plain, load_device)
+    operations = operations_for(plain, compute)
     model = MLLM(config, device="meta", operations=operations)
     cast_language_model(model.language_model, operations, compute)
     quantize_layers(model, part.layers, compute, part.checkpoint.path)
+    cast_packed_layers(model, part.packed, compute)
     model.requires_grad_(False)
     model.load_state_dict(weights, strict=True, assign=True)
     model.eval()
     model.mapped = compat.mapped_files(part, weights)
     compat.remember_dtypes(model)
-    patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
+    patcher = compat.make_patcher(
+        model, weights, load_device, offload_device, not disable_dynamic, PackedPatcher if part.packed else None
+    )
     compat.reload_with(patcher, _reload_patcher, str(part.checkpoint.path), precision)
     return patcher, compute
 
@@ -217,5 +222,5 @@ def _make_patcher(
 def _reload_patcher(
     source: str, precision: torch.dtype | None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    part = open_part(Path(source), "vlm", compat.open_weights)
+    part = compat.open_part(Path(source), "vlm")
     return _make_patcher(part, precision, disable_dynamic)[0]

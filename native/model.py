@@ -17,7 +17,6 @@ import comfy.supported_models_base
 import torch
 
 from ..internvl_u import sampling
-from ..internvl_u.checkpoint import open_part
 from ..internvl_u.config import mmdit_config
 from ..internvl_u.files import check_unchanged
 from ..internvl_u.load import check_part
@@ -26,6 +25,7 @@ from ..internvl_u.rope import Grid, Layout, Span, grid_of
 from . import compat, guidance
 from .conditioning import CONTEXTS
 from .dtypes import plan_transformer
+from .gguf_ops import PackedPatcher, cast_packed_layers, check_plain
 from .latents import check_numbers, reference_samples
 from .mmdit import NativeMMDiT
 from .quantized import check_formats, quantize_layers
@@ -128,6 +128,15 @@ class InternVLU(comfy.model_base.QwenImage, comfy.model_base.HunyuanDiT):
         out[CONTEXTS] = CONDContexts(contexts)
         return out
 
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Returns the weights for a file.
+
+        Raises:
+            ValueError: they are packed, which a safetensors file has no form for.
+        """
+        check_plain(self.diffusion_model, "saving the model")
+        return super().state_dict_for_saving(*args, **kwargs)
+
 
 class PromptContext:
     """One prompt's context of exact length, with its positions in an image of any size.
@@ -173,7 +182,7 @@ def load_model(
         RuntimeError: the files are damaged, of another model, or do not fit each other.
         ValueError: the precision does not fit the file.
     """
-    part = open_part(Path(source), "generation_decoder", compat.open_weights)
+    part = compat.open_part(Path(source), "generation_decoder")
     check_part(part)
     settings = mmdit_config(part.shapes, part.config, part.source)
     config = InternVLUConfig({"config": settings})
@@ -187,12 +196,15 @@ def load_model(
     model = config.get_model(weights, device=offload_device if part.layers and known else "meta")
     if not known:
         quantize_layers(model.diffusion_model, part.layers, plan.compute or plan.storage, source)
+    cast_packed_layers(model.diffusion_model, part.packed, plan.compute or plan.storage)
     model.diffusion_model.requires_grad_(False)
     model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
     cast(NativeMMDiT, model.diffusion_model).mapped = compat.mapped_files(part, weights)
     model.device = offload_device
     compat.remember_dtypes(model.diffusion_model)
-    patcher = compat.make_patcher(model, weights, load_device, offload_device, dynamic=not disable_dynamic)
+    patcher = compat.make_patcher(
+        model, weights, load_device, offload_device, not disable_dynamic, PackedPatcher if part.packed else None
+    )
     compat.reload_with(patcher, load_model, source, precision)
     guidance.install(patcher)
     return patcher

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import folder_paths
 
 from ..internvl_u.checkpoint import (
+    GGUF_ENDING,
     PARTS,
     holds_language_model,
     holds_transformer,
@@ -28,6 +29,10 @@ TRANSFORMER_KEY, LANGUAGE_KEY, VAE_KEY = "diffusion_models", "text_encoders", "v
 LORA_KEY = "loras"
 AUTO = "auto"
 QWEN_VAE = "qwen_image_vae.safetensors"
+GGUF_KEYS = {TRANSFORMER_KEY: "internvl_u_gguf_diffusion_models", LANGUAGE_KEY: "internvl_u_gguf_text_encoders"}
+"""Keys of our own under which ComfyUI lists the GGUF files of its folders: its own loaders, which cannot read them, go
+on without, and so do other packs."""
+ENDINGS = (".safetensors", GGUF_ENDING)
 _answers: dict[tuple, bool] = {}
 _logger = logging.getLogger("internvl_u")
 
@@ -41,8 +46,14 @@ class Found(NamedTuple):
 
 
 def register() -> None:
-    """Adds `models/InternVL-U` to ComfyUI's model folders, beside what extra_model_paths.yaml gave this key."""
+    """Adds `models/InternVL-U` to ComfyUI's model folders, and keys that list the GGUF files of some of them.
+
+    What extra_model_paths.yaml gave to the folders counts too.
+    """
     folder_paths.add_model_folder_path(KEY, str(Path(folder_paths.models_dir) / KEY))
+    for key, own in GGUF_KEYS.items():
+        # The same list of folders, so that what is added to it later is seen.
+        folder_paths.folder_names_and_paths[own] = (folder_paths.folder_names_and_paths[key][0], {GGUF_ENDING})
 
 
 def roots() -> list[Path]:
@@ -67,7 +78,7 @@ def folders() -> dict[str, Path]:
 
 
 def files(key: str) -> dict[str, Path]:
-    """Returns the safetensors files of one of ComfyUI's model folders by name; what cannot be read is left out."""
+    """Returns the weight files of one of ComfyUI's model folders by name; what cannot be read is left out."""
     return {name: Path(file) for name, (file, _) in _listed(key).items()}
 
 
@@ -82,15 +93,17 @@ def language_files() -> dict[str, Path]:
 
 
 def _listed(key: str) -> dict[str, tuple[str, os.stat_result]]:
-    """Returns path and state of the safetensors files in one of ComfyUI's model folders by name."""
+    """Returns path and state of the weight files in one of ComfyUI's model folders by name."""
     found: dict[str, tuple[str, os.stat_result]] = {}
     try:
-        names, roots = folder_paths.get_filename_list(key), folder_paths.get_folder_paths(key)
+        names, roots = [*folder_paths.get_filename_list(key)], folder_paths.get_folder_paths(key)
+        if key in GGUF_KEYS:
+            names += folder_paths.get_filename_list(GGUF_KEYS[key])
     except OSError as error:
         _logger.warning("InternVL-U: the files of %s cannot be listed (%s)", key, error)
         return {}
     for name in names:
-        if not name.endswith(".safetensors") or os.path.basename(name).startswith(".") or not _is_text(name):
+        if not name.endswith(ENDINGS) or os.path.basename(name).startswith(".") or not _is_text(name):
             continue
         for root in roots:
             file = os.path.join(root, name)
@@ -171,8 +184,10 @@ def _language_of(name: str, wanted: str) -> Path:
         wanted = twin if twin in found else next(iter(found), AUTO)
     file = _by_name(found, wanted)
     if file is None:
+        searched = ", ".join(folder_paths.get_folder_paths(LANGUAGE_KEY))
         raise FileNotFoundError(
-            f"no language model {wanted!r} for {name} in {', '.join(folder_paths.get_folder_paths(LANGUAGE_KEY))}. "
+            _reason(_by_name(files(LANGUAGE_KEY), wanted), "vlm")
+            or f"no language model {wanted!r} for {name} in {searched}. "
             "`python -m internvl_u convert` writes it beside the transformer's file."
         )
     return file
@@ -199,12 +214,26 @@ def _by_name(found: dict[str, Path], name: str) -> Path | None:
 
 
 def _missing(name: str) -> str:
+    reason = _reason(_by_name(files(TRANSFORMER_KEY), name), "generation_decoder")
+    if reason:
+        return reason
     searched = [*map(str, roots()), *folder_paths.get_folder_paths(TRANSFORMER_KEY)]
     others = f" Found there: {', '.join(available())}." if available() else ""
     return (
         f"no InternVL-U model {name!r}. Searched: {', '.join(searched)}.{others} "
         f"{HOW_TO_GET} into {roots()[0] / 'InternVL-U'}, then press R to refresh the list."
     )
+
+
+def _reason(file: Path | None, part: str) -> str | None:
+    """Returns why a GGUF file that is there is not this part of ours: there are many of other models."""
+    if file is None or file.suffix != GGUF_ENDING:
+        return None
+    try:
+        open_checkpoint(file).config(part)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def _looks_meant(folder: Path, root: Path) -> bool:

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from pack.internvl_u.convert import convert
+from pack.internvl_u.defaults import GGUF_DTYPES
 from pack.internvl_u.generation import GenerationConfig
 from pack.internvl_u.mmdit import time_embedding
 from pack.tests.lora_files import (
@@ -246,12 +247,14 @@ PRECISIONS = ("bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
 STORED = ("fp8_scaled", "fp8_scaled_old", "int8", "int8_convrot")
 
 
-@pytest.fixture(scope="module", params=[*PRECISIONS, *STORED])
+@pytest.fixture(scope="module", params=[*PRECISIONS, *STORED, *GGUF_DTYPES])
 def quantised(request, comfyui, checkpoint, tmp_path_factory):
     """How a smaller MODEL and MLLM are loaded, again and again."""
     load = importlib.import_module("pack.native.load").load
     if request.param in PRECISIONS:
         return lambda: load(checkpoint, request.param)
+    if request.param in GGUF_DTYPES:
+        pytest.importorskip("gguf", reason="the package that writes GGUF files, see requirements-dev.txt")
     drawing, language, vae = convert(checkpoint, tmp_path_factory.mktemp("files"), request.param)
     return lambda: load(drawing, "auto", language, vae)
 

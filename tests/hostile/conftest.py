@@ -55,6 +55,97 @@ ODD_FILES = {
     "nan": header(b'{"txt_norm.weight": NaN}'),
     "another model": header({"model.layers.0.weight": entry()}, bytes(4)),
 }
+
+
+def gguf_text(value):
+    data = value if isinstance(value, bytes) else value.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def gguf_entry(key, value):
+    return gguf_text(key) + struct.pack("<I", 8) + gguf_text(value)
+
+
+def gguf_tensor(name="a.weight", axes=(32,), form=8, offset=0):
+    return gguf_text(name) + struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, form, offset)
+
+
+ARCHITECTURE = gguf_entry("general.architecture", "internvl_u")
+OURS = (ARCHITECTURE, gguf_entry("internvl_u.description", '{"part": "generation_decoder"}'))
+
+
+def gguf_file(entries=OURS, tensors=(), data=bytes(64), *, counts=None, version=3, magic=b"GGUF"):
+    """Bytes of a file in the form of GGUF; `counts` (tensors, entries) may say something else."""
+    stated = counts or (len(tensors), len(entries))
+    head = magic + struct.pack("<IQQ", version, *stated) + b"".join((*entries, *tensors))
+    return head + bytes(-len(head) % 32) + data
+
+
+ODD_GGUF = {
+    "empty": (b"", "is empty"),
+    "three bytes": (b"GGU", "is not readable as GGUF"),
+    "magic alone": (b"GGUF", "is shorter than its header says"),
+    "lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git LFS pointer"),
+    "a page": (b"<!DOCTYPE html><html>not found</html>", "is a web page"),
+    "zeros": (bytes(64), "begins with zeros"),
+    "safetensors": (header({"txt_norm.weight": entry()}), "is not readable as GGUF"),
+    "wrong magic": (gguf_file(magic=b"GGUX"), "is not readable as GGUF"),
+    "version 1": (gguf_file(version=1), "version 1 found, 2 or 3 expected"),
+    "big endian": (gguf_file(version=3 << 24), "version 50331648 found"),
+    "10**12 tensors": (gguf_file(counts=(10**12, 2)), "is shorter than its header says"),
+    "10**12 entries": (gguf_file(counts=(0, 10**12)), "is shorter than its header says"),
+    "2**64-1 tensors": (gguf_file(counts=(2**64 - 1, 2**64 - 1)), "is shorter than its header says"),
+    "a million tensors": (gguf_file(data=bytes(33 << 20), counts=(10**6, 2)), "100000 expected at most"),
+    "a key of 10**12": (gguf_file([struct.pack("<Q", 10**12)]), "is shorter than its header says"),
+    "a text of 10**12": (
+        gguf_file([gguf_text("k") + struct.pack("<IQ", 8, 10**12)]),
+        "is shorter than its header says",
+    ),
+    "an array of 10**12": (
+        gguf_file([gguf_text("k") + struct.pack("<IIQ", 9, 4, 10**12)]),
+        "is shorter than its header says",
+    ),
+    "texts of 2**63": (
+        gguf_file([gguf_text("k") + struct.pack("<IIQ", 9, 8, 2**63)]),
+        "is shorter than its header says",
+    ),
+    "arrays in arrays": (
+        gguf_file([gguf_text("k") + struct.pack("<IIQ", 9, 9, 1) + bytes(64)]),
+        "an array of values of kind 9",
+    ),
+    "kind 77": (gguf_file([gguf_text("k") + struct.pack("<I", 77)]), "a value of kind 77"),
+    "key no utf-8": (gguf_file([gguf_entry(b"\xff\xfe", "x")]), "is not readable as GGUF"),
+    "another model": (gguf_file([gguf_entry("general.architecture", "llama")]), "a GGUF file of 'llama'"),
+    "flux": (gguf_file([gguf_entry("general.architecture", "flux")]), "a GGUF file of 'flux'"),
+    "no architecture": (gguf_file([]), "a GGUF file of no model"),
+    "another converter": (gguf_file([ARCHITECTURE]), "without internvl_u.description: another converter"),
+    "description no json": (
+        gguf_file([ARCHITECTURE, gguf_entry("internvl_u.description", "{")]),
+        "not readable as JSON",
+    ),
+    "description a list": (gguf_file([ARCHITECTURE, gguf_entry("internvl_u.description", "[]")]), "holds a list"),
+    "description deep": (
+        gguf_file([ARCHITECTURE, gguf_entry("internvl_u.description", "[" * 100_000)]),
+        "not readable as JSON",
+    ),
+    "description of a wrong part": (
+        gguf_file([ARCHITECTURE, gguf_entry("internvl_u.description", '{"part": "unet"}')]),
+        "part 'unet' found",
+    ),
+    "alignment 0": (
+        gguf_file([*OURS, gguf_text("general.alignment") + struct.pack("<II", 4, 0)]),
+        "an alignment of 0 bytes",
+    ),
+    "nine axes": (gguf_file(tensors=[gguf_tensor(axes=(1,) * 9)]), "9 axes"),
+    "2**32-1 axes": (gguf_file(tensors=[gguf_text("a") + struct.pack("<I", 2**32 - 1)], data=bytes(99)), "axes"),
+    "a shape beyond": (gguf_file(tensors=[gguf_tensor(axes=(2**63, 2**63, 2**63, 2**60))]), "is shorter than"),
+    "an offset beyond": (gguf_file(tensors=[gguf_tensor(offset=1 << 40)]), "is shorter than its header says"),
+    "an odd offset": (gguf_file(tensors=[gguf_tensor(offset=3)]), "at 3, a multiple of 32 expected"),
+    "a broken block": (gguf_file(tensors=[gguf_tensor(axes=(33,))]), "rows of 33 values found, a multiple of 32"),
+    "the same name twice": (gguf_file(tensors=[gguf_tensor(), gguf_tensor()]), "stands there twice"),
+    "data cut off": (gguf_file(tensors=[gguf_tensor(axes=(32, 1000))]), "is shorter than its header says"),
+}
+"""GGUF files that are not ours or not whole, and what is said of each."""
 SAID = {
     "empty": "is empty",
     "a page": "is a web page",
@@ -111,6 +202,8 @@ def litter(base):
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in ODD_FILES.items():
             (folder / f"{name}.safetensors").write_bytes(data)
+        for name, (data, _) in ODD_GGUF.items():
+            (folder / f"{name}.gguf").write_bytes(data)
         for name in ODD_NAMES:
             (folder / f"{name}.safetensors").write_bytes(b"")
         for name in ("._model.safetensors", "Thumbs.db", ".DS_Store", "model.safetensors.part"):

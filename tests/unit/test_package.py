@@ -24,6 +24,7 @@ LIBRARY = {
     "tqdm",
     "diffusers",
     "pydantic",
+    "gguf",
 }
 
 
