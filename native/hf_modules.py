@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import comfy.float
 import comfy.ops
 import torch
 from torch import nn

@@ -15,32 +15,60 @@ from comfy.weight_adapter import WeightAdapterBase
 
 from ..internvl_u.adapters import Adapter, decomposed
 from ..internvl_u.lora import LANGUAGE, TRANSFORMER, read_lora
-from ..internvl_u.weights import shapes_of
+from .gguf_ops import CastPackedEmbedding, CastPackedLinear
 from .guidance import check_model
 from .mllm import NativeMLLM, check_mllm
+from .quantized import Quantized
 
 _logger = logging.getLogger("internvl_u")
 _PREFIX = {TRANSFORMER: "diffusion_model.", LANGUAGE: ""}
 
 
-class WithMagnitude(WeightAdapterBase):
-    """An adapter of ComfyUI's with DoRA's norms after it.
+class InMeantValues(WeightAdapterBase):
+    """An adapter of ComfyUI's that is given a weight in the values that it was trained on, with DoRA's norms after it.
 
-    `weights` are that adapter and DoRA's magnitudes. ComfyUI moves tensors in `weights` to the GPU by itself.
+    `weights` are that adapter, or a difference as it is; DoRA's magnitudes or None; and the layer if it is quantised by
+    our own arithmetic, else None. ComfyUI moves tensors in `weights` to the GPU by itself.
     """
 
     name = "internvl_u"
     weights: Any
 
-    def __init__(self, loaded_keys: set[str], weights: tuple[WeightAdapterBase, torch.Tensor]):
+    def __init__(
+        self,
+        loaded_keys: set[str],
+        weights: tuple[WeightAdapterBase | torch.Tensor, torch.Tensor | None, Quantized | None],
+    ):
         self.loaded_keys, self.weights = loaded_keys, weights
+
+    def calculate_shape(self, key: str) -> torch.Size | None:
+        """Returns another shape than the weight's for a quantised layer.
+
+        ComfyUI 0.33 then patches it when it is loaded: streamed, it would be rounded to its few bits again.
+        """
+        return None if self.weights[2] is None else torch.Size()
 
     def calculate_weight(self, weight, key, strength, strength_model, offset, function, *more, **options) -> Any:
         """Returns the weight, changed; arguments as ComfyUI gives them to every adapter."""
-        inner, magnitude = self.weights
-        added = inner.calculate_weight(weight.clone(), key, 1.0, 1.0, None, lambda change: change, *more, **options)
-        change = decomposed(added.float(), magnitude.to(added.device)).to(weight) - weight
-        return weight + function(strength * change).to(weight)
+        inner, magnitude, layer = self.weights
+        stored = None if getattr(weight, "is_meant", False) else layer
+        meant = weight if stored is None else stored.convert_weight(weight)
+        whole = 1.0 if magnitude is not None else strength
+        if isinstance(inner, torch.Tensor):
+            added = meant + whole * inner.to(meant)
+        else:
+            added = inner.calculate_weight(meant.clone(), key, whole, 1.0, None, _as_it_is, *more, **options)
+        if magnitude is not None:
+            added = meant + strength * (decomposed(added.float(), magnitude.to(added.device)).to(meant) - meant)
+        changed = meant + function(added - meant)
+        if stored is not None:
+            return stored.set_weight(changed, return_weight=True).to(weight)
+        changed.is_meant = True  # for the next LoRA on this weight
+        return changed
+
+
+def _as_it_is(change: torch.Tensor) -> torch.Tensor:
+    return change
 
 
 def apply_lora(
@@ -77,21 +105,24 @@ def apply_lora(
 
 
 def _shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a network's weights by name; of packed matrices the shapes that they stand for."""
-    packed = {f"{name}.weight": getattr(layer, "packing", None) for name, layer in network.named_modules()}
-    return shapes_of(dict(network.named_parameters())) | {name: one.shape for name, one in packed.items() if one}
+    """Returns the shapes of a network's weights by name; of packed ones those of their values."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
+    for name, layer in network.named_modules():
+        if isinstance(layer, CastPackedLinear | CastPackedEmbedding):
+            shapes[f"{name}.weight"] = tuple(layer.packing.shape)
+    return shapes
 
 
 def _patched(patcher: ModelPatcher, part: str, layers: Mapping[str, Adapter], strength: float) -> ModelPatcher:
     prefix = _PREFIX[part]
     changed = patcher.clone()
-    added = changed.add_patches(_patches(prefix, layers), strength)
+    added = changed.add_patches(_patches(patcher.model, prefix, layers), strength)
     expected = sum(len(_targets(adapter)) for adapter in layers.values())
     assert len(added) == expected, f"{len(added)} of {expected} weights are patched"
     return changed
 
 
-def _patches(prefix: str, layers: Mapping[str, Adapter]) -> dict[str, Any]:
+def _patches(network: torch.nn.Module, prefix: str, layers: Mapping[str, Adapter]) -> dict[str, Any]:
     """Returns ComfyUI's patches by the names of weights: its adapters, made by itself, in ours where they need it."""
     tensors = {
         f"{layer}.{name}": tensor
@@ -102,9 +133,13 @@ def _patches(prefix: str, layers: Mapping[str, Adapter]) -> dict[str, Any]:
     patches = comfy.lora.load_lora(tensors, {layer: f"{prefix}{layer}.weight" for layer in layers})
     for layer, adapter in layers.items():
         name = f"{prefix}{layer}.weight"
+        module = network.get_submodule(f"{prefix}{layer}")
+        quantized = module if isinstance(module, Quantized) else None
         magnitude, patch = adapter.get("dora_scale"), patches.get(name)
-        if isinstance(patch, WeightAdapterBase) and magnitude is not None:
-            patches[name] = WithMagnitude(patch.loaded_keys, (patch, magnitude))
+        if patch is None or (magnitude is None and quantized is None):
+            continue
+        inner, keys = (patch, patch.loaded_keys) if isinstance(patch, WeightAdapterBase) else (patch[1][0], set())
+        patches[name] = InMeantValues(keys, (inner, magnitude, quantized))
     return patches
 
 

@@ -28,8 +28,13 @@ class Quantized(nn.Module):
     group: int
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **_: object) -> torch.Tensor:
-        """Returns the matrix, fp32, that a stored one stands for: what a patch is added to."""
-        return int8.dequantize(weight, self.scales(weight.device), self.group)
+        """Returns the matrix, fp32, that a stored one stands for: what a patch is added to.
+
+        It is marked as such, because ComfyUI 0.33 hands offloaded matrices to patches as they are stored.
+        """
+        meant = int8.dequantize(weight, self.scales(weight.device), self.group)
+        cast(Any, meant).is_meant = True
+        return meant
 
     def set_weight(
         self,

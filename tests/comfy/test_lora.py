@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from pack.internvl_u.convert import convert
+from pack.internvl_u.defaults import GGUF_DTYPES
 from pack.internvl_u.generation import GenerationConfig
 from pack.internvl_u.mmdit import time_embedding
 from pack.tests.lora_files import (
@@ -242,18 +243,24 @@ def test_offloaded_weights_get_the_lora_too(loaded, apply_lora, near, save, lang
     changed.patcher.detach()
 
 
-@pytest.fixture(scope="module", params=["bf16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old"])
+PRECISIONS = ("bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
+STORED = ("fp8_scaled", "fp8_scaled_old", "int8", "int8_convrot")
+
+
+@pytest.fixture(scope="module", params=[*PRECISIONS, *STORED, *GGUF_DTYPES])
 def quantised(request, comfyui, checkpoint, tmp_path_factory):
     """How a smaller MODEL and MLLM are loaded, again and again."""
     load = importlib.import_module("pack.native.load").load
-    if request.param in ("bf16", "fp8_e4m3fn"):
+    if request.param in PRECISIONS:
         return lambda: load(checkpoint, request.param)
+    if request.param in GGUF_DTYPES:
+        pytest.importorskip("gguf", reason="the package that writes GGUF files, see requirements-dev.txt")
     drawing, language, vae = convert(checkpoint, tmp_path_factory.mktemp("files"), request.param)
     return lambda: load(drawing, "auto", language, vae)
 
 
 @pytest.mark.parametrize("offloaded", [False, True])
-@pytest.mark.parametrize("spelling", ["transformers", "PEFT DoRA", "LyCORIS LoHa"])
+@pytest.mark.parametrize("spelling", ["transformers", "PEFT DoRA", "LyCORIS LoHa", "the difference itself"])
 def test_smaller_weights_get_the_same_lora(
     native, checkpoint, loaded, quantised, apply_lora, velocity, save, spelling, offloaded, monkeypatch
 ):
@@ -261,11 +268,12 @@ def test_smaller_weights_get_the_same_lora(
     import comfy.model_management as mm
 
     names = {"transformers": "bare"}
+    languages = LANGUAGE_SPELLINGS | {"the difference itself": SPELLINGS["the difference itself"]}
     network, language = loaded.model.model.diffusion_model, loaded.mllm.model
     change = random_change(shapes_of(network), LAYERS, size=0.2)
     language_change = random_change(shapes_of(language), LANGUAGE_LAYERS, size=0.2)
     tensors = written(change, SPELLINGS[names.get(spelling, spelling)], weights_of(network))
-    tensors |= written(language_change, LANGUAGE_SPELLINGS[spelling], weights_of(language))
+    tensors |= written(language_change, languages[spelling], weights_of(language))
     file = save(tensors)
     expected = [end(*apply_lora(loaded.model, loaded.mllm, file, 1.0, 1.0)[:2]) for end in ENDS(velocity)]
     plain = [end(loaded.model, loaded.mllm) for end in ENDS(velocity)]
