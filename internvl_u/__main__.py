@@ -18,6 +18,9 @@ from .defaults import (
     GUIDANCE,
     GUIDANCE_WITH_THOUGHT,
     LARGEST,
+    MODEL_FOLDER,
+    RELEASED_SIZE,
+    REPOSITORY,
     SMALLEST,
     STEPS,
     THOUGHT_TOKENS,
@@ -66,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_draw(commands.add_parser("draw", help="draw a picture from a text, or edit pictures"))
     _add_ask(commands.add_parser("ask", help="ask about pictures, or chat without any"))
     _add_convert(commands.add_parser("convert", help="write single files for ComfyUI's model folders"))
+    _add_download(commands.add_parser("download", help=f"fetch the released model ({RELEASED_SIZE})"))
     return parser
 
 
@@ -117,6 +121,21 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "(default %(default)s)",
     )
     parser.set_defaults(run=_convert)
+
+
+def _add_download(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source",
+        type=text_argument,
+        default="huggingface",
+        metavar="huggingface|modelscope|URL",
+        help="where from; a URL is that of a mirror of Hugging Face (default %(default)s)",
+    )
+    parser.add_argument("--revision", type=text_argument, metavar="R", help="branch, tag or commit (default: newest)")
+    parser.add_argument(
+        "--to", type=Path, default=MODEL_FOLDER, metavar="DIR", help="folder to make (default %(default)s)"
+    )
+    parser.set_defaults(run=_download)
 
 
 def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int, what: str) -> None:
@@ -185,6 +204,28 @@ def _convert(options: argparse.Namespace) -> None:
     with tqdm(unit="B", unit_scale=True, desc="convert") as bar:
         files = convert(options.model, options.out, options.dtype, bar.update)
     write_text("\n".join(map(str, files)), "list of files")
+
+
+def _download(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .download import download
+    from .results import write_text
+
+    target = options.to.absolute()
+    print(f"internvl_u: {REPOSITORY} from {options.source} to {shown_name(str(target))}", file=sys.stderr)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total or None
+        bar.update(done - bar.n)
+
+    try:
+        with tqdm(unit="B", unit_scale=True, desc="download") as bar:
+            download(target, options.source, options.revision, show)
+    except KeyboardInterrupt:
+        print("internvl_u: what was fetched is kept; the same command goes on from there", file=sys.stderr)
+        raise
+    write_text(str(target), "folder's name")
 
 
 def _open(options: argparse.Namespace) -> Pipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -32,8 +33,12 @@ SMALLEST, LARGEST = 16, 4096
 """Pixels per side."""
 FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old")
 """What `convert` writes: the last two have one scale per matrix, in the two spellings of ComfyUI."""
-REPOSITORY = "InternVL-U/InternVL-U"
+REPOSITORY, MODELSCOPE_REPOSITORY = "InternVL-U/InternVL-U", "OpenGVLab/InternVL-U"
+RELEASED_SIZE = "8.2 GB"
+MODEL_FOLDER = Path("models", "InternVL-U", "InternVL-U")
+"""Where a model goes, from ComfyUI's folder on."""
 HOW_TO_GET = (
-    f"Download {REPOSITORY} from Hugging Face (or OpenGVLab/InternVL-U from ModelScope) with its subfolders "
+    "Run `python -m internvl_u download --to FOLDER`, or download "
+    f"{REPOSITORY} from Hugging Face (or {MODELSCOPE_REPOSITORY} from ModelScope) with its subfolders "
     "vlm, generation_decoder, vae, scheduler and processor"
 )
