@@ -24,6 +24,8 @@ LIBRARY = {
     "tqdm",
     "diffusers",
     "pydantic",
+    "huggingface_hub",
+    "filelock",
 }
 
 
