@@ -221,12 +221,13 @@ def _by_name(found: dict[str, Path], name: str) -> Path | None:
 def _missing(name: str) -> str:
     searched = [*map(str, roots()), *folder_paths.get_folder_paths(TRANSFORMER_KEY)]
     others = f" Found there: {', '.join(available())}." if available() else ""
+    missing = f"no InternVL-U model {name!r}."
     offered = " or ".join(f'"{choice}"' for choice in _offered_downloads())
-    how = f" To have it downloaded, choose {offered} in model_name and run again." if offered else ""
-    return (
-        f"no InternVL-U model {name!r}.{how} Searched: {', '.join(searched)}.{others} By hand: "
-        f"{HOW_TO_GET[0].lower()}{HOW_TO_GET[1:]} into {target()}, then press R to refresh the list."
-    )
+    if offered:
+        how = f"choose {offered} in model_name and run again. Or put its folder into {target().parent}"
+        return f"{missing} To have it downloaded, {how} and press R. Searched: {', '.join(searched)}.{others}"
+    how = f"{HOW_TO_GET} into {target()}, then press R to refresh the list."
+    return f"{missing} Searched: {', '.join(searched)}.{others} {how}"
 
 
 def _looks_meant(folder: Path, root: Path) -> bool:
