@@ -38,7 +38,7 @@ RELEASED_SIZE = "8.2 GB"
 MODEL_FOLDER = Path("models", "InternVL-U", "InternVL-U")
 """Where a model goes, from ComfyUI's folder on."""
 HOW_TO_GET = (
-    "Run `python -m internvl_u download --to FOLDER`, or download "
-    f"{REPOSITORY} from Hugging Face (or {MODELSCOPE_REPOSITORY} from ModelScope) with its subfolders "
+    f"Download {REPOSITORY} from Hugging Face (or {MODELSCOPE_REPOSITORY} from ModelScope), by "
+    "`python -m internvl_u download --to FOLDER` or by hand, with its subfolders "
     "vlm, generation_decoder, vae, scheduler and processor"
 )
