@@ -19,6 +19,9 @@ from .defaults import (
     GUIDANCE,
     GUIDANCE_WITH_THOUGHT,
     LARGEST,
+    MODEL_FOLDER,
+    RELEASED_SIZE,
+    REPOSITORY,
     SMALLEST,
     STEPS,
     THOUGHT_TOKENS,
@@ -68,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ask(commands.add_parser("ask", help="ask about pictures, or chat without any"))
     _add_convert(commands.add_parser("convert", help="write single files for ComfyUI's model folders"))
     _add_merge(commands.add_parser("merge", help="write a checkpoint folder with LoRAs merged into its weights"))
+    _add_download(commands.add_parser("download", help=f"fetch the released model ({RELEASED_SIZE})"))
     return parser
 
 
@@ -144,6 +148,21 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=float, metavar="A", help="lora_alpha of a LoRA in the folder that states none")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
     parser.set_defaults(run=_merge)
+
+
+def _add_download(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source",
+        type=text_argument,
+        default="huggingface",
+        metavar="huggingface|modelscope|URL",
+        help="where from; a URL is that of a mirror of Hugging Face (default %(default)s)",
+    )
+    parser.add_argument("--revision", type=text_argument, metavar="R", help="branch, tag or commit (default: newest)")
+    parser.add_argument(
+        "--to", type=Path, default=MODEL_FOLDER, metavar="DIR", help="folder to make (default %(default)s)"
+    )
+    parser.set_defaults(run=_download)
 
 
 def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int, what: str) -> None:
@@ -237,6 +256,28 @@ def _merge(options: argparse.Namespace) -> None:
         done = merge(options.model, options.out, list(zip(options.lora, strengths)), options.alpha, bar.update)
     print("\n".join(f"internvl_u: {report}" for report in done.reports), file=sys.stderr)
     write_text("\n".join(map(str, done.files)), "list of files")
+
+
+def _download(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from .download import download
+    from .results import write_text
+
+    target = options.to.absolute()
+    print(f"internvl_u: {REPOSITORY} from {options.source} to {shown_name(str(target))}", file=sys.stderr)
+
+    def show(done: int, total: int) -> None:
+        bar.total = total or None
+        bar.update(done - bar.n)
+
+    try:
+        with tqdm(unit="B", unit_scale=True, desc="download") as bar:
+            download(target, options.source, options.revision, show)
+    except KeyboardInterrupt:
+        print("internvl_u: what was fetched is kept; the same command goes on from there", file=sys.stderr)
+        raise
+    write_text(str(target), "folder's name")
 
 
 def _open(options: argparse.Namespace) -> Pipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -35,8 +36,12 @@ FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old", "fp8_e5
 convrot the columns of each group are rotated first."""
 GGUF_DTYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 """What `convert` writes as GGUF, the finest first."""
-REPOSITORY = "InternVL-U/InternVL-U"
+REPOSITORY, MODELSCOPE_REPOSITORY = "InternVL-U/InternVL-U", "OpenGVLab/InternVL-U"
+RELEASED_SIZE = "8.2 GB"
+MODEL_FOLDER = Path("models", "InternVL-U", "InternVL-U")
+"""Where a model goes, from ComfyUI's folder on."""
 HOW_TO_GET = (
-    f"Download {REPOSITORY} from Hugging Face (or OpenGVLab/InternVL-U from ModelScope) with its subfolders "
+    f"Download {REPOSITORY} from Hugging Face (or {MODELSCOPE_REPOSITORY} from ModelScope), by "
+    "`python -m internvl_u download --to FOLDER` or by hand, with its subfolders "
     "vlm, generation_decoder, vae, scheduler and processor"
 )

@@ -45,6 +45,7 @@ NAMES = (
 CALLS: dict[str, tuple[int, str]] = {
     "comfy.conds.CONDList": (1, ""),
     "comfy.conds.CONDRegular._copy_with": (2, ""),
+    "comfy.float.stochastic_rounding": (2, "seed"),
     "comfy.ldm.modules.attention.optimized_attention": (4, "skip_reshape transformer_options"),
     "comfy.lora.load_lora": (2, ""),
     "comfy.model_base.BaseModel.__init__": (3, "device unet_model"),

@@ -1,7 +1,8 @@
-"""Text while it is generated: progress bar, live text on the node, cancelling."""
+"""Text while it is generated: progress bar, live text on the node, cancelling. The progress of a download."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 EVENT = "internvl_u.text"
 SECONDS_BETWEEN = 0.1
+_logger = logging.getLogger("internvl_u")
 
 
 class LiveText:
@@ -37,6 +39,31 @@ class LiveText:
         if now - self.shown >= SECONDS_BETWEEN:
             self.shown = now
             show(self.hidden, self.decode(ids))
+
+
+class DownloadProgress:
+    """Called with bytes and all bytes: stops a cancelled job, moves the node's progress bar, logs each tenth."""
+
+    def __init__(self) -> None:
+        self.bar = comfy.utils.ProgressBar(1)
+        self.shown, self.tenth = 0.0, -1
+
+    def __call__(self, done: int, total: int) -> None:
+        """Takes the bytes that are there and those of all files, 0 while they are not known.
+
+        Raises:
+            InterruptProcessingException: the job was cancelled.
+        """
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if not total:
+            return
+        if done * 10 // total > self.tenth:
+            self.tenth = done * 10 // total
+            _logger.info("InternVL-U: %.1f of %.1f GB downloaded", done / 1e9, total / 1e9)
+        now = time.monotonic()
+        if now - self.shown >= SECONDS_BETWEEN or done == total:
+            self.shown = now
+            self.bar.update_absolute(done, total)
 
 
 def show(hidden: HiddenHolder, text: str, cut: str = "") -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..internvl_u.download import download
 from ..native.dtypes import PRECISIONS
 from ..native.load import load
+from ..native.progress import DownloadProgress
 from . import model_folders
 from .inputs import checked
 from .model_folders import AUTO
 
 MLLM = io.Custom("INTERNVL_U_MLLM")
-NONE_FOUND = "no model found"
 
 
 class LoadModel(io.ComfyNode):
@@ -28,9 +29,10 @@ class LoadModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=model_folders.available() or [NONE_FOUND],
+                    options=model_folders.choices(),
                     tooltip="A folder in models/InternVL-U or models/diffusers, or a converted file in "
-                    "models/diffusion_models; extra model paths count too.",
+                    "models/diffusion_models; extra model paths count too. Where the released model is not there, the "
+                    "last choices download it, when the node runs; nothing else does.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -91,4 +93,7 @@ class LoadModel(io.ComfyNode):
     @checked
     def execute(cls, model_name: str, precision: str, mllm_name: str = AUTO, vae_name: str = AUTO) -> io.NodeOutput:
         found = model_folders.find(model_name, mllm_name, vae_name)
+        source = model_folders.source_asked_for(model_name)
+        if source is not None:
+            download(found.transformer, source, progress=DownloadProgress())
         return io.NodeOutput(*load(found.transformer, precision, found.language, found.vae))

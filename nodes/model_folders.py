@@ -20,7 +20,7 @@ from ..internvl_u.checkpoint import (
     is_checkpoint,
     open_checkpoint,
 )
-from ..internvl_u.defaults import HOW_TO_GET
+from ..internvl_u.defaults import HOW_TO_GET, MODEL_FOLDER, RELEASED_SIZE
 from ..native import compat
 
 KEY = "InternVL-U"
@@ -28,6 +28,8 @@ SHARED_KEY = "diffusers"
 TRANSFORMER_KEY, LANGUAGE_KEY, VAE_KEY = "diffusion_models", "text_encoders", "vae"
 LORA_KEY = "loras"
 AUTO = "auto"
+NONE_FOUND = "no model found"
+_SITES = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
 QWEN_VAE = "qwen_image_vae.safetensors"
 GGUF_KEYS = {TRANSFORMER_KEY: "internvl_u_gguf_diffusion_models", LANGUAGE_KEY: "internvl_u_gguf_text_encoders"}
 """Keys of our own under which ComfyUI lists the GGUF files of its folders: its own loaders, which cannot read them, go
@@ -134,6 +136,37 @@ def available() -> list[str]:
     return [*folders(), *(transformer_files() if compat.is_serving() else ())]
 
 
+def choices() -> list[str]:
+    """Returns the choices of the node's list: what is there, and last, where the released model is not, its download.
+
+    The first one, which a new node has, never asks for a download.
+    """
+    return [*(available() or [NONE_FOUND]), *_offered_downloads()]
+
+
+def downloads() -> dict[str, str]:
+    """Returns the choices that ask for the released model's download, and the source of each."""
+    root, home = target().parent, Path(folder_paths.models_dir).parent
+    shown = (root.relative_to(home) if root.is_relative_to(home) else root).as_posix()
+    if not _is_text(shown):
+        return {}
+    return {f"download InternVL-U ({RELEASED_SIZE}) from {site} to {shown}": source for source, site in _SITES.items()}
+
+
+def target() -> Path:
+    """Returns the folder that a download makes, in the first of ComfyUI's folders for our models."""
+    return Path(folder_paths.get_folder_paths(KEY)[0]) / MODEL_FOLDER.name
+
+
+def source_asked_for(name: str) -> str | None:
+    """Returns where the model is to be downloaded from: None unless a choice asks for it and it is not there yet."""
+    return _offered_downloads().get(name)
+
+
+def _offered_downloads() -> dict[str, str]:
+    return {} if MODEL_FOLDER.name in folders() else downloads()
+
+
 def fingerprint(found: Found) -> list[tuple[str, int, int]]:
     """Returns (path, time in ns, size) of each file that loading reads."""
     states = []
@@ -148,10 +181,13 @@ def fingerprint(found: Found) -> list[tuple[str, int, int]]:
 def find(name: str, language: str = AUTO, vae: str = AUTO) -> Found:
     """Returns where the parts of a model are. With `auto` they come from the same folder or were converted together.
 
+    A choice that asks for a download means the folder that it makes, whether it is there yet or not.
+
     Raises:
         FileNotFoundError: there is none of this name; tells where it was looked for and how to get one.
     """
-    inside = folders().get(name)
+    found = folders()
+    inside = found.get(name) or (found.get(MODEL_FOLDER.name, target()) if name in downloads() else None)
     transformer = inside or _by_name(transformer_files(), name)
     if transformer is None:
         raise FileNotFoundError(_missing(name))
@@ -219,10 +255,13 @@ def _missing(name: str) -> str:
         return reason
     searched = [*map(str, roots()), *folder_paths.get_folder_paths(TRANSFORMER_KEY)]
     others = f" Found there: {', '.join(available())}." if available() else ""
-    return (
-        f"no InternVL-U model {name!r}. Searched: {', '.join(searched)}.{others} "
-        f"{HOW_TO_GET} into {roots()[0] / 'InternVL-U'}, then press R to refresh the list."
-    )
+    missing = f"no InternVL-U model {name!r}."
+    offered = " or ".join(f'"{choice}"' for choice in _offered_downloads())
+    if offered:
+        how = f"choose {offered} in model_name and run again. Or put its folder into {target().parent}"
+        return f"{missing} To have it downloaded, {how} and press R. Searched: {', '.join(searched)}.{others}"
+    how = f"{HOW_TO_GET} into {target()}, then press R to refresh the list."
+    return f"{missing} Searched: {', '.join(searched)}.{others} {how}"
 
 
 def _reason(file: Path | None, part: str) -> str | None:

@@ -219,8 +219,8 @@ def native(comfyui):
 class Server(comfyui_tools.Server):
     """A running ComfyUI with only this pack, and what tests ask of it."""
 
-    def __init__(self, comfyui, base, *flags):
-        super().__init__(sys.executable, comfyui, base, "--cpu", *flags, own_group=False)
+    def __init__(self, comfyui, base, *flags, env=None):
+        super().__init__(sys.executable, comfyui, base, "--cpu", *flags, own_group=False, env=env)
 
     def with_latent(self, graph):
         """Adds core's SaveLatent, named "latent", at the point where the picture is decoded."""
@@ -288,10 +288,10 @@ def new_server(comfyui, tmp_path_factory):
     """Starts servers on base directories of their own, which `prepare(base)` may fill; they end with the tests."""
     with contextlib.ExitStack() as running:
 
-        def start(name, prepare=lambda base: None, *flags):
+        def start(name, prepare=lambda base: None, *flags, env=None):
             base = make_base(tmp_path_factory.mktemp(name))
             prepare(base)
-            return running.enter_context(Server(comfyui, base, *flags))
+            return running.enter_context(Server(comfyui, base, *flags, env=env))
 
         yield start
 

@@ -355,6 +355,15 @@ KEYWORDS = {"trust_remote_code": True, "shell": True, "weights_only": False, "al
 ALLOWED = {
     "native/compat.py": {"importlib.import_module"},  # modules of ComfyUI, by names that stand there
     "native/host.py": {"importlib.import_module"},  # those of its table, to see that they are there
+    # The download, and what it fetches a file with. Inside their functions: see below.
+    "internvl_u/download.py": {
+        *("huggingface_hub", "huggingface_hub.HfApi", "huggingface_hub.ModelInfo", "huggingface_hub.constants"),
+        *("huggingface_hub.hf_hub_url", "huggingface_hub.utils", "huggingface_hub.utils.build_hf_headers"),
+    },
+    "internvl_u/transfer.py": {
+        *("huggingface_hub", "huggingface_hub.constants", "huggingface_hub.errors", "huggingface_hub.utils"),
+        *("huggingface_hub.errors.OfflineModeIsEnabled", "huggingface_hub.utils.get_session"),
+    },
 }
 """What is allowed where, by file. An entry here is a change for SECURITY.md."""
 
@@ -385,6 +394,41 @@ def dangers(tree):
 def test_what_ships_calls_nothing_that_runs_code_or_uses_the_network(file):
     found = set(dangers(ast.parse(file.read_text(encoding="utf-8"))))
     assert found == ALLOWED.get(f"{file.parent.name}/{file.name}", set())
+
+
+DOWNLOADERS = {"download", "transfer"}
+
+
+def test_the_download_is_called_in_two_places_alone():
+    """The command line's `download`, and Load InternVL-U after it was asked for; nothing else imports its modules."""
+    importers = {}
+    for file in SHIPPED:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                module = (node.module or "").split(".")[-1]
+                for name in DOWNLOADERS & {module, *(name.name for name in node.names)}:
+                    importers.setdefault(name, set()).add(f"{file.parent.name}/{file.name}")
+    assert importers == {
+        "download": {"internvl_u/__main__.py", "nodes/load.py"},
+        "transfer": {"internvl_u/download.py"},
+    }
+    calls = [
+        ast.unparse(node)
+        for name in ("internvl_u/__main__.py", "nodes/load.py")
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "download"
+    ]
+    assert calls == [
+        "download(target, options.source, options.revision, show)",
+        "download(found.transformer, source, progress=DownloadProgress())",
+    ]
+
+
+def test_huggingface_hub_is_imported_by_a_download_alone():
+    for file in SHIPPED:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "huggingface_hub" not in ast.unparse(node), f"{file}:{node.lineno}"
 
 
 @pytest.mark.parametrize(

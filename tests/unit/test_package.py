@@ -25,6 +25,8 @@ LIBRARY = {
     "diffusers",
     "pydantic",
     "gguf",
+    "huggingface_hub",
+    "filelock",
 }
 
 

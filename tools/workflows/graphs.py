@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-FOLDER = """Put the whole model folder into **models/InternVL-U/InternVL-U**, from Hugging Face \
+FOLDER = """No model yet? In **Load InternVL-U**, choose the **download** as **model_name** and run. Or put the whole \
+model folder into **models/InternVL-U/InternVL-U**, from Hugging Face \
 ([InternVL-U/InternVL-U](https://huggingface.co/InternVL-U/InternVL-U)) or ModelScope \
 ([OpenGVLab/InternVL-U](https://modelscope.cn/models/OpenGVLab/InternVL-U)), then press **R**."""
 CHANGE = "Change the **prompt** first (English or Chinese), then the **seed** and the size **preset**."
