@@ -268,8 +268,9 @@ def _download(options: argparse.Namespace) -> None:
     print(f"internvl_u: {REPOSITORY} from {options.source} to {shown_name(str(target))}", file=sys.stderr)
 
     def show(done: int, total: int) -> None:
-        bar.total = total or None
-        bar.update(done - bar.n)
+        if total:
+            bar.total = total
+            bar.update(done - bar.n)
 
     try:
         with tqdm(unit="B", unit_scale=True, desc="download") as bar:
