@@ -24,6 +24,7 @@ def use_comfyui(folder: Path, device: str = "cpu") -> str:
     sys.path.insert(0, str(folder.resolve()))
     import comfy.cli_args
     import comfyui_version
+    import utils.extra_config  # noqa: F401 - first, as in main.py: nodes.py puts ComfyUI's other module `utils` before it
 
     comfy.cli_args.args.cpu = device == "cpu"
     # What it takes on a GPU by itself. Its own choice on a CPU asks for free memory at every attention, which breaks

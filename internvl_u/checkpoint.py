@@ -18,8 +18,8 @@ import torch
 from .defaults import HOW_TO_GET
 from .dequantize import Packing
 from .files import FileState
-from .fp8 import split_scales
 from .header import header_bytes, metadata_of, read_header
+from .quantization import QuantizedLayer, split_layers
 from .schema import Description, ModelIndex, checked, parse, read_json
 from .weights import OpenFile, Weights, check_dtypes, open_file, open_files, shapes_of, weight_files
 
@@ -38,17 +38,16 @@ _PREFIXES = {"generation_decoder": ("decoder.", _SAVED_PREFIX)}
 class Part:
     """One of the three parts, opened.
 
-    `weights` go by the names of our modules (of the VAE: diffusers' or Wan 2.1's, as they are stored); `scales` and
-    `formats` are those of quantised layers, by layer. `mapped` are the files, as they were, that weights are mapped
-    from; `packed` says which weights are bytes of packed matrices; `source` names where the configuration stands.
+    `weights` go by the names of our modules (of the VAE: diffusers' or Wan 2.1's, as they are stored); `layers` are
+    the quantised ones. `mapped` are the files, as they were, that weights are mapped from; `packed` says which weights
+    are bytes of packed matrices; `source` names where the configuration stands.
     """
 
     checkpoint: WeightFormat
     name: str
     weights: Weights
     config: dict
-    scales: Weights
-    formats: dict[str, dict[str, str]]
+    layers: dict[str, QuantizedLayer]
     mapped: tuple[FileState, ...] = ()
     packed: Mapping[str, Packing] = field(default_factory=dict)
 
@@ -60,13 +59,21 @@ class Part:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The weights' shapes by name; of a packed matrix the shape that it stands for."""
-        return shapes_of(self.weights) | {name: packing.shape for name, packing in self.packed.items()}
+        """The weights' shapes by name; of quantised and packed matrices those of the values that they stand for."""
+        shapes = shapes_of(self.weights) | {name: packing.shape for name, packing in self.packed.items()}
+        for layer, one in self.layers.items():
+            rows, columns = shapes[f"{layer}.weight"]
+            shapes[f"{layer}.weight"] = (rows, columns * one.values_per_byte)
+        return shapes
 
     @property
     def plain(self) -> Weights:
         """The weights that are numbers as they are."""
-        return {name: tensor for name, tensor in self.weights.items() if name not in self.packed}
+        return {
+            name: tensor
+            for name, tensor in self.weights.items()
+            if name not in self.packed and name.removesuffix(".weight") not in self.layers
+        }
 
     def mapped_by(self, used: Mapping[str, torch.Tensor]) -> tuple[FileState, ...]:
         """Returns `mapped` if a tensor of `used`, a network's weights by name, is still mapped; else nothing."""
@@ -254,9 +261,9 @@ def open_part(source: Path, part: str, open_file: OpenFile = open_file) -> Part:
         stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
     if part == "generation_decoder":
         stored.pop(PADDING, None)
-    quantized = split_scales(stored, checkpoint.metadata, source)
-    packed = {name: packing for name, packing in checkpoint.packed.items() if name in quantized.weights}
-    opened = Part(checkpoint, part, quantized.weights, config, quantized.scales, quantized.formats, mapped, packed)
+    weights, layers = split_layers(stored, checkpoint.metadata, source)
+    packed = {name: packing for name, packing in checkpoint.packed.items() if name in weights}
+    opened = Part(checkpoint, part, weights, config, layers, mapped, packed)
     check_dtypes(opened.plain, part, source)
     return opened
 

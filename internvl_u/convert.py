@@ -10,14 +10,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial as partial_of
 from pathlib import Path
 
 import torch
 
-from . import __version__, fp8
+from . import __version__, fp8, int8, quantization
 from .checkpoint import METADATA, PARTS, Folder, check_folder, open_part
 from .defaults import FILE_DTYPES, GGUF_DTYPES
 from .files import check_unchanged, state_of
@@ -30,7 +30,10 @@ from .vae import wan_name
 CHUNK = 8 << 20
 """Values that are converted at once."""
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", fp8.DTYPE: "F8_E4M3", torch.uint8: "U8"}
+_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"}
+_DTYPE_NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.uint8: "U8"}
+_PLAIN = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_MATRICES = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 @dataclass(frozen=True)
@@ -44,51 +47,74 @@ class SourceTensor:
     dtype: torch.dtype
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """Yields the values, flat, a piece at a time.
+        """Yields the values a piece at a time: whole rows [n, ...] of what has any, else all.
 
         Raises:
             RuntimeError: some are infinite or not a number, or the file has become shorter.
         """
-        width = self.dtype.itemsize
-        left = math.prod(self.shape) * width
+        rows, width = (self.shape[0], math.prod(self.shape[1:])) if self.shape else (1, 1)
+        step = max(1, CHUNK // max(width, 1))
         with self.file.open("rb") as source:
             source.seek(self.start)
-            while left:
-                data = source.read(min(left, CHUNK * width))
-                if not data:
+            for first in range(0, rows, step):
+                count = min(step, rows - first)
+                data = source.read(count * width * self.dtype.itemsize)
+                if len(data) < count * width * self.dtype.itemsize:
                     raise RuntimeError(f"{self.file} has become shorter while it was read: run again when it is whole")
-                left -= len(data)
-                values = torch.frombuffer(bytearray(data), dtype=self.dtype)
+                values = torch.frombuffer(bytearray(data), dtype=self.dtype) if data else torch.empty(0)
                 if not torch.isfinite(values).all():
                     raise RuntimeError(
                         f"{self.file}: {self.name} holds values that are infinite or not a number (NaN), numbers "
                         "expected: nothing is converted from it"
                     )
-                yield values
+                yield values.reshape(count, *self.shape[1:]) if self.shape else values
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to write: its new name and dtype, and the scale that its values are divided by."""
+    """A tensor to write: its new name and dtype.
+
+    The values are those of `source`, in groups of `group` columns rotated (0: not), divided by `scale`: one, or one per
+    row. Without a source they are the scale itself.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     source: SourceTensor | None
-    scale: float | None = None
+    scale: torch.Tensor | None = None
+    group: int = 0
 
-    def data(self) -> Iterable[bytes]:
-        """Yields the bytes to write, a piece at a time."""
+    def data(self) -> Iterator[bytes]:
+        """Yields the bytes to write, a piece at a time.
+
+        Raises:
+            RuntimeError: see `SourceTensor.chunks`; or a value is too large for the dtype.
+        """
         if self.source is None:
-            pieces = [torch.tensor([] if self.scale is None else [self.scale], dtype=torch.float32)]
-        else:
-            pieces = self.source.chunks()
-        for piece in pieces:
-            if self.source is not None and self.scale is not None:
-                piece = piece.float() / self.scale
-            if self.dtype == fp8.DTYPE:
-                piece = piece.float().clamp(-fp8.LARGEST, fp8.LARGEST)
-            yield piece.to(self.dtype).view(torch.uint8).numpy().tobytes()
+            yield _bytes_of(torch.empty(0) if self.scale is None else self.scale, self.dtype, self.name)
+            return
+        first = 0
+        for piece in self.source.chunks():
+            if self.scale is not None:
+                piece = int8.rotate(piece.float(), self.group) if self.group else piece.float()
+                piece = piece / (self.scale if self.scale.numel() == 1 else self.scale[first : first + len(piece)])
+            first += len(piece)
+            yield _bytes_of(piece, self.dtype, self.name)
+
+
+def _bytes_of(values: torch.Tensor, dtype: torch.dtype, name: str) -> bytes:
+    if dtype == torch.int8:
+        values = values.round().clamp(-int8.LARGEST, int8.LARGEST)
+    elif dtype.itemsize == 1 and dtype.is_floating_point:
+        largest = torch.finfo(dtype).max
+        values = values.float().clamp(-largest, largest)
+    elif dtype == torch.float16 and values.numel() and values.abs().max() > torch.finfo(dtype).max:
+        raise RuntimeError(
+            f"{name} holds values up to {float(values.abs().max()):.3g}, 65504 at most expected for float16: convert "
+            "to bfloat16"
+        )
+    return values.to(dtype).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 Plan = tuple[list[OutputTensor], dict[str, str]]
@@ -116,7 +142,7 @@ def convert(
     if packs:
         check_writer()
     check_folder(model)
-    suffix = {"bfloat16": "bf16"}.get(dtype, dtype) + (".gguf" if packs else ".safetensors")
+    suffix = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype) + (".gguf" if packs else ".safetensors")
     files = [
         out / "diffusion_models" / f"internvl_u_{suffix}",
         out / "text_encoders" / f"internvl_u_mllm_{suffix}",
@@ -249,29 +275,45 @@ def _plan_vae(folder: Folder, sources: dict[str, SourceTensor]) -> Plan:
 
 def _plan_tensors(sources: dict[str, SourceTensor], dtype: str, description: dict) -> Plan:
     outputs: list[OutputTensor] = []
-    layers: dict[str, dict[str, str]] = {}
+    layers: dict[str, dict] = {}
     for name in sorted(sources):
         source = sources[name]
-        if dtype == "bfloat16" or not fp8.shrinks(name, source.shape):
-            outputs.append(OutputTensor(name, torch.bfloat16, source.shape, source))
-        elif dtype == "fp8_e4m3fn":
-            outputs.append(OutputTensor(name, fp8.DTYPE, source.shape, source))
+        if dtype in _PLAIN or not fp8.shrinks(name, source.shape):
+            outputs.append(OutputTensor(name, _PLAIN.get(dtype, torch.bfloat16), source.shape, source))
+        elif dtype in _MATRICES:
+            outputs.append(OutputTensor(name, _MATRICES[dtype], source.shape, source))
         else:
-            layer, scale = name.removesuffix(".weight"), _scale(source)
-            scale_name = fp8.SCALE_NAMES[dtype == "fp8_scaled_old"]
-            layers[layer] = {"format": fp8.FORMAT}
-            outputs.append(OutputTensor(name, fp8.DTYPE, source.shape, source, scale))
-            outputs.append(OutputTensor(f"{layer}.{scale_name}", torch.float32, (), None, scale))
+            layer = name.removesuffix(".weight")
+            matrix, scale = _scaled(layer, source, dtype)
+            outputs += [matrix, scale]
+            layers[layer] = _form_of(matrix)
     metadata = {METADATA: json.dumps(description | {"version": __version__}, ensure_ascii=False), "format": "pt"}
-    if layers and dtype == "fp8_scaled":
-        metadata |= fp8.metadata_of(layers)
     if layers and dtype == "fp8_scaled_old":
-        outputs.append(OutputTensor(fp8.OLD_MARKER, fp8.DTYPE, (0,), None))
+        outputs.append(OutputTensor(quantization.OLD_MARKER, fp8.DTYPE, (0,), None))
+    elif layers:
+        metadata |= quantization.metadata_of(layers)
     return outputs, metadata
 
 
-def _scale(source: SourceTensor) -> float:
-    return fp8.scale_for(max(chunk.float().abs().max().item() for chunk in source.chunks()))
+def _scaled(layer: str, source: SourceTensor, dtype: str) -> tuple[OutputTensor, OutputTensor]:
+    """Returns a matrix divided by its scale, and the scale."""
+    scale_name = f"{layer}.{quantization.OLD_SCALE if dtype == 'fp8_scaled_old' else quantization.SCALE}"
+    if dtype in ("int8", "int8_convrot"):
+        group = int8.group_for(source.shape[1]) if dtype == "int8_convrot" else 0
+        scale = torch.cat([int8.scale_of(chunk, group) for chunk in source.chunks()])
+        matrix = OutputTensor(f"{layer}.weight", torch.int8, source.shape, source, scale, group)
+    else:
+        scale = torch.tensor(fp8.scale_for(max(chunk.float().abs().max().item() for chunk in source.chunks())))
+        matrix = OutputTensor(f"{layer}.weight", fp8.DTYPE, source.shape, source, scale)
+    return matrix, OutputTensor(scale_name, torch.float32, tuple(scale.shape), None, scale)
+
+
+def _form_of(matrix: OutputTensor) -> dict:
+    """Returns a layer's format as ComfyUI spells it."""
+    if matrix.dtype != torch.int8:
+        return {"format": fp8.FORMAT}
+    rotated = {"convrot": True, "convrot_groupsize": matrix.group} if matrix.group else {}
+    return {"format": int8.FORMAT, **rotated}
 
 
 def list_tensors(folder: Folder, part: str) -> dict[str, SourceTensor]:

@@ -30,8 +30,9 @@ IMAGES = 64
 """The most images that a prompt may have; each takes 256 tokens of the released model's context."""
 SMALLEST, LARGEST = 16, 4096
 """Pixels per side."""
-FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old")
-"""What `convert` writes: the last two have one scale per matrix, in the two spellings of ComfyUI."""
+FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old", "fp8_e5m2", "float16", "int8", "int8_convrot")
+"""What `convert` writes. fp8_scaled: one scale per matrix, in the two spellings of ComfyUI; int8: one per row, and with
+convrot the columns of each group are rotated first."""
 GGUF_DTYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 """What `convert` writes as GGUF, the finest first."""
 REPOSITORY = "InternVL-U/InternVL-U"

@@ -102,7 +102,7 @@ def _packed(tensor: OutputTensor, form: str, size: int) -> numpy.ndarray:
     """Returns a tensor's bytes. Pieces of a source are whole blocks of every format, and a row is one run of blocks."""
     data, end = numpy.empty(size, numpy.uint8), 0
     for values in tensor.source.chunks() if tensor.source else ():
-        piece = _blocks(values, form)
+        piece = _blocks(values.reshape(-1), form).reshape(-1)
         data[end : end + piece.size] = piece
         end += piece.size
     return data

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 from .config import MMDiTConfig
 from .files import FileState
+from .packing import BranchInput, Packing, pack
 from .patches import patchify, token_grid, unpatchify
 from .rope import Grid, Layout, position_ids, rotary_table
 
@@ -33,35 +33,9 @@ RunBlock = Callable[
 """(index, block, image [B, N, D], text [T, D], modulation [B, D], packing, image_tokens) -> image and text after it."""
 
 EPS = 1e-6
+FLOAT16_EXPONENT = 14
+"""Contexts are brought below 2 ** 14 for float16, which ends at 2 ** 16."""
 TIME_WIDTH = 256
-
-
-@dataclass(frozen=True)
-class BranchInput:
-    """One sample's context [tokens, context width] and its rotary table [2, all tokens, E / 2], fp32."""
-
-    context: torch.Tensor
-    rotary: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How the context tokens of a batch lie one after another: the tokens of each sample, and each token's sample."""
-
-    lengths: tuple[int, ...]
-    sample: torch.Tensor  # [T]
-    rotary_image: torch.Tensor  # [2, 1, N, 1, E / 2]
-    rotary_text: torch.Tensor  # [2, T, 1, E / 2]
-
-    def groups(self) -> list[tuple[slice, slice, int]]:
-        """Returns (samples, context tokens, tokens per sample) of each run of samples of equal length."""
-        result, first, token = [], 0, 0
-        for i, length in enumerate(self.lengths):
-            if i + 1 == len(self.lengths) or self.lengths[i + 1] != length:
-                end = token + (i + 1 - first) * length
-                result.append((slice(first, i + 1), slice(token, end), length))
-                first, token = i + 1, end
-        return result
 
 
 def call_block(
@@ -152,26 +126,31 @@ class MMDiT(nn.Module):
     ) -> torch.Tensor:
         """Returns the velocity [B, channels, height, width] of `latents` [B, channels, height, width].
 
+        In float16 the two streams between the blocks stay fp32.
+
         `time` is `time_embedding(timestep)`; there is one branch per sample; each reference is a batch of latents
         [B, channels, h, w]. `run_block` may wrap or replace the call of a block. All tensors but the rotary tables are
         cast to the dtype of `latents`.
         """
         image, grid = self.embed_image(latents, references)
         packing = pack(branches, image)
-        text = self.embed_text(torch.cat([branch.context.to(image) for branch in branches]))
-        modulation = self.embed_time(time, image.dtype)
+        text = self.embed_text(torch.cat([branch.context.to(image.device) for branch in branches]), latents.dtype)
+        modulation = self.embed_time(time, latents.dtype)
         image = self.run_blocks(image, text, modulation, packing, grid[0] * grid[1], run_block)
         return self.velocity(image, modulation, grid, latents.shape[-2:])
 
     def embed_image(self, latents: torch.Tensor, references: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Grid]:
         """Returns the image stream's tokens [B, N, D] and the image's (rows, columns) of them."""
         patches = [patchify(x.to(latents.dtype), self.config.patch_size) for x in (latents, *references)]
-        image = self.img_in(torch.cat(patches, dim=1))
+        image = _wide(self.img_in(torch.cat(patches, dim=1)))
         return image, token_grid(latents.shape[-2:], self.config.patch_size)
 
-    def embed_text(self, context: torch.Tensor) -> torch.Tensor:
-        """Returns the text stream's tokens [T, D] of contexts [T, context width]."""
-        return self.txt_in(self.txt_norm(context))
+    def embed_text(self, context: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the text stream's tokens [T, D] of contexts [T, context width], computed in `dtype`."""
+        if dtype == torch.float16:  # hidden states may be larger than it holds; the norm takes the factor out again
+            _, exponent = torch.frexp(context.float().abs().amax(-1, keepdim=True))
+            context = torch.ldexp(context.float(), (FLOAT16_EXPONENT - exponent).clamp(max=0))
+        return _wide(self.txt_in(self.txt_norm(context.to(dtype))))
 
     def embed_time(self, time: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Returns what all modulations are made of [B, D], from the sinusoids [B, 256]."""
@@ -256,12 +235,12 @@ class Block(nn.Module):
             attention,
             image_tokens,
         )
-        image = image[:, :image_tokens] + img_gate1 * img_out
-        image = image + img_gate2 * self.img_mlp(modulate(image, img_shift2, img_scale2))
+        image = image[:, :image_tokens] + img_gate1.to(image) * img_out
+        image = image + img_gate2.to(image) * self.img_mlp(modulate(image, img_shift2, img_scale2))
         if txt_out is None:
             return image, text
-        text = text + txt_gate1 * txt_out
-        return image, text + txt_gate2 * self.txt_mlp(modulate(text, txt_shift2, txt_scale2))
+        text = text + txt_gate1.to(text) * txt_out
+        return image, text + txt_gate2.to(text) * self.txt_mlp(modulate(text, txt_shift2, txt_scale2))
 
 
 class JointAttention(nn.Module):
@@ -360,29 +339,14 @@ class OutputNorm(nn.Module):
         return modulate(image, shift, scale)
 
 
-def pack(branches: Sequence[BranchInput], image: torch.Tensor) -> Packing:
-    """Returns how the branches' contexts are packed beside the image tokens [B, N, D].
-
-    Raises:
-        ValueError: not one branch per sample.
-    """
-    if len(branches) != image.shape[0]:
-        raise ValueError(f"{len(branches)} branches found for {image.shape[0]} samples, one each expected")
-    tokens = image.shape[1]
-    lengths = tuple(branch.context.shape[0] for branch in branches)
-    sample = [torch.full((length,), i, device=image.device) for i, length in enumerate(lengths)]
-    tables = [branch.rotary.to(image.device) for branch in branches]
-    return Packing(
-        lengths,
-        torch.cat(sample),
-        tables[0][:, None, :tokens, None],
-        torch.cat([table[:, tokens:] for table in tables], dim=1)[:, :, None],
-    )
-
-
 def modulate(tokens: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Returns the layer-normalised tokens (no weights, eps 1e-6), scaled and shifted."""
-    return functional.layer_norm(tokens, tokens.shape[-1:], eps=EPS) * (1 + scale) + shift
+    """Returns the layer-normalised tokens (no weights, eps 1e-6), scaled and shifted, in the dtype of the shift."""
+    return (functional.layer_norm(tokens, tokens.shape[-1:], eps=EPS) * (1 + scale) + shift).to(shift.dtype)
+
+
+def _wide(stream: torch.Tensor) -> torch.Tensor:
+    """Returns a stream in a dtype that its sum over the blocks fits: float16 alone is too narrow."""
+    return stream.float() if stream.dtype == torch.float16 else stream
 
 
 def rotate(heads: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

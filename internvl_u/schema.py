@@ -198,16 +198,34 @@ class Description(Section):
     tokenizer: str | None = None
 
 
-class QuantizedLayer(Section):
-    """How one layer is stored."""
+Group = Literal[4, 16, 64, 256]
+
+
+class LayerParameters(Section):
+    """What some tools write one level deeper."""
+
+    convrot: bool = False
+    convrot_groupsize: Group = 256
+    group_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    linear_dtype: str = "int4"
+
+
+class LayerFormat(Section):
+    """How one layer is stored, as ComfyUI spells it."""
 
     format: str
+    full_precision_matrix_mult: bool = False
+    convrot: bool = False
+    convrot_groupsize: Group = 256
+    group_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    linear_dtype: str = "int4"
+    params: LayerParameters = LayerParameters()
 
 
 class QuantizationMetadata(Section):
     """ComfyUI's list of quantised layers in a file's metadata."""
 
-    layers: dict[str, QuantizedLayer] = {}
+    layers: dict[str, LayerFormat] = {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .schema import ShardIndex, checked, read_json
 
 SMALL = 256 << 20
 """Bytes up to which a file is read and not mapped: nothing that happens to it then reaches the weights in memory."""
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 """What weights may be stored in."""
 Weights = dict[str, torch.Tensor]
 OpenFile = Callable[[Path], Weights]

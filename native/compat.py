@@ -14,6 +14,7 @@ from typing import Any, cast
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.quant_ops
 import comfy.sample
 import comfy.supported_models_base
 import comfy.utils
@@ -22,9 +23,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
 from server import PromptServer
 
-from ..internvl_u import checkpoint, fp8
+from ..internvl_u import checkpoint
 from ..internvl_u.checkpoint import Part
 from ..internvl_u.files import FileState
+from ..internvl_u.quantization import QuantizedLayer
 from .latents import latent_samples
 
 LATENT_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
@@ -72,20 +74,21 @@ def set_dtypes(model: BASE, storage: torch.dtype, compute: torch.dtype | None, d
         config.set_inference_dtype(storage, compute)
 
 
-def quantize(
-    model: BASE, scales: dict[str, torch.Tensor], formats: dict[str, dict[str, str]]
-) -> dict[str, torch.Tensor]:
-    """Sets in a model configuration which layers are scaled fp8; returns the tensors that loading them takes."""
-    if not scales:
-        return {}
+def known_formats() -> frozenset[str]:
+    """Returns the formats of quantised layers that this ComfyUI computes with."""
+    return frozenset(comfy.quant_ops.QUANT_ALGOS)
+
+
+def quantize(model: BASE, layers: Mapping[str, QuantizedLayer]) -> dict[str, torch.Tensor]:
+    """Sets in a model configuration which layers are quantised; returns the tensors that loading them takes."""
     config = cast(Any, model)
-    extra = {f"{layer}.{fp8.SCALE_NAMES[0]}": scale for layer, scale in scales.items()}
+    extra = {f"{layer}.{name}": tensor for layer, one in layers.items() for name, tensor in one.tensors.items()}
     if "quant_config" not in vars(comfy.supported_models_base.BASE):
-        config.layer_quant_config = formats
+        config.layer_quant_config = {layer: dict(one.form) for layer, one in layers.items()}
         return extra
     config.quant_config = {"mixed_ops": True}
-    for layer, form in formats.items():
-        extra[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(form).encode()), dtype=torch.uint8)
+    for layer, one in layers.items():
+        extra[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(one.form).encode()), dtype=torch.uint8)
     return extra
 
 

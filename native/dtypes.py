@@ -16,6 +16,7 @@ from ..internvl_u.operations import Operations
 from ..internvl_u.weights import Weights
 
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}
+PRECISIONS |= {"fp8_e5m2": torch.float8_e5m2, "fp16": torch.float16}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -33,17 +34,18 @@ def plan_transformer(
     """Returns how the transformer is kept and computed; `precision` None lets ComfyUI choose.
 
     Raises:
-        ValueError: the file is scaled fp8, which has its precision already.
+        ValueError: the file is quantised and has its precision already, or the device cannot hold it.
     """
     weights = cast_weights(part, precision)
     plain = weights if not part.packed else part.plain
-    stored = None if part.scales else precision or comfy.utils.weight_dtype(plain)
+    stored = None if part.layers else precision or comfy.utils.weight_dtype(plain)
     storage = precision or storage_dtype(plain, stored, supported)
     if part.packed and storage in _FP8:  # a start option, which has nothing left to shrink
         storage = stored or torch.bfloat16
-    compute = mm.unet_manual_cast(None if part.scales else storage, device, list(supported))
-    if not part.scales and precision is None and storage != stored:
+    compute = mm.unet_manual_cast(None if part.layers else storage, device, list(supported))
+    if not part.layers and precision is None and storage != stored:
         weights = cast_weights(part, storage)
+    check_device(weights, device, part.name)
     return WeightPlan(weights, storage, compute)
 
 
@@ -53,21 +55,49 @@ def cast_weights(part: Part, precision: torch.dtype | None) -> Weights:
     In fp8 only matrices shrink: norms, biases and embeddings are small and suffer most. Packed matrices stay packed.
 
     Raises:
-        ValueError: the file is scaled fp8, which has its precision already, or GGUF and fp8 is wanted.
+        ValueError: the file is quantised and has its precision already, or GGUF and fp8 is wanted.
     """
     weights = part.weights
     if precision is None:
         return dict(weights)
-    if part.scales:
-        raise ValueError(f"precision {precision} found for a file of scaled fp8, auto expected")
+    if part.layers:
+        kinds = ", ".join(sorted({one.format for one in part.layers.values()}))
+        raise ValueError(f"precision {precision} found for a quantised file ({kinds}), auto expected")
     if part.packed and precision in _FP8:
-        raise ValueError(f"precision {precision} found for a GGUF file, auto, fp32 or bf16 expected")
+        raise ValueError(f"precision {precision} found for a GGUF file, auto, fp32, bf16 or fp16 expected")
     if precision not in _FP8:
-        return {name: tensor if name in part.packed else tensor.to(precision) for name, tensor in weights.items()}
+        kept = part.packed
+        return {
+            name: tensor if name in kept else _narrowed(tensor, precision, name) for name, tensor in weights.items()
+        }
     return {
         name: tensor.to(precision) if tensor.ndim == 2 and "embed" not in name else tensor
         for name, tensor in weights.items()
     }
+
+
+def _narrowed(tensor: torch.Tensor, precision: torch.dtype, name: str) -> torch.Tensor:
+    if precision == torch.float16 and tensor.dtype != precision and tensor.numel():
+        largest = float(tensor.abs().amax())
+        if largest > torch.finfo(precision).max:
+            raise ValueError(
+                f"{name} holds values up to {largest:.3g}, 65504 at most expected for fp16: choose bf16 or fp32"
+            )
+    return tensor.to(precision)
+
+
+def check_device(weights: Mapping[str, torch.Tensor], device: torch.device, part: str) -> None:
+    """Makes sure that a device can hold weights: Apple's GPUs have no fp8.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    stored = {tensor.dtype for tensor in weights.values()}
+    if device.type == "mps" and stored & {*_FP8}:
+        raise ValueError(
+            f"{part}: fp8 weights found, which Apple's GPUs do not have: choose precision bf16 or fp16, or convert the "
+            "folder to int8"
+        )
 
 
 def storage_dtype(

@@ -8,7 +8,6 @@ ComfyUI's `cast_bias_weight(module, input, offloadable=)`, `uncast_bias_weight` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import cast
 
 import comfy.ops
@@ -57,18 +56,6 @@ class CastEmbedding(comfy.ops.manual_cast.Embedding):
         return rows.to(ids.device, self.out_dtype)
 
 
-class ScaledLinear(comfy.ops.manual_cast.Linear):
-    """A linear layer whose fp8 matrix was divided by `scale`; the few inputs are multiplied, not the matrix."""
-
-    scale: float
-
-    def forward_comfy_cast_weights(self, hidden: torch.Tensor) -> torch.Tensor:
-        weight, bias, stream = compat.cast_weight(self, hidden)
-        result = torch.nn.functional.linear(hidden * self.scale, weight, bias)
-        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-        return result
-
-
 def cast_language_model(model: nn.Module, operations: Operations, compute: torch.dtype) -> None:
     """Gives transformers' modules ComfyUI's classes, so that their weights can be cast and offloaded.
 
@@ -88,11 +75,3 @@ def cast_language_model(model: nn.Module, operations: Operations, compute: torch
         "dtype": property(lambda self: self.execution[1]),
     }
     model.__class__ = type(type(model).__name__, (type(model),), execution)
-
-
-def scale_layers(model: nn.Module, scales: Mapping[str, torch.Tensor]) -> None:
-    """Makes the layers of scaled fp8 multiply by their scales."""
-    for name, scale in scales.items():
-        layer = model.get_submodule(name)
-        layer.__class__ = ScaledLinear
-        cast(ScaledLinear, layer).scale = float(scale)

@@ -27,12 +27,13 @@ from ..internvl_u.rope import Layout
 from ..internvl_u.sampling import check_finite
 from . import compat
 from .conditioning import Conditioning, own_options
-from .dtypes import cast_weights, compute_dtype, operations_for
+from .dtypes import cast_weights, check_device, compute_dtype, operations_for
 from .gguf_ops import PackedPatcher, cast_packed_layers
 from .guidance import PARTIAL
-from .hf_modules import cast_language_model, scale_layers
+from .hf_modules import cast_language_model
 from .latents import Latent, check_vae
 from .model import LAYOUT
+from .quantized import quantize_layers
 from .sampler import empty_latent
 
 Execution = dict[str, Any]
@@ -198,15 +199,17 @@ def _make_patcher(
     config = mllm_config(part.shapes, part.config, part.source)
     weights = cast_weights(part, precision)
     load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
+    check_device(weights, load_device, part.name)
     plain = {name: tensor for name, tensor in weights.items() if name not in part.packed}
     compute = compute_dtype(plain, load_device)
     operations = operations_for(plain, compute)
     model = MLLM(config, device="meta", operations=operations)
     cast_language_model(model.language_model, operations, compute)
-    scale_layers(model, part.scales)
+    quantize_layers(model, part.layers, compute, part.checkpoint.path)
     cast_packed_layers(model, part.packed, compute)
+    model.requires_grad_(False)
     model.load_state_dict(weights, strict=True, assign=True)
-    model.requires_grad_(False).eval()
+    model.eval()
     model.mapped = compat.mapped_files(part, weights)
     compat.remember_dtypes(model)
     patcher = compat.make_patcher(

@@ -12,6 +12,7 @@ import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.model_sampling
+import comfy.ops
 import comfy.supported_models_base
 import torch
 
@@ -27,6 +28,7 @@ from .dtypes import plan_transformer
 from .gguf_ops import PackedPatcher, cast_packed_layers, check_plain
 from .latents import check_numbers, reference_samples
 from .mmdit import NativeMMDiT
+from .quantized import check_formats, quantize_layers
 
 LAYOUT = "internvl_u_layout"
 """Key in a conditioning entry: the context's spans of words and images."""
@@ -38,7 +40,7 @@ class InternVLUConfig(comfy.supported_models_base.BASE):
     unet_extra_config = {}
     latent_format = comfy.latent_formats.Wan21
     sampling_settings = {"shift": sampling.SHIFT, "multiplier": sampling.TRAIN_STEPS}
-    supported_inference_dtypes = [torch.bfloat16, torch.float32]
+    supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
     memory_usage_factor = 1.0
 
     def inpaint_model(self) -> bool:
@@ -183,11 +185,16 @@ def load_model(
     load_device, offload_device = mm.get_torch_device(), mm.unet_offload_device()
     plan = plan_transformer(part, precision, config.supported_inference_dtypes, load_device)
     compat.set_dtypes(config, plan.storage, plan.compute, load_device)
-    weights = plan.weights | compat.quantize(config, part.scales, part.formats)
-    model = config.get_model(weights, device=offload_device if part.scales else "meta")
+    known = check_formats(part.layers, source)
+    weights = plan.weights | (compat.quantize(config, part.layers) if part.layers and known else {})
+    if not known:
+        cast(Any, config).custom_operations = comfy.ops.manual_cast
+    model = config.get_model(weights, device=offload_device if part.layers and known else "meta")
+    if not known:
+        quantize_layers(model.diffusion_model, part.layers, plan.compute or plan.storage, source)
     cast_packed_layers(model.diffusion_model, part.packed, plan.compute or plan.storage)
-    model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
     model.diffusion_model.requires_grad_(False)
+    model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
     cast(NativeMMDiT, model.diffusion_model).mapped = compat.mapped_files(part, weights)
     model.device = offload_device
     compat.remember_dtypes(model.diffusion_model)

@@ -165,7 +165,7 @@ def predict_velocity(
     """
     image, grid = model.embed_image(noisy, batch.references)
     latent_tokens = grid[0] * grid[1]
-    text = model.embed_text(batch.context.flatten(0, 1).to(noisy))
+    text = model.embed_text(batch.context.flatten(0, 1).to(noisy.device), noisy.dtype)
     modulation = model.embed_time(time_embedding(timestep), noisy.dtype)
     rotary, inner = (batch.rotary_image, batch.rotary_text), []
 

@@ -109,7 +109,7 @@ def test_what_is_not_packed_is_kept_in_the_chosen_precision(native, packed, prec
 
 def test_fp8_of_a_packed_file_is_refused(native, packed):
     drawing, language, vae = packed[0]
-    with pytest.raises(ValueError, match="for a GGUF file, auto, fp32 or bf16 expected"):
+    with pytest.raises(ValueError, match="for a GGUF file, auto, fp32, bf16 or fp16 expected"):
         native.load(drawing, "fp8_e4m3fn", language, vae)
 
 

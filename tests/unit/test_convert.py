@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from pack.internvl_u import convert as module
-from pack.internvl_u import fp8
+from pack.internvl_u import fp8, int8, quantization
 from pack.internvl_u.__main__ import main
 from pack.internvl_u.checkpoint import SingleFile, open_checkpoint, open_part
 from pack.internvl_u.defaults import FILE_DTYPES
@@ -39,27 +39,74 @@ def originals(checkpoint):
     }
 
 
+def stored(file, part):
+    """The tensors of a file and its quantised layers."""
+    return quantization.split_layers(load_file(file), SingleFile(file).metadata, part)
+
+
 def test_values_are_the_nearest_that_the_dtype_has(checkpoint, converted):
     choice, files = converted
     for part, original in originals(checkpoint).items():
-        weights, scales, _ = fp8.split_scales(load_file(files[part]), SingleFile(files[part]).metadata, part)
+        weights, layers = stored(files[part], part)
         assert weights.keys() == original.keys()
-        assert bool(scales) == (choice.startswith("fp8_scaled") and part != "vae")
+        assert bool(layers) == (choice.startswith(("fp8_scaled", "int8")) and part != "vae")
         for name, tensor in weights.items():
-            scale = scales.get(name.removesuffix(".weight"), torch.tensor(1.0))
-            expected = (
-                (original[name].float() / scale).clamp(-448, 448) if tensor.dtype == fp8.DTYPE else original[name]
-            )
-            assert torch.equal(tensor.float(), expected.to(tensor.dtype).float()), name
+            layer = layers.get(name.removesuffix(".weight"))
+            expected, limit = original[name].float(), 448.0 if tensor.dtype == fp8.DTYPE else float("inf")
+            if layer is not None:
+                expected = int8.rotate(expected, layer.group) if layer.group else expected
+                expected = expected / layer.scale
+                expected = expected.round() if layer.format == "int8_tensorwise" else expected
+            assert torch.equal(tensor.float(), expected.clamp(-limit, limit).to(tensor.dtype).float()), name
 
 
 @pytest.mark.parametrize("choice", ["fp8_scaled", "fp8_scaled_old"])
 def test_scaled_fp8_uses_the_whole_range(checkpoint, tmp_path, choice):
     file, *_ = module.convert(checkpoint, tmp_path, choice)
-    weights, scales, formats = fp8.split_scales(load_file(file), SingleFile(file).metadata, file)
-    assert len(scales) == 28 and formats.keys() == scales.keys()
-    for layer in scales:
+    weights, layers = stored(file, file)
+    assert len(layers) == 28
+    for layer in layers:
         assert weights[f"{layer}.weight"].float().abs().max() == 448
+
+
+@pytest.mark.parametrize("choice, rotated", [("int8", False), ("int8_convrot", True)])
+def test_int8_uses_the_whole_range_of_each_row(checkpoint, tmp_path, choice, rotated):
+    file, *_ = module.convert(checkpoint, tmp_path, choice)
+    weights, layers = stored(file, file)
+    assert len(layers) == 28 and all(bool(one.group) == rotated for one in layers.values())
+    for layer, one in layers.items():
+        weight = weights[f"{layer}.weight"]
+        assert one.scale.shape == (len(weight), 1) and (weight.abs().amax(1) == 127).all()
+
+
+@pytest.mark.parametrize("size", [4, 16, 64, 256])
+def test_a_rotation_is_orthogonal_and_its_own_inverse(size):
+    matrix = int8.hadamard(size)
+    assert torch.allclose(matrix @ matrix, torch.eye(size), atol=1e-6) and torch.equal(matrix, matrix.T)
+    values = torch.randn(3, 2 * size)
+    assert torch.allclose(int8.rotate(int8.rotate(values, size), size), values, atol=1e-5)
+
+
+def test_a_rotation_makes_the_rounding_of_outliers_smaller():
+    weight = torch.randn(64, 256)
+    weight[:, 7] *= 100
+    errors = []
+    for group in (0, 256):
+        scale = int8.scale_of(weight, group)
+        rotated = int8.rotate(weight, group) if group else weight
+        restored = int8.dequantize((rotated / scale).round().to(torch.int8), scale, group)
+        errors.append((restored - weight)[:, :7].square().mean())
+    assert errors[1] < errors[0] / 10
+
+
+def test_what_is_too_large_for_float16_is_refused(broken, tmp_path):
+    file = broken / "generation_decoder" / "model.safetensors"
+    weights = load_file(file)
+    weights["decoder.proj_out.bias"][0] = 1e6
+    save_file(weights, file)
+    with pytest.raises(RuntimeError, match="proj_out.bias holds values up to 1e.06, 65504 at most"):
+        module.convert(broken, tmp_path / "out", "float16")
+    assert not [one for one in (tmp_path / "out").rglob("*") if one.is_file()]
 
 
 def test_files_carry_configuration_and_tokenizer(checkpoint, converted):

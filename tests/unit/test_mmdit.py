@@ -154,3 +154,30 @@ def test_a_wrong_number_of_branches_is_refused(model):
 def test_names_are_the_checkpoints_keys(model, checkpoint):
     keys = load_file(checkpoint / "generation_decoder" / "model.safetensors").keys()
     assert {f"decoder.{name}" for name in model.state_dict()} == keys - {"encoder_padding_token"}
+
+
+@torch.no_grad()
+def test_float16_agrees_with_fp32_and_holds_streams_beyond_its_range(checkpoint, golden, near):
+    """Gates that let both streams grow beyond 65504, and hidden states that begin there, as large models have them."""
+    case = golden("t2i_square")
+    model = load_mmdit(checkpoint, dtype=torch.float32)
+    width = model.config.width
+    for name in ("img_mod", "txt_mod"):
+        gates = getattr(model.transformer_blocks[0], name)[1]
+        for first in (2 * width, 5 * width):
+            gates.weight[first : first + width] *= 3e4
+            gates.bias[first : first + width] *= 3e4
+    for out in (model.transformer_blocks[0].attn.to_out[0], model.transformer_blocks[0].attn.to_add_out):
+        out.weight *= 20
+        out.bias *= 20
+    context = case.context(0) * 1e6
+    branch = model.branch(context, case.layout(0), case["mmdit_in"][0].shape[-2:], ())
+    seen = {}
+    model.transformer_blocks[0].register_forward_hook(lambda module, given, streams: seen.update(now=streams))
+    arguments = (time_embedding(case["mmdit_t"][0][:1]), [branch])
+    expected = model(case["mmdit_in"][0][:1], *arguments)
+    for stream in (context, *seen["now"]):
+        assert stream.abs().max() > 65504, "so that the test can fail"
+    found = model.half()(case["mmdit_in"][0][:1].half(), *arguments)
+    assert found.dtype == torch.float16 and seen["now"][0].dtype == torch.float32
+    near(found, expected, 1e-2)
