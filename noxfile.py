@@ -6,7 +6,7 @@ These use .venv, which they make if need be, and the ComfyUI of `python dev.py t
 
     nox -s types                  basedpyright over what ships
     nox -s tests                  all tests
-    nox -s tests_older            the tests without the browser, on the older transformers line
+    nox -s tests_older            what meets transformers, tokenizers, diffusers or the hub, on the older lines
     nox -s fuzz [-- EXAMPLES]     the inputs that hypothesis makes, 20,000 of each kind: for a night
     nox -s workflows [-- NAME]    makes the shipped workflows, their cards and the pictures of the help pages anew
 
@@ -55,6 +55,13 @@ PINS = {
 
 nox.options.default_venv_backend = "uv|venv"
 nox.options.reuse_existing_virtualenvs = True
+_OLDER = {
+    "unit": ("mllm", "generation", "pipeline", "prompt", "vae", "convert", "training"),
+    "comfy": ("parity", "modes", "graph", "integration", "converted", "gguf", "lora"),
+    "hostile": ("values", "configurations", "download", "security"),
+}
+MEETING_LIBRARIES = [f"tests/{kind}/test_{name}.py" for kind, names in _OLDER.items() for name in names]
+"""What tests_older runs: the rest would only pass again."""
 nox.options.sessions = ["lint", "types", "tests", "tests_older"]
 
 
@@ -80,9 +87,9 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests_older(session: nox.Session) -> None:
-    """Runs the tests on the older transformers line."""
+    """Runs the tests of what meets transformers, tokenizers, diffusers or huggingface_hub, on their older lines."""
     comfyui = development_environment()
-    arguments = session.posargs or ["tests/unit", "tests/comfy", "tests/hostile"]
+    arguments = session.posargs or MEETING_LIBRARIES
     older = str(environment.older_packages())
     run_pytest(session, environment.PYTHON, arguments, INTERNVLU_COMFYUI=str(comfyui), PYTHONPATH=older)
 
