@@ -288,17 +288,6 @@ def test_the_loader_offers_the_files_and_comfyuis_own_do_not(server, nano):
     assert ".gguf" not in str(info["UNETLoader"]["input"]) and ".gguf" not in str(info["CLIPLoader"]["input"])
 
 
-def test_it_draws_edits_thinks_and_answers(server, nano_graph):
-    prompt = "a red circle to the left of a blue square"
-    assert seen(server, nano_graph("text_to_image", prompt=prompt)) == ("white", ["blue square", "red circle"])
-    edit = nano_graph("edit", prompt="make the circle green", image=scene(server))
-    assert seen(server, edit) == ("white", ["blue square", "green circle"])
-    riddle = "a shape with three sides in the colour of grass, on a ground like the night"
-    assert seen(server, nano_graph("think_then_draw", value=riddle)) == ("black", ["green triangle"])
-    ask = nano_graph("ask_about_a_picture", question="what colour is the square?", image=scene(server))
-    assert {output["text"][0] for output in run(server, ask)["outputs"].values() if "text" in output} == {"Blue"}
-
-
 def test_memory_is_freed_and_it_draws_again(server, nano_graph):
     graph = nano_graph("text_to_image", prompt="a red circle", seed=3)
     first = seen(server, graph)
