@@ -33,6 +33,7 @@ MIB = 2**20
 class NativePipeline:
     """The calls of `internvl_u.pipeline.Pipeline` that the judge makes, on ComfyUI's objects."""
 
+    @torch.inference_mode()  # in which ComfyUI runs every node
     def __init__(self, files: list[Path]):
         native, self.sampler, self.decoder = (pack_module(f"native.{name}") for name in ("load", "sampler", "vae"))
         self.defaults, self.generation = (pack_module(f"internvl_u.{name}") for name in ("defaults", "generation"))
@@ -48,6 +49,7 @@ class NativePipeline:
         settings |= {"all_cfg": usual.all_cfg, "part_cfg": usual.part_cfg}
         return self.sampler.sample_latent(self.model, positive, negative, empty, **settings)
 
+    @torch.inference_mode()
     def draw(self, request: SimpleNamespace) -> Image.Image:
         """Returns the picture of a request."""
         pixels = self.decoder.decode(self.vae, self.latent(request.prompt, request.images, request.seed))[0]

@@ -6,6 +6,8 @@ import socket
 import struct
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 
 def header(value, data=bytes(16)):
@@ -219,6 +221,10 @@ def litter(base):
         os.chdir(here)
         bind.close()
         os.close(os.open(os.fsencode(folder) + b"/no utf-8 \xff.safetensors", os.O_CREAT))
+    lora = {"diffusion_model.transformer_blocks.0.attn.to_v": 64, "language_model.model.layers.0.self_attn.q_proj": 64}
+    weights = {f"{layer}.lora_A.weight": torch.ones(1, width) for layer, width in lora.items()}
+    weights |= {f"{layer}.lora_B.weight": torch.zeros(width, 1) for layer, width in lora.items()}
+    save_file(weights, base / "models" / "loras" / "both halves.safetensors")
     (base / "custom_nodes" / "tests_source.py").write_text(SOURCE)  # a value that comes over a link
     own = base / "models" / "InternVL-U"
     (own / "dead").symlink_to(own / "nowhere")

@@ -31,13 +31,30 @@ NODES = {
     "InternVLU_CreateGuider": {**CONDITIONS, **SCALES},
     "InternVLU_ScheduleSteps": {"steps": 4, "denoise": 1.0},
     "InternVLU_DecodeLatent": {"vae": ["load", 2], "samples": ["drawn", 0], "width": 0, "height": 0},
+    "InternVLU_LoadLoRA": {
+        "model": ["load", 0],
+        "mllm": ["load", 1],
+        "lora_name": "both halves.safetensors",
+        "strength_model": 1.0,
+        "strength_mllm": 1.0,
+    },
 }
 INPUTS = [(node, name) for node, inputs in NODES.items() for name in inputs]
 OPTIONAL = {"system_prompt", "vae_name", "mllm_name", "thought", *PICTURES}
 TEXTS = {"prompt", "question", "system_prompt", "thought"}
-FILES = {"model_name", "mllm_name", "vae_name"}
+FILES = {"model_name", "mllm_name", "vae_name", "lora_name"}
 # Widgets for which 5 is a good value.
-FIVE = {"max_new_tokens", "beams", "seed", "batch_size", "steps", "all_cfg", "part_cfg"}
+FIVE = {
+    "max_new_tokens",
+    "beams",
+    "seed",
+    "batch_size",
+    "steps",
+    "all_cfg",
+    "part_cfg",
+    "strength_model",
+    "strength_mllm",
+}
 
 
 def around(node, name, value):
@@ -58,7 +75,9 @@ def around(node, name, value):
 
 def is_good(node, name, value):
     if value is None:
-        return name in OPTIONAL  # as if nothing were connected; a VAE is missing with pictures
+        return name in OPTIONAL or (
+            node == "InternVLU_LoadLoRA" and name in {"model", "mllm"}
+        )  # as if nothing were connected; a VAE is missing with pictures
     if isinstance(value, str):
         return name in TEXTS
     fits = name in FIVE or (node == "InternVLU_DecodeLatent" and name in {"width", "height"})
@@ -75,7 +94,7 @@ def test_the_table_has_every_input_of_every_node(littered):
         for name in given.get(kind, ())
     ]
     assert sorted(inputs) == sorted(INPUTS)
-    assert len(INPUTS) * len(VALUES) == 315
+    assert len(INPUTS) * len(VALUES) == 340
 
 
 @pytest.mark.parametrize("node, name", INPUTS)
