@@ -321,7 +321,7 @@ def test_the_server_is_given_the_time_that_it_asks_for_and_waiting_can_be_cancel
     hub.fault(WEIGHTS, status(429, Retry_After="2"), 1)
     begun = time.monotonic()
     download(target, hub.url)
-    assert contents(target) == wanted and 2 <= time.monotonic() - begun < 10
+    assert contents(target) == wanted and 2 <= time.monotonic() - begun < 60
     hub.fault(WEIGHTS, status(429, Retry_After="200"), 1)
     begun = time.monotonic()
 
@@ -331,7 +331,7 @@ def test_the_server_is_given_the_time_that_it_asks_for_and_waiting_can_be_cancel
 
     with pytest.raises(InterruptedError):
         download(target.with_name("another"), hub.url, progress=cancel)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 60
 
 
 def test_too_little_space_is_told_before_anything_is_fetched(source, hub, target, monkeypatch):
