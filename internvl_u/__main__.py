@@ -120,7 +120,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         choices=(*FILE_DTYPES, *GGUF_DTYPES),
         default="bfloat16",
         help="fp8_scaled: one scale per matrix, as recent ComfyUI has it; fp8_scaled_old: its older spelling; "
-        "Q8_0 to Q4_K: GGUF, which wants the package gguf (default %(default)s)",
+        "int8: one scale per row; int8_convrot: with the columns rotated first; Q8_0 to Q4_K: GGUF, which wants the "
+        "package gguf (default %(default)s)",
     )
     parser.set_defaults(run=_convert)
 

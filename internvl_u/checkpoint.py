@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 import torch
 
-from .defaults import HOW_TO_GET
+from .defaults import HOW_TO_GET, PARTS
 from .dequantize import Packing
 from .files import FileState
 from .header import header_bytes, metadata_of, read_header
@@ -24,7 +24,6 @@ from .quantization import QuantizedLayer, split_layers
 from .schema import Description, ModelIndex, checked, parse, read_json
 from .weights import OpenFile, Weights, check_dtypes, open_file, open_files, shapes_of, weight_files
 
-PARTS = ("vlm", "generation_decoder", "vae")
 METADATA = "internvl_u"
 """Key in a file's metadata: what the folder's JSON files say, as JSON."""
 PADDING = "encoder_padding_token"

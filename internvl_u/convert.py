@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from . import __version__, fp8, int8, quantization
-from .checkpoint import METADATA, PARTS, Folder, check_folder, open_part
-from .defaults import FILE_DTYPES, GGUF_DTYPES
+from .checkpoint import METADATA, Folder, check_folder, open_part
+from .defaults import FILE_DTYPES, GGUF_DTYPES, PARTS
 from .files import check_unchanged, state_of
 from .gguf_convert import check_writer, write_gguf
 from .header import read_header
@@ -331,8 +331,17 @@ def list_tensors(folder: Folder, part: str) -> dict[str, SourceTensor]:
             name = stored.removeprefix("decoder.") if part == "generation_decoder" else stored
             if name not in opened.weights:
                 continue
-            if entry["dtype"] not in SOURCE_DTYPES:
-                raise RuntimeError(f"{file}: {stored} is {entry['dtype']}, one of {', '.join(SOURCE_DTYPES)} expected")
-            begin, dtype = start + entry["data_offsets"][0], SOURCE_DTYPES[entry["dtype"]]
-            result[name] = SourceTensor(stored, file, begin, tuple(entry["shape"]), dtype)
+            result[name] = source_tensor(file, start, stored, entry)
     return result
+
+
+def source_tensor(file: Path, start: int, name: str, entry: dict) -> SourceTensor:
+    """Returns a tensor to convert, of its entry in the header of a file whose data begin at `start`.
+
+    Raises:
+        RuntimeError: it is of a dtype that is not converted.
+    """
+    if entry["dtype"] not in SOURCE_DTYPES:
+        raise RuntimeError(f"{file}: {name} is {entry['dtype']}, one of {', '.join(SOURCE_DTYPES)} expected")
+    dtype = SOURCE_DTYPES[entry["dtype"]]
+    return SourceTensor(name, file, start + entry["data_offsets"][0], tuple(entry["shape"]), dtype)

@@ -36,6 +36,10 @@ FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old", "fp8_e5
 convrot the columns of each group are rotated first."""
 GGUF_DTYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 """What `convert` writes as GGUF, the finest first."""
+PARTS = ("vlm", "generation_decoder", "vae")
+"""The parts of a checkpoint, by the names of their folders."""
+FOLDERS = (*PARTS, "processor", "scheduler")
+"""All folders of the released layout."""
 REPOSITORY, MODELSCOPE_REPOSITORY = "InternVL-U/InternVL-U", "OpenGVLab/InternVL-U"
 RELEASED_SIZE = "8.2 GB"
 MODEL_FOLDER = Path("models", "InternVL-U", "InternVL-U")

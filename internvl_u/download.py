@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import transfer
-from .defaults import MODELSCOPE_REPOSITORY, REPOSITORY
+from .defaults import FOLDERS, MODELSCOPE_REPOSITORY, PARTS, REPOSITORY
 from .files import shown
 from .schema import Section, checked, parse
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 SOURCES = ("huggingface", "modelscope")
 MODELSCOPE = "https://modelscope.cn"
-PARTS = ("vlm", "generation_decoder", "vae")
-_FOLDERS = (*PARTS, "processor", "scheduler")
 _WANTED = ("*.safetensors", "*.json", "merges.txt")
 _WANTED_ON_TOP = ("model_index.json", "LICENSE*", "README.md")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -134,7 +132,7 @@ def is_wanted(path: str) -> bool:
     if not folders:
         wanted = _WANTED_ON_TOP
     else:
-        wanted = _WANTED if len(folders) == 1 and folders[0] in _FOLDERS else ()
+        wanted = _WANTED if len(folders) == 1 and folders[0] in FOLDERS else ()
     return bool(_NAME.fullmatch(name)) and any(fnmatchcase(name, pattern) for pattern in wanted)
 
 

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 
 from .adapters import Adapter, can_be_merged, changes_weight, merged, merged_bias, rank_of
-from .checkpoint import PADDING, PARTS, Folder, Part, check_folder, open_part
-from .convert import CHUNK, SOURCE_DTYPES, OutputTensor, SourceTensor, write_file
+from .checkpoint import PADDING, Folder, Part, check_folder, open_part
+from .convert import CHUNK, OutputTensor, source_tensor, write_file
+from .defaults import FOLDERS, PARTS
 from .files import check_unchanged, state_of
 from .header import read_header
 from .load import check_part
@@ -40,7 +41,6 @@ from .lora import (
 from .weights import check_dtypes, open_file, shapes_of
 
 SUMS = "SHA256SUMS"
-PLACES = (*PARTS, "processor", "scheduler")
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*")
 _TRAINED = ("use_llm_lora", "use_backbone_lora")
 """In vlm/config.json: ranks of a LoRA on the language model and on the vision tower; InternVL's alpha is twice that."""
@@ -111,10 +111,7 @@ class StoredPart:
         return result
 
     def _output(self, file: Path, start: int, stored: str, entry: dict) -> OutputTensor:
-        if entry["dtype"] not in SOURCE_DTYPES:
-            raise RuntimeError(f"{file}: {stored} is {entry['dtype']}, one of {', '.join(SOURCE_DTYPES)} expected")
-        dtype, shape = SOURCE_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        source = SourceTensor(stored, file, start + entry["data_offsets"][0], shape, dtype)
+        source = source_tensor(file, start, stored, entry)
         name = _plain_name(stored)
         layer, _, last = _own_name(name, self.name).rpartition(".")
         wanted = {"weight": changes_weight, "bias": lambda adapter: "diff_b" in adapter}.get(
@@ -122,9 +119,9 @@ class StoredPart:
         )
         changes = tuple(one for one in self.changes.get(layer, ()) if wanted(one[0]))
         return (
-            MergedTensor(name, dtype, shape, source, changes=changes)
+            MergedTensor(name, source.dtype, source.shape, source, changes=changes)
             if changes
-            else OutputTensor(name, dtype, shape, source)
+            else OutputTensor(name, source.dtype, source.shape, source)
         )
 
 
@@ -277,7 +274,7 @@ def _write(folder: Folder, parts: Sequence[StoredPart], target: Path, on_bytes: 
 
 
 def _copy_texts(source: Path, target: Path) -> None:
-    for place in ("", *PLACES):
+    for place in ("", *FOLDERS):
         for pattern in COPIED:
             for file in sorted((source / place).glob(pattern)):
                 wanted = file.is_file() and not file.name.startswith(".") and file.name != "adapter_config.json"

@@ -14,13 +14,12 @@ import folder_paths
 
 from ..internvl_u.checkpoint import (
     GGUF_ENDING,
-    PARTS,
     holds_language_model,
     holds_transformer,
     is_checkpoint,
     open_checkpoint,
 )
-from ..internvl_u.defaults import HOW_TO_GET, MODEL_FOLDER, RELEASED_SIZE
+from ..internvl_u.defaults import HOW_TO_GET, MODEL_FOLDER, PARTS, RELEASED_SIZE
 from ..native import compat
 
 KEY = "InternVL-U"

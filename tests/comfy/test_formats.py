@@ -1,12 +1,9 @@
 """The nano model in every format that `convert` writes, in a running ComfyUI: it draws, edits, thinks and answers."""
 
-import shutil
-
 import pytest
-from pack.internvl_u.convert import convert
 from pack.internvl_u.defaults import FILE_DTYPES, GGUF_DTYPES
 
-from .test_gguf import run, scene, seen
+from .test_gguf import for_nano, placed, run, scene, seen
 
 COARSE = {"fp8_e5m2", "Q4_K"}
 """Formats of which one case is not sure to be right: they have to run."""
@@ -14,29 +11,14 @@ COARSE = {"fp8_e5m2", "Q4_K"}
 
 @pytest.fixture(scope="module", params=[*FILE_DTYPES, *GGUF_DTYPES])
 def nano(request, server, tmp_path_factory):
-    """A format, and the names of the nano model's files in it where ComfyUI keeps models."""
-    source = server.base / "models" / "InternVL-U" / "internvl-u-nano"
-    made = convert(source.resolve(), tmp_path_factory.mktemp("nano"), request.param)
-    for file in made:
-        place = server.base / "models" / file.parent.name
-        place.mkdir(exist_ok=True)
-        shutil.copy(file, place / file.name)
-    yield request.param, made
-    for file in made:
-        (server.base / "models" / file.parent.name / file.name).unlink()
+    """A format, and the nano model's files in it where ComfyUI keeps models."""
+    with placed(server, tmp_path_factory.mktemp("nano"), request.param) as made:
+        yield request.param, made
 
 
 @pytest.fixture
 def nano_graph(shipped_graph, nano):
-    def make(name, **values):
-        values = {"model_name": nano[1][0].name, "preset": "custom", "width": 64, "height": 64} | values
-        graph = shipped_graph(name, **values)
-        for node in graph.values():
-            if node["class_type"] == "InternVLU_DecodeLatent":
-                node["inputs"] |= {"width": 0, "height": 0}
-        return graph
-
-    return make
+    return for_nano(shipped_graph, nano[1][0].name)
 
 
 def test_it_draws_edits_thinks_and_answers(server, nano, nano_graph):

@@ -1,5 +1,6 @@
 """GGUF files in ComfyUI: the same pictures and texts, patches on what is unpacked, offloading, a running server."""
 
+import contextlib
 import importlib
 import shutil
 
@@ -223,11 +224,11 @@ def test_saving_and_hooks_are_refused_with_a_sentence(both):
         clone.patch_hooks(hooks)
 
 
-@pytest.fixture(scope="module")
-def nano(server, tmp_path_factory):
-    """The nano model in Q8_0 where ComfyUI keeps models; the names of its files."""
+@contextlib.contextmanager
+def placed(server, folder, dtype):
+    """The nano model in a format where ComfyUI keeps models, while it lasts; gives its files."""
     source = server.base / "models" / "InternVL-U" / "internvl-u-nano"
-    made = convert(source.resolve(), tmp_path_factory.mktemp("nano"), "Q8_0")
+    made = convert(source.resolve(), folder, dtype)
     for file in made:
         place = server.base / "models" / file.parent.name
         place.mkdir(exist_ok=True)
@@ -237,17 +238,28 @@ def nano(server, tmp_path_factory):
         (server.base / "models" / file.parent.name / file.name).unlink()
 
 
-@pytest.fixture
-def nano_graph(shipped_graph, nano):
+def for_nano(shipped_graph, model):
+    """Reads shipped workflows for a file of the nano model."""
+
     def make(name, **values):
-        values = {"model_name": nano[0].name, "preset": "custom", "width": 64, "height": 64} | values
-        graph = shipped_graph(name, **values)
+        graph = shipped_graph(name, **{"model_name": model, "preset": "custom", "width": 64, "height": 64} | values)
         for node in graph.values():
             if node["class_type"] == "InternVLU_DecodeLatent":
                 node["inputs"] |= {"width": 0, "height": 0}
         return graph
 
     return make
+
+
+@pytest.fixture(scope="module")
+def nano(server, tmp_path_factory):
+    with placed(server, tmp_path_factory.mktemp("nano"), "Q8_0") as made:
+        yield made
+
+
+@pytest.fixture
+def nano_graph(shipped_graph, nano):
+    return for_nano(shipped_graph, nano[0].name)
 
 
 def run(server, graph):

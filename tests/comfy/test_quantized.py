@@ -23,6 +23,24 @@ def plain(checkpoint, tmp_path_factory):
     return convert(checkpoint, tmp_path_factory.mktemp("plain"))
 
 
+@pytest.fixture
+def check_velocity(parts, golden, near):
+    """Compares the first velocity of a golden case with the official one."""
+
+    def check(model, mllm, tolerance):
+        from pack.internvl_u.mmdit import time_embedding
+
+        case = golden("t2i_square")
+        positive, *_ = mllm.encode(case.prompt)
+        network = model.model.diffusion_model
+        context = parts.model.PromptContext(network, case.context(0), positive[0][1][parts.model.LAYOUT], [])
+        latents = case["mmdit_in"][0].to(model.model.manual_cast_dtype or network.dtype)
+        velocity = network(latents, time_embedding(case["mmdit_t"][0][:1]), contexts=[context])
+        near(velocity, case["mmdit_out"][0][:1], tolerance)
+
+    return check
+
+
 def rewritten(source, target, quantize):
     """Writes a file with `quantize(weight)` in place of each matrix: tensors by the ends of names, and a format."""
     part = open_part(source, "generation_decoder")
@@ -58,9 +76,8 @@ def by_the_host(name):
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_a_format_of_comfyuis_draws_where_comfyui_has_it_and_is_refused_by_name_where_not(
-    native, parts, plain, tmp_path, golden, near, name
+    native, plain, tmp_path, check_velocity, name
 ):
-    from pack.internvl_u.mmdit import time_embedding
     from pack.native import compat
 
     if name not in compat.known_formats():
@@ -69,13 +86,7 @@ def test_a_format_of_comfyuis_draws_where_comfyui_has_it_and_is_refused_by_name_
             native.load(file, "auto", plain[1], plain[2])
         return
     model, mllm, _ = native.load(rewritten(plain[0], tmp_path / "x.safetensors", by_the_host(name)), "auto", *plain[1:])
-    case = golden("t2i_square")
-    positive, *_ = mllm.encode(case.prompt)
-    network = model.model.diffusion_model
-    context = parts.model.PromptContext(network, case.context(0), positive[0][1][parts.model.LAYOUT], [])
-    latents = case["mmdit_in"][0].to(model.model.manual_cast_dtype or network.dtype)
-    velocity = network(latents, time_embedding(case["mmdit_t"][0][:1]), contexts=[context])
-    near(velocity, case["mmdit_out"][0][:1], HOSTS[name][2])
+    check_velocity(model, mllm, HOSTS[name][2])
 
 
 def unknown(name, weight):
@@ -106,10 +117,8 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_int8_as_the_tools_of_the_field_write_it(native, parts, plain, tmp_path, golden, near, spelling):
+def test_int8_as_the_tools_of_the_field_write_it(native, plain, tmp_path, check_velocity, spelling):
     """One scale or one per row, [rows] or [rows, 1], with the rotation in the format or in its `params`."""
-    from pack.internvl_u.mmdit import time_embedding
-
     shape, described = SPELLINGS[spelling]
 
     def quantize(weight):
@@ -121,13 +130,7 @@ def test_int8_as_the_tools_of_the_field_write_it(native, parts, plain, tmp_path,
         return {"weight": stored, "weight_scale": scale}, {"format": "int8_tensorwise", **described}
 
     model, mllm, _ = native.load(rewritten(plain[0], tmp_path / "x.safetensors", quantize), "auto", *plain[1:])
-    case = golden("t2i_square")
-    positive, *_ = mllm.encode(case.prompt)
-    network = model.model.diffusion_model
-    context = parts.model.PromptContext(network, case.context(0), positive[0][1][parts.model.LAYOUT], [])
-    latents = case["mmdit_in"][0].to(model.model.manual_cast_dtype or network.dtype)
-    velocity = network(latents, time_embedding(case["mmdit_t"][0][:1]), contexts=[context])
-    near(velocity, case["mmdit_out"][0][:1], 0.05)
+    check_velocity(model, mllm, 0.05)
 
 
 @pytest.mark.parametrize("dtype", ["fp8_scaled", "int8", "int8_convrot"])

@@ -153,7 +153,8 @@ def test_an_existing_file_is_never_overwritten(checkpoint, tmp_path):
     assert first.stat().st_mtime_ns == before
 
 
-def test_what_fails_half_way_leaves_nothing_under_the_final_name(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["bfloat16", "Q8_0"])
+def test_what_fails_half_way_leaves_nothing_under_the_final_name(checkpoint, tmp_path, dtype):
     written = []
 
     def stop(count):
@@ -162,7 +163,7 @@ def test_what_fails_half_way_leaves_nothing_under_the_final_name(checkpoint, tmp
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        module.convert(checkpoint, tmp_path, "bfloat16", stop)
+        module.convert(checkpoint, tmp_path, dtype, stop)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 

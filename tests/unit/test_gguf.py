@@ -294,19 +294,6 @@ def rewritten(source, target, form_for, description=None):
     return target
 
 
-def test_what_fails_half_way_leaves_nothing_under_the_final_name(checkpoint, tmp_path):
-    written = []
-
-    def stop(count):
-        written.append(count)
-        if len(written) == 20:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        module.convert(checkpoint, tmp_path, "Q8_0", stop)
-    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
-
-
 def test_numbers_that_are_none_are_not_converted(broken, tmp_path):
     from safetensors.torch import save_file
 
