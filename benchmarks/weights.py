@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -34,16 +35,21 @@ class NativePipeline:
     """The calls of `internvl_u.pipeline.Pipeline` that the judge makes, on ComfyUI's objects."""
 
     @torch.inference_mode()  # in which ComfyUI runs every node
-    def __init__(self, files: list[Path]):
+    def __init__(self, files: list[Path], size: int = 0):
         native, self.sampler, self.decoder = (pack_module(f"native.{name}") for name in ("load", "sampler", "vae"))
         self.defaults, self.generation = (pack_module(f"internvl_u.{name}") for name in ("defaults", "generation"))
-        self.prompt = pack_module("internvl_u.prompt")
+        self.prompt, self.size = pack_module("internvl_u.prompt"), size
         self.model, self.mllm, self.vae = native.load(files[0], "auto", files[1], files[2])
+
+    def encode(self, prompt: str, **given: Any) -> tuple[list, list, dict]:
+        """Returns positive, negative and an empty LATENT, of `size` pixels a side if that is set."""
+        positive, negative, empty = self.mllm.encode(prompt, **given)
+        return positive, negative, self.sampler.empty_latent(self.size, self.size) if self.size else empty
 
     @torch.inference_mode()
     def latent(self, prompt: str, images: tuple = (), seed: int = 0, steps: int | None = None) -> dict:
         """Returns the drawn LATENT."""
-        positive, negative, empty = self.mllm.encode(prompt, images=images, vae=self.vae if images else None)
+        positive, negative, empty = self.encode(prompt, images=images, vae=self.vae if images else None)
         usual = self.defaults.GUIDANCE
         settings = {"seed": seed, "steps": steps or self.defaults.STEPS}
         settings |= {"all_cfg": usual.all_cfg, "part_cfg": usual.part_cfg}
@@ -62,7 +68,7 @@ class NativePipeline:
         system = self.prompt.drawing_system(0)
         written = self.mllm.generate(prompt, system=system, config=config)
         thought = self.mllm.encoder.tokenizer.decode_thought(written)
-        positive, negative, empty = self.mllm.encode(prompt, thought=thought)
+        positive, negative, empty = self.encode(prompt, thought=thought)
         usual = self.defaults.GUIDANCE_WITH_THOUGHT
         settings = {"seed": 0, "steps": 2, "all_cfg": usual.all_cfg, "part_cfg": usual.part_cfg}
         self.sampler.sample_latent(self.model, positive, negative, empty, **settings)
@@ -80,9 +86,10 @@ def measure(files: list[Path], arguments: argparse.Namespace) -> dict:
     """Returns what one format costs, with its pictures and a step, in this process."""
     torch.manual_seed(0)
     before, start = _memory(), time.perf_counter()
-    pipeline = NativePipeline(files)
+    pipeline = NativePipeline(files, arguments.size)
     loaded, peak = time.perf_counter() - start, _memory()
-    pictures = [pipeline.latent(prompt, seed=i, steps=arguments.steps)["samples"] for i, prompt in enumerate(PROMPTS)]
+    prompts = enumerate(PROMPTS[: arguments.pictures])
+    pictures = [pipeline.latent(prompt, seed=i, steps=arguments.steps)["samples"] for i, prompt in prompts]
     step = _step(pipeline)
     pipeline.think(PROMPTS[0])  # so that all four uses have worked
     start = time.perf_counter()
@@ -106,7 +113,7 @@ def measure(files: list[Path], arguments: argparse.Namespace) -> dict:
 @torch.inference_mode()
 def _step(pipeline: NativePipeline) -> torch.Tensor:
     """Returns what one step from pure noise sees as the clean latent; it differs from the velocity by the noise."""
-    positive, negative, empty = pipeline.mllm.encode(PROMPTS[0])
+    positive, negative, empty = pipeline.encode(PROMPTS[0])
     settings = {"seed": 1, "steps": 1, "all_cfg": 1.0, "part_cfg": 1.0}
     drawn = pipeline.sampler.sample_latent(pipeline.model, positive, negative, empty, **settings)
     return drawn["samples"].float().cpu()
@@ -164,14 +171,17 @@ def compare(arguments: argparse.Namespace) -> list[dict]:
 
 
 def main() -> None:
-    from internvl_u.defaults import FILE_DTYPES
+    from internvl_u.defaults import FILE_DTYPES, GGUF_DTYPES
 
     parser = make_parser(__doc__)
     parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
     parser.add_argument("--model", type=Path, default=NANO, help="checkpoint folder")
-    parser.add_argument("--formats", nargs="+", default=list(FILE_DTYPES), help="the first is what others are held to")
+    formats = [*FILE_DTYPES, *GGUF_DTYPES]
+    parser.add_argument("--formats", nargs="+", default=formats, help="the first is what others are held to")
     parser.add_argument("--scenes", type=int, default=0, help="scenes for the judge; 0: none. The nano model alone")
     parser.add_argument("--steps", type=int, default=20, help="of the compared pictures")
+    parser.add_argument("--size", type=int, default=0, help="pixels a side; 0: the model's own")
+    parser.add_argument("--pictures", type=int, default=len(PROMPTS), help="how many are compared")
     parser.add_argument("--tokens", type=int, default=32, help="that are written")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--files", type=Path, nargs=3, help=argparse.SUPPRESS)
