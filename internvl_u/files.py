@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import reprlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,19 @@ def state_of(path: Path) -> FileState:
     """
     stat = path.stat()
     return FileState(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def digest_of(file: Path, algorithm: str = "sha256", pause: Callable[[], object] = lambda: None) -> str:
+    """Returns a file's hash as hex digits: "sha256", or git's own ("git"). `pause` may raise to end it."""
+    name = "sha1" if algorithm == "git" else algorithm
+    found = hashlib.new(name, usedforsecurity=False)
+    if algorithm == "git":
+        found.update(b"blob %d\0" % file.stat().st_size)
+    with file.open("rb") as source:
+        while chunk := source.read(1 << 20):
+            found.update(chunk)
+            pause()
+    return found.hexdigest()
 
 
 def check_unchanged(opened: Iterable[FileState]) -> None:
