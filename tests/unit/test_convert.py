@@ -153,6 +153,26 @@ def test_an_existing_file_is_never_overwritten(checkpoint, tmp_path):
     assert first.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("dtype", ["fp8_scaled", "Q8_0"])
+def test_a_second_dtype_keeps_the_vae_of_the_first(checkpoint, tmp_path, dtype):
+    *_, vae = module.convert(checkpoint, tmp_path)
+    before = {file: file.stat() for file in vae.parent.iterdir()}
+    files = module.convert(checkpoint, tmp_path, dtype)
+    assert files[2] == vae and all(file.is_file() for file in files)
+    assert {file: file.stat() for file in vae.parent.iterdir()} == before
+    assert len([*tmp_path.rglob("internvl_u*")]) == 10  # 5 files, each with its SHA-256
+
+
+def test_another_vae_is_neither_replaced_nor_taken_for_ours(checkpoint, tmp_path):
+    vae = tmp_path / "vae" / "internvl_u_vae_bf16.safetensors"
+    vae.parent.mkdir()
+    vae.write_bytes(b"another")
+    with pytest.raises(FileExistsError, match="holds another VAE: rename it or choose another folder"):
+        module.convert(checkpoint, tmp_path)
+    assert vae.read_bytes() == b"another"
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [vae]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "Q8_0"])
 def test_what_fails_half_way_leaves_nothing_under_the_final_name(checkpoint, tmp_path, dtype):
     written = []
