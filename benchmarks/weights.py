@@ -62,9 +62,9 @@ class NativePipeline:
         return Image.fromarray((pixels * 255).to(torch.uint8).cpu().numpy())
 
     @torch.inference_mode()
-    def think(self, prompt: str) -> str:
+    def think(self, prompt: str, tokens: int = 32) -> str:
         """Returns the thought before a drawing, after drawing from it."""
-        config = self.generation.GenerationConfig(32)
+        config = self.generation.GenerationConfig(tokens)
         system = self.prompt.drawing_system(0)
         written = self.mllm.generate(prompt, system=system, config=config)
         thought = self.mllm.encoder.tokenizer.decode_thought(written)
@@ -91,7 +91,7 @@ def measure(files: list[Path], arguments: argparse.Namespace) -> dict:
     prompts = enumerate(PROMPTS[: arguments.pictures])
     pictures = [pipeline.latent(prompt, seed=i, steps=arguments.steps)["samples"] for i, prompt in prompts]
     step = _step(pipeline)
-    pipeline.think(PROMPTS[0])  # so that all four uses have worked
+    pipeline.think(PROMPTS[0], arguments.tokens)  # so that all four uses have worked
     start = time.perf_counter()
     config = pipeline.generation.GenerationConfig(arguments.tokens)
     with torch.inference_mode():
