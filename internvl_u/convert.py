@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from . import __version__, fp8, int8, quantization
-from .checkpoint import METADATA, Folder, check_folder, open_part
+from .checkpoint import METADATA, Folder, check_folder, open_part, own_name
 from .defaults import FILE_DTYPES, GGUF_DTYPES, PARTS
-from .files import check_unchanged, digest_of, state_of
+from .files import check_same, digest_of, state_of
 from .gguf_convert import check_writer, write_gguf
 from .header import read_header
 from .load import check_part
@@ -107,8 +107,7 @@ def _bytes_of(values: torch.Tensor, dtype: torch.dtype, name: str) -> bytes:
     if dtype == torch.int8:
         values = values.round().clamp(-int8.LARGEST, int8.LARGEST)
     elif dtype.itemsize == 1 and dtype.is_floating_point:
-        largest = torch.finfo(dtype).max
-        values = values.float().clamp(-largest, largest)
+        values = fp8.cast(values, dtype)
     elif dtype == torch.float16 and values.numel() and values.abs().max() > torch.finfo(dtype).max:
         raise RuntimeError(
             f"{name} holds values up to {float(values.abs().max()):.3g}, 65504 at most expected for float16: convert "
@@ -174,9 +173,9 @@ def convert(
         for file, part, plan, write in reversed([*zip(files, partial, plans, writers, strict=True)]):
             sums[file] = write(part, *plan, on_bytes)
             if file == vae:
-                _is_kept(vae, sums[vae])
-        check_unchanged(before)
-        made = len(files) - _is_kept(vae, sums[vae])
+                _is_kept(vae, part)
+        check_same(before)
+        made = len(files) - _is_kept(vae, partial[-1])
         put_all(partial[:made], files[:made])
     finally:
         for file in partial:
@@ -186,15 +185,21 @@ def convert(
     return files
 
 
-def _is_kept(vae: Path, digest: str) -> bool:
-    """Returns whether the VAE's file is there already, of an earlier conversion.
+def _is_kept(vae: Path, made: Path) -> bool:
+    """Returns whether the VAE's weights are there already, of an earlier conversion.
+
+    Only weights are compared: what stands beside them names the version of this package.
 
     Raises:
         FileExistsError: what is there is another one.
+        RuntimeError: it is no safetensors file.
     """
     if not vae.exists():
         return False
-    if digest_of(vae) != digest:
+    (there, start), (ours, begin) = read_header(vae), read_header(made)
+    for header in (there, ours):
+        header.pop("__metadata__", None)
+    if there != ours or digest_of(vae, start=start) != digest_of(made, start=begin):
         raise FileExistsError(f"{vae} is there already and holds another VAE: rename it or choose another folder")
     return True
 
@@ -312,7 +317,7 @@ def _plan_tensors(sources: dict[str, SourceTensor], dtype: str, description: dic
     if layers and dtype == "fp8_scaled_old":
         outputs.append(OutputTensor(quantization.OLD_MARKER, fp8.DTYPE, (0,), None))
     elif layers:
-        metadata |= quantization.metadata_of(layers)
+        metadata |= quantization.layers_entry(layers)
     return outputs, metadata
 
 
@@ -349,10 +354,9 @@ def list_tensors(folder: Folder, part: str) -> dict[str, SourceTensor]:
     for file in folder.weight_files(part):
         header, start = read_header(file)
         for stored, entry in header.items():
-            name = stored.removeprefix("decoder.") if part == "generation_decoder" else stored
-            if name not in opened.weights:
-                continue
-            result[name] = source_tensor(file, start, stored, entry)
+            name = own_name(stored, part)
+            if name in opened.weights:
+                result[name] = source_tensor(file, start, stored, entry)
     return result
 
 

@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from .checkpoint import METADATA
-from .dequantize import FORMATS, Packing
+from .dequantize import FORMATS, PackedMatrix
 from .files import digest_of
 from .gguf_header import ARCHITECTURE, DESCRIPTION
 from .quantize import quantize
@@ -79,7 +79,7 @@ def write_gguf(
     planned: list[tuple[OutputTensor, str, int]] = []
     for tensor in tensors:
         form = form_of(tensor.name, tensor.shape, dtype)
-        size = math.prod((*tensor.shape, 2) if form == "BF16" else Packing(form, tensor.shape).stored_shape)
+        size = math.prod((*tensor.shape, 2) if form == "BF16" else PackedMatrix(form, tensor.shape).stored_shape)
         planned.append((tensor, form, size))
         kind = gguf.GGMLQuantizationType[form]
         writer.add_tensor_info(tensor.name, tensor.shape, numpy.dtype("float32"), size, raw_dtype=kind)
