@@ -147,7 +147,7 @@ class _FastMLP(MLP):
 
 
 class _EqualLengths:
-    """A `PackedMatrix` of contexts of one length."""
+    """A `Packing` of contexts of one length."""
 
     def __init__(self, length: int, sample: torch.Tensor, rotary_image: torch.Tensor, rotary_text: torch.Tensor):
         self.length, self.sample, self.rotary_image, self.rotary_text = length, sample, rotary_image, rotary_text
