@@ -184,7 +184,9 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=0, help="scenes for the judge; 0: none. The nano model alone")
     parser.add_argument("--steps", type=int, default=20, help="of the compared pictures")
     parser.add_argument("--size", type=int, default=0, help="pixels a side; 0: the model's own")
-    parser.add_argument("--pictures", type=int, default=len(PROMPTS), help="how many are compared; 0: only loading and writing")
+    parser.add_argument(
+        "--pictures", type=int, default=len(PROMPTS), help="how many are compared; 0: only loading and writing"
+    )
     parser.add_argument("--tokens", type=int, default=32, help="that are written")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--files", type=Path, nargs=3, help=argparse.SUPPRESS)
