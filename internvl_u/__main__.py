@@ -1,4 +1,4 @@
-"""The command line: `python -m internvl_u draw`, `ask` and `convert`."""
+"""The command line: `python -m internvl_u draw`, `ask`, `convert` and more; installed, it is `internvl-u`."""
 
 from __future__ import annotations
 
@@ -247,15 +247,15 @@ def _draw_files(pipeline: Pipeline, request: ImageRequest, outs: Sequence[Path],
     from .picture_texts import picture_texts
     from .results import save_image
 
-    requests = [dataclasses.replace(request, seed=request.seed + number) for number in range(len(outs))]
-    infos = [picture_texts(pipeline, one, options.image, options.model) for one in requests]
+    wishes = [dataclasses.replace(request, seed=request.seed + number) for number in range(len(outs))]
+    infos = [picture_texts(pipeline, wish, options.image, options.model) for wish in wishes]
     with tqdm(total=request.steps * len(outs), unit="step", desc="draw") as bar:
         whole = 0
 
         def show(done: int) -> None:
             bar.update(whole + done - bar.n)
 
-        drawn = pipeline.draw_several(request, [one.seed for one in requests], show)
+        drawn = pipeline.draw_several(request, [wish.seed for wish in wishes], show)
         for out, info, image in zip(outs, infos, drawn, strict=True):
             save_image(image, out, info)
             whole += request.steps

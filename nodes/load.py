@@ -32,9 +32,9 @@ class LoadModel(io.ComfyNode):
                     "model_name",
                     options=model_folders.choices(),
                     tooltip="A folder in models/InternVL-U or models/diffusers, or a converted file in "
-                    "models/diffusion_models; extra model paths count too. nano is a tiny model in the pack that shows how "
-                    "everything works. Where the released model is not there, the last choices download it, when the "
-                    "node runs; nothing else does.",
+                    "models/diffusion_models; extra model paths count too. nano is a tiny model in the pack that "
+                    "shows how everything works. Where the released model is not there, the last choices "
+                    "download it, when the node runs; nothing else does.",
                 ),
                 io.Combo.Input(
                     "precision",
