@@ -9,7 +9,7 @@ from .defaults import Guidance
 from .images import drawn_size
 
 MOST_IMAGES = 8
-"""Sockets for reference images that InternVL-U Encode has."""
+"""Slots for reference images that InternVL-U Encode has."""
 _SEEDS = 2**64 - 1
 Nodes = dict[str, dict[str, Any]]
 
@@ -35,9 +35,9 @@ class Drawing(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """How the page has a node: sockets (name, type), outputs (name, type), widgets, column, size in pixels."""
+    """How the page has a node: slots (name, type), outputs (name, type), widgets, column, size in pixels."""
 
-    sockets: tuple[tuple[str, str], ...]
+    slots: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
     widgets: tuple[str, ...]
     column: int
@@ -81,14 +81,14 @@ _KINDS = {
     ),
     "SaveImage": _Kind((("images", "IMAGE"),), (), ("filename_prefix",), 3, (300, 340)),
 }
-_OLD_SOCKETS = len(_KINDS["InternVLU_EncodePrompt"].sockets) - len(_IMAGES[4:])
+_OLD_SLOTS = len(_KINDS["InternVLU_EncodePrompt"].slots) - len(_IMAGES[4:])
 
 
 def api_graph(drawing: Drawing) -> Nodes:
     """Returns the graph in the format that ComfyUI's API takes.
 
     Raises:
-        ValueError: there are more reference images than InternVL-U Encode has sockets for.
+        ValueError: there are more reference images than InternVL-U Encode has slots for.
     """
     if len(drawing.images) > MOST_IMAGES:
         raise ValueError(f"{len(drawing.images)} images found, {MOST_IMAGES} expected at most")
@@ -154,7 +154,7 @@ def page_graph(nodes: Nodes) -> dict[str, Any]:
                 "flags": {},
                 "order": order,
                 "mode": 0,
-                "inputs": _sockets(name, node, nodes, links),
+                "inputs": _slots(name, node, nodes, links),
                 "outputs": [{"name": output, "type": type, "links": []} for output, type in kind.outputs],
                 "properties": {"Node name for S&R": node["class_type"]},
                 "widgets_values": [_CONSTANT.get(widget, node["inputs"].get(widget)) for widget in kind.widgets],
@@ -167,14 +167,14 @@ def page_graph(nodes: Nodes) -> dict[str, Any]:
     return {**ids, "nodes": made, "links": links, "groups": [], "config": {}, "extra": {}, "version": 0.4}
 
 
-def _sockets(name: str, node: dict[str, Any], nodes: Nodes, links: list[list[Any]]) -> list[dict[str, Any]]:
-    """Returns a node's sockets, and adds a link [number, from node, its output, to node, its socket, type] for each."""
-    sockets = []
-    for socket, type in _KINDS[node["class_type"]].sockets:
-        linked = node["inputs"].get(socket)
-        if linked is None and len(sockets) >= _OLD_SOCKETS:
+def _slots(name: str, node: dict[str, Any], nodes: Nodes, links: list[list[Any]]) -> list[dict[str, Any]]:
+    """Returns a node's slots, and adds a link [number, from node, its output, to node, its slot, type] for each."""
+    slots = []
+    for slot, type in _KINDS[node["class_type"]].slots:
+        linked = node["inputs"].get(slot)
+        if linked is None and len(slots) >= _OLD_SLOTS:
             continue  # newer than saved graphs are; the page adds it
         if linked is not None:
-            links.append([len(links) + 1, int(linked[0]), linked[1], int(name), len(sockets), type])
-        sockets.append({"name": socket, "type": type, "link": len(links) if linked is not None else None})
-    return sockets
+            links.append([len(links) + 1, int(linked[0]), linked[1], int(name), len(slots), type])
+        slots.append({"name": slot, "type": type, "link": len(links) if linked is not None else None})
+    return slots
