@@ -74,8 +74,12 @@ def folders() -> dict[str, Path]:
                 deeper += [(name, folder, place) for name, place in within]
             elif root in own and _looks_meant(folder, root):
                 broken.setdefault(folder.name, folder)
+    known = {os.path.realpath(place) for place in found.values()} if deeper else set()
     for name, folder, place in deeper:
-        found.setdefault(name if name not in found else f"{folder.name}/{name}", place)
+        real = os.path.realpath(place)
+        if real not in known:  # a link may lead there by another way
+            found.setdefault(name if name not in found else f"{folder.name}/{name}", place)
+            known.add(real)
     # In a folder of our own a broken checkpoint is listed too: loading it says what is wrong with it.
     return found | {name: folder for name, folder in broken.items() if name not in found}
 

@@ -16,23 +16,10 @@ from pack.internvl_u.generation import GenerationConfig
 from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from PIL import Image
 
+from ..hub_cache import in_hub_cache
+
 NANO = Path(__file__).parent.parent.parent / "demo" / "internvl-u-nano"
 links = pytest.mark.skipif(os.name == "nt", reason="links need a right on Windows")
-
-
-def in_hub_cache(model, root, name="models--InternVL-U--InternVL-U", revision="0123456789abcdef"):
-    """Lays a model out as huggingface_hub does: files are links to blobs whose names have no ending."""
-    cache = root / name
-    (cache / "blobs").mkdir(parents=True, exist_ok=True)
-    (cache / "refs").mkdir(exist_ok=True)
-    (cache / "refs" / "main").write_text(revision)
-    for number, file in enumerate(sorted(file for file in model.rglob("*") if file.is_file())):
-        blob = cache / "blobs" / f"{revision}{number:03}"
-        shutil.copy(file, blob)
-        link = cache / "snapshots" / revision / file.relative_to(model)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(blob, link.parent))
-    return cache
 
 
 def pixels(picture):
