@@ -29,6 +29,9 @@ def picture_texts(pipeline: Pipeline, request: ImageRequest, files: Sequence[Pat
     info.add_itxt("internvl_u", json.dumps(_settings(pipeline, request, names, model), ensure_ascii=False))
     info.add_text("parameters", parameters(pipeline, request))  # as Latin-1 where it can be, else as UTF-8
     if len(names) <= MOST_IMAGES:
+        # ComfyUI's page of 2025 takes `parameters`, made for another program, before its own graph. It alone reads this
+        # chunk, which ComfyUI writes into animations, as one more text of the same name: an empty one.
+        info.add(b"comf", b"parameters\0")
         nodes = api_graph(_drawing(pipeline, request, names))
         info.add_text("prompt", json.dumps(nodes))
         info.add_text("workflow", json.dumps(page_graph(nodes)))
