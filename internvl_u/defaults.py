@@ -58,7 +58,7 @@ NANO_FOLDERS = (("nano",), ("..", "demo", "internvl-u-nano"))
 NANO_CHOICE = "nano InternVL-U (in the box: flat shapes, 64 x 64 pixels)"
 """What Load InternVL-U calls it."""
 NANO_NOTE = (
-    "this is the nano model, which shows how everything works: it knows flat shapes (circle, square, triangle, star, "
-    "cross, ring) of 64 x 64 pixels, and English. The released model draws what you know from its pictures"
+    "nano model: knows flat shapes (circle, square, triangle, star, cross, ring) of 64 x 64 pixels, in English, and "
+    "shows how everything works"
 )
-"""What it is, wherever it is loaded."""
+"""What it is, wherever it is loaded; what matters first, because a node is narrow."""

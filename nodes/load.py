@@ -99,5 +99,5 @@ class LoadModel(io.ComfyNode):
         if source is not None:
             download(found.transformer, source, progress=DownloadProgress())
         if model_folders.is_nano_choice(model_name):
-            show_note_on_current(NANO_NOTE[0].upper() + NANO_NOTE[1:] + ".")
+            show_note_on_current(NANO_NOTE)
         return io.NodeOutput(*load(found.transformer, precision, found.language, found.vae))

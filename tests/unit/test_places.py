@@ -98,7 +98,7 @@ def test_the_nano_model_goes_by_its_name_unless_a_folder_has_it(checkpoint, tmp_
 def test_the_command_line_draws_with_the_nano_model_and_says_what_it_is(tmp_path, told):
     out = tmp_path / "a.png"
     status, said = told("draw", "--model", "nano", "--prompt", "a red circle", "--steps", 1, "--out", out)
-    assert status == 0 and "this is the nano model" in said, said
+    assert status == 0 and "nano model: knows flat shapes" in said, said
     assert Image.open(out).size == (64, 64)
 
 
