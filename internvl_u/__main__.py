@@ -1,12 +1,12 @@
-"""The command line: `python -m internvl_u draw`, `ask` and `convert`."""
+"""The command line: `python -m internvl_u draw`, `ask`, `convert` and more; installed, it is `internvl-u`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,9 @@ from .defaults import (
     GUIDANCE_WITH_THOUGHT,
     LARGEST,
     MODEL_FOLDER,
+    MOST_PICTURES,
+    NANO,
+    NANO_NOTE,
     RELEASED_SIZE,
     REPOSITORY,
     SMALLEST,
@@ -29,11 +32,8 @@ from .defaults import (
 
 if TYPE_CHECKING:
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
     from .pipeline import ImageRequest, Pipeline
-
-DTYPES = ("float32", "bfloat16")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,6 +101,13 @@ def _add_draw(parser: argparse.ArgumentParser) -> None:
     thought.add_argument("--think", action="store_true", help="let the model think first; the thought goes to stderr")
     thought.add_argument("--thought", type=text_argument, default="", metavar="TEXT", help="draw from this thought")
     _add_max_new_tokens(parser, THOUGHT_TOKENS, "longest thought")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pictures; of several each has the next seed and is FILE-1.png, FILE-2.png ... (default %(default)s)",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
     parser.set_defaults(run=_draw)
 
@@ -173,24 +180,46 @@ def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int, what: str
 
 
 def _add_shared(parser: argparse.ArgumentParser, prompt: str) -> None:
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder, released layout")
+    _add_model(parser)
     parser.add_argument("--prompt", type=text_argument, required=True, metavar="TEXT", help=prompt)
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; repeatable")
     parser.add_argument("--system", type=text_argument, metavar="TEXT", help="replaces the default system message")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which model is opened, where and how: for `_open`."""
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="arithmetic and weights (default %(default)s)"
+        "--model",
+        type=Path,
+        required=True,
+        metavar="PLACE",
+        help="checkpoint folder, released layout or as in the hub's cache; a file of the transformer that `convert` "
+        f"wrote; or {NANO}, the tiny model that comes with the pack",
     )
-    parser.add_argument("--device", default="cpu", metavar="D", help="torch device, such as cuda (default %(default)s)")
+    parser.add_argument("--mllm", type=Path, metavar="FILE", help="language model (default: beside --model FILE)")
+    parser.add_argument("--vae", type=Path, metavar="FILE", help="VAE (default: beside --model FILE)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="arithmetic and weights; auto: bfloat16 on a GPU that has it, else float32 (default %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="D",
+        help="torch device, such as cuda, mps or cpu; auto: the first of these that is there (default %(default)s)",
+    )
 
 
 def _draw(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from .generation import GenerationConfig
     from .pipeline import ImageRequest
-    from .results import check_target, save_image
+    from .results import check_target
 
-    check_target(options.out)
+    outs = _numbered(options.out, options.count)
+    for out in outs:
+        check_target(out)
     pipeline = _open(options)
     request = ImageRequest(
         options.prompt,
@@ -208,10 +237,39 @@ def _draw(options: argparse.Namespace) -> None:
         thought = pipeline.think(request, GenerationConfig(options.max_new_tokens))
         print(thought, file=sys.stderr)
         request = dataclasses.replace(request, thought=thought)
-    info = _png_metadata(options, pipeline, request)
-    with tqdm(total=request.steps, unit="step", desc="draw") as bar:
-        image = pipeline.draw(request, lambda done: bar.update(done - bar.n))
-    save_image(image, options.out, info)
+    _draw_files(pipeline, request, outs, options)
+
+
+def _draw_files(pipeline: Pipeline, request: ImageRequest, outs: Sequence[Path], options: argparse.Namespace) -> None:
+    """Draws a picture for each file, with a seed each."""
+    from tqdm import tqdm
+
+    from .picture_texts import picture_texts
+    from .results import save_image
+
+    wishes = [dataclasses.replace(request, seed=request.seed + number) for number in range(len(outs))]
+    infos = [picture_texts(pipeline, wish, options.image, options.model) for wish in wishes]
+    with tqdm(total=request.steps * len(outs), unit="step", desc="draw") as bar:
+        whole = 0
+
+        def show(done: int) -> None:
+            bar.update(whole + done - bar.n)
+
+        drawn = pipeline.draw_several(request, [wish.seed for wish in wishes], show)
+        for out, info, image in zip(outs, infos, drawn, strict=True):
+            save_image(image, out, info)
+            whole += request.steps
+
+
+def _numbered(out: Path, count: int) -> list[Path]:
+    """Returns the names of `count` files: the one of a single file, else with -1, -2 ... before its ending.
+
+    Raises:
+        ValueError: the count is out of range.
+    """
+    if not 1 <= count <= MOST_PICTURES:
+        raise ValueError(f"--count {count} found, 1 to {MOST_PICTURES} expected")
+    return [out] if count == 1 else [out.with_name(f"{out.stem}-{n}{out.suffix}") for n in range(1, count + 1)]
 
 
 def _ask(options: argparse.Namespace) -> None:
@@ -228,10 +286,11 @@ def _convert(options: argparse.Namespace) -> None:
 
     from .convert import convert
     from .gguf_file import GGUF
+    from .places import checkpoint_folder
     from .results import write_text
 
     with tqdm(unit="B", unit_scale=True, desc="convert") as bar:
-        files = convert(options.model, options.out, options.dtype, bar.update)
+        files = convert(checkpoint_folder(options.model), options.out, options.dtype, bar.update)
     for file in files:
         if file.suffix == ".gguf":
             print(f"{file.name}: {GGUF(file).summary()}", file=sys.stderr)
@@ -243,6 +302,7 @@ def _merge(options: argparse.Namespace) -> None:
 
     from .merge import merge
     from .numbers import is_finite
+    from .places import checkpoint_folder
     from .results import write_text
 
     check_model_name(str(options.model))
@@ -254,7 +314,9 @@ def _merge(options: argparse.Namespace) -> None:
     if len(strengths) != len(options.lora):
         raise ValueError(f"{len(strengths)} of --strength found for {len(options.lora)} of --lora, one each expected")
     with tqdm(unit="B", unit_scale=True, desc="merge") as bar:
-        done = merge(options.model, options.out, list(zip(options.lora, strengths)), options.alpha, bar.update)
+        done = merge(
+            checkpoint_folder(options.model), options.out, list(zip(options.lora, strengths)), options.alpha, bar.update
+        )
     print("\n".join(f"internvl_u: {report}" for report in done.reports), file=sys.stderr)
     write_text("\n".join(map(str, done.files)), "list of files")
 
@@ -283,12 +345,19 @@ def _download(options: argparse.Namespace) -> None:
 
 
 def _open(options: argparse.Namespace) -> Pipeline:
-    import torch
-
+    from .devices import chosen_device, chosen_dtype
     from .pipeline import Pipeline
+    from .places import is_nano
 
-    check_model_name(str(options.model))
-    return Pipeline(options.model, dtype=getattr(torch, options.dtype), device=options.device)
+    for flag, place in (("--model", options.model), ("--mllm", options.mllm), ("--vae", options.vae)):
+        if place is not None:
+            check_model_name(str(place), flag)
+    device = chosen_device(options.device)
+    dtype = chosen_dtype(options.dtype, device)
+    pipeline = Pipeline(options.model, dtype=dtype, device=device, mllm=options.mllm, vae=options.vae)
+    if is_nano(pipeline.root):
+        print(f"internvl_u: {NANO_NOTE}", file=sys.stderr)
+    return pipeline
 
 
 def _images(options: argparse.Namespace, pipeline: Pipeline) -> tuple[Image.Image, ...]:
@@ -307,19 +376,6 @@ def _images(options: argparse.Namespace, pipeline: Pipeline) -> tuple[Image.Imag
             print(f"internvl_u: {file}: {warning}", file=sys.stderr)
         images.append(to_rgb(image))
     return tuple(images)
-
-
-def _png_metadata(options: argparse.Namespace, pipeline: Pipeline, request: ImageRequest) -> PngInfo:
-    from PIL.PngImagePlugin import PngInfo
-
-    (width, height), guidance = pipeline.size(request), request.guidance
-    settings = {name: getattr(request, name) for name in ("prompt", "system", "thought", "steps", "seed")}
-    settings |= {"width": width, "height": height, **guidance._asdict(), "dtype": options.dtype}
-    settings |= {"images": [shown_name(file.name) for file in options.image]}
-    settings |= {"model": shown_name(options.model.absolute().name)}
-    info = PngInfo()
-    info.add_itxt("internvl_u", json.dumps(settings | {"version": __version__}, ensure_ascii=False))
-    return info
 
 
 if __name__ == "__main__":

@@ -300,8 +300,10 @@ def check_folder(root: Path) -> None:
 
     Raises:
         FileNotFoundError: the folder or one of its parts is missing.
-        RuntimeError: the folder holds another model.
+        RuntimeError: the folder holds another model, or is a file.
     """
+    if root.is_file():
+        raise RuntimeError(f"{root} is a file, a checkpoint folder expected")
     if not root.is_dir():
         raise FileNotFoundError(f"no model folder {root}. {HOW_TO_GET} into it.")
     index = root / "model_index.json"

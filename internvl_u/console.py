@@ -43,8 +43,8 @@ def shown_name(name: str) -> str:
         return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def check_model_name(name: str) -> None:
-    """Makes sure, before any work, that the weights of a folder can be opened.
+def check_model_name(name: str, flag: str = "--model") -> None:
+    """Makes sure, before any work, that the weights of a folder or file, which `flag` names, can be opened.
 
     Raises:
         ValueError: its path is no UTF-8.
@@ -53,7 +53,7 @@ def check_model_name(name: str) -> None:
         os.fsencode(name).decode("utf-8")
     except UnicodeError:
         raise ValueError(
-            f"--model {shown_name(name)}: a path that is no UTF-8 found, and safetensors opens none such. "
+            f"{flag} {shown_name(name)}: a path that is no UTF-8 found, and safetensors opens none such. "
             "Rename the folder, or make a symbolic link to it"
         ) from None
 

@@ -23,6 +23,8 @@ LONGEST_CONTEXT = 1 << 20
 """The most tokens that any language model of ours reads; the released one reads 40,960."""
 BEAMS = 256
 """The most beams of a search."""
+MOST_PICTURES = 1000
+"""The most pictures that one command draws."""
 THOUGHT_TOKENS, ANSWER_TOKENS = 200, 512
 """The longest thought; the longest answer, which is ours."""
 CHARACTERS = 1_000_000
@@ -49,3 +51,14 @@ HOW_TO_GET = (
     "`python -m internvl_u download --to FOLDER` or by hand, with its subfolders "
     "vlm, generation_decoder, vae, scheduler and processor"
 )
+NANO = "nano"
+"""What the command line calls the nano model that comes with the pack."""
+NANO_FOLDERS = (("nano",), ("..", "demo", "internvl-u-nano"))
+"""Where it lies from this package on: in an installed library, and in the pack's folder."""
+NANO_CHOICE = "nano InternVL-U (in the box: flat shapes, 64 x 64 pixels)"
+"""What Load InternVL-U calls it."""
+NANO_NOTE = (
+    "nano model: knows flat shapes (circle, square, triangle, star, cross, ring) of 64 x 64 pixels, in English, and "
+    "shows how everything works"
+)
+"""What it is, wherever it is loaded; what matters first, because a node is narrow."""

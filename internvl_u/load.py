@@ -1,4 +1,4 @@
-"""The networks of a checkpoint folder, ready for inference without ComfyUI."""
+"""The networks of a checkpoint folder or of single files, ready for inference without ComfyUI."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .mllm import MLLM
 from .mmdit import MMDiT
 from .operations import Operations
 from .quantization import OURS
-from .vae import StandaloneVAE, check_vae
+from .vae import StandaloneVAE, check_vae, from_wan
 from .weights import Weights, check_finite_weights, check_shapes, load_weights, shapes_of
 
 Network = TypeVar("Network", MLLM, MMDiT)
@@ -42,7 +42,8 @@ def load_mllm(
 ) -> MLLM:
     """Returns the multimodal language model. With `dtype` None the files' own is kept.
 
-    Matrices of a GGUF file stay packed, and are turned into `dtype` when a layer runs.
+    Matrices of a GGUF file stay packed, and are turned into `dtype` when a layer runs; int8 and scaled fp8 are unpacked
+    here.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -71,20 +72,24 @@ def _filled(model: Network, part: Part, dtype: torch.dtype | None, device: torch
     check_shapes(shapes_of(model.state_dict()), part.shapes, part.name)
     kept = dtype or next((tensor.dtype for tensor in part.plain.values()), torch.float32)
     pack_layers(model, part.packed, kept)
-    load_weights(model, part.weights | _dequantized(part, kept), part.name)
+    load_weights(model, _unpacked(part, kept), part.name)
     model.to(device=device, dtype=dtype).eval()
     model.mapped = part.mapped_by(model.state_dict())
     return model
 
 
-def _dequantized(part: Part, dtype: torch.dtype) -> Weights:
-    unknown = sorted({one.format for one in part.layers.values()} - {*OURS})
-    if unknown:
-        raise RuntimeError(f"{part.checkpoint.path}: layers in {', '.join(unknown)} found, {', '.join(OURS)} expected")
-    return {
-        f"{layer}.weight": int8.dequantize(part.weights[f"{layer}.weight"], one.scale, one.group).to(dtype)
-        for layer, one in part.layers.items()
-    }
+def _unpacked(part: Part, dtype: torch.dtype) -> Weights:
+    """Returns the weights of a part, those of quantised layers as the values, of `dtype`, that they stand for."""
+    weights = dict(part.weights)
+    for layer, one in part.layers.items():
+        if one.format not in OURS:
+            raise RuntimeError(
+                f"{part.checkpoint.path}: {layer} is in {one.format}, which ComfyUI alone computes with; one of "
+                f"{', '.join(OURS)} expected here"
+            )
+        name = f"{layer}.weight"
+        weights[name] = int8.dequantize(weights[name], one.scale, one.group).to(dtype)
+    return weights
 
 
 def load_vae(root: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> StandaloneVAE:
@@ -98,9 +103,10 @@ def load_vae(root: Path, *, dtype: torch.dtype | None = None, device: torch.devi
     part = open_part(root, "vae")
     stated = check_vae(part)
     check_finite_weights(part.weights, part.name)  # what is infinite would be cut off to white
-    width = part.weights["decoder.norm_out.gamma"].shape[0]
+    weights = from_wan(part.weights)
+    width = weights["decoder.norm_out.gamma"].shape[0]
     vae = StandaloneVAE(stated.model_dump() if stated else {"base_dim": width})
-    load_weights(vae.model, part.weights, part.name)
+    load_weights(vae.model, weights, part.name)
     # diffusers' own `to` warns of a choice that this VAE does not have.
     nn.Module.to(vae.model, device=device, dtype=dtype).eval()
     return vae

@@ -1,9 +1,9 @@
-"""Drawing, editing, thinking and answering from a checkpoint folder, without ComfyUI."""
+"""Drawing, editing, thinking and answering from a checkpoint folder or single files, without ComfyUI."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
@@ -21,6 +21,7 @@ from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
 from .numbers import check_real, check_whole
+from .places import locate
 from .prompt import SYSTEM_ANSWER, branch_prompts, drawing_system, generation_prompt
 from .rope import grid_of
 from .sampling import Denoiser, DrawingContexts
@@ -69,16 +70,29 @@ class ImageRequest:
 class Pipeline:
     """A checkpoint on one device. Its parts are loaded when first needed and are never on the device together."""
 
-    def __init__(self, root: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
-        """Opens a checkpoint folder.
+    def __init__(
+        self,
+        root: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        mllm: Path | None = None,
+        vae: Path | None = None,
+    ):
+        """Opens a checkpoint folder (also in the hub's cache), or the transformer's single file.
+
+        `mllm` and `vae` are the other two files, which are found beside the first by the names that `convert` gives.
 
         Raises:
-            FileNotFoundError: the folder or a part of it is missing.
+            FileNotFoundError: the folder, a part of it or a file is missing.
             RuntimeError: it holds another model or is damaged.
+            ValueError: several models or files are there, and none is named.
         """
-        check_folder(root)
-        self.root, self.dtype, self.device = root, dtype, torch.device(device)
-        self.encoder = Encoder.from_checkpoint(open_checkpoint(root))
+        self.files = locate(Path(root), mllm, vae)
+        if not self.files.transformer.is_file():
+            check_folder(self.files.transformer)
+        self.root, self.dtype, self.device = self.files.transformer, dtype, torch.device(device)
+        self.encoder = Encoder.from_checkpoint(open_checkpoint(self.files.language))
         self._networks: dict[str, torch.nn.Module] = {}
 
     @torch.inference_mode()
@@ -88,13 +102,25 @@ class Pipeline:
         Raises:
             ValueError: a size, the number of steps or the number of placeholders is out of range.
         """
+        return next(self.draw_several(request, [request.seed], on_step))
+
+    def draw_several(
+        self, request: ImageRequest, seeds: Sequence[int], on_step: Callable[[int], object] | None = None
+    ) -> Iterator[Image.Image]:
+        """Yields an image for each seed, equal to the one that is drawn alone; the prompt is read once.
+
+        Raises:
+            ValueError: a size, the number of steps or the number of placeholders is out of range.
+        """
         width, height = self.size(request)
         drawn = image_module.drawn_size(width, height)
         self._vae()  # one that cannot be loaded is not found after minutes of work
         sigmas = sampling.flow_sigmas(request.steps)
-        noise = image_module.noise(*drawn, request.seed)
-        latent = self.sample(self.encode_prompt(request), noise, sigmas, request.guidance, on_step)
-        return image_module.resize(image_module.to_image(self.decode(latent)[0]), width, height)
+        contexts = self.encode_prompt(request)
+        for seed in seeds:
+            noise = image_module.noise(*drawn, seed)
+            latent = self.sample(contexts, noise, sigmas, request.guidance, on_step)
+            yield image_module.resize(image_module.to_image(self.decode(latent)[0]), width, height)
 
     def size(self, request: ImageRequest) -> tuple[int, int]:
         """Returns the wished (width, height): by default the first input image's, or the checkpoint's own."""
@@ -185,7 +211,7 @@ class Pipeline:
         on_step: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
         """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
-        model = self._on_device("mmdit", lambda: load_mmdit(self.root, dtype=self.dtype))
+        model = self._on_device("mmdit", lambda: load_mmdit(self.files.transformer, dtype=self.dtype))
         denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype)
 
         def report(index: int, *_: torch.Tensor) -> None:
@@ -211,10 +237,10 @@ class Pipeline:
         return tuple(vae.encode(image_module.reference_pixels(image, self.encoder.sizes)) for image in images)
 
     def _vae(self) -> StandaloneVAE:
-        return self._on_device("vae", lambda: load_vae(self.root, dtype=self.dtype))
+        return self._on_device("vae", lambda: load_vae(self.files.vae, dtype=self.dtype))
 
     def _mllm(self) -> MLLM:
-        return self._on_device("mllm", lambda: load_mllm(self.root, dtype=self.dtype))
+        return self._on_device("mllm", lambda: load_mllm(self.files.language, dtype=self.dtype))
 
     def _on_device(self, name: str, load: Callable[[], Network]) -> Network:
         for other, network in self._networks.items():

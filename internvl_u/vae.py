@@ -61,6 +61,12 @@ def to_wan(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {wan_name(name): tensor for name, tensor in weights.items()}
 
 
+def from_wan(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the same tensors, by Wan 2.1's names or diffusers' own, under diffusers' names."""
+    names = {wan_name(name): name for name in vae_shapes(1)}
+    return {names.get(name, name): tensor for name, tensor in weights.items()}
+
+
 def check_vae(part: Part) -> VAEConfig | None:
     """Returns what the configuration of an opened VAE says, which a single file may lack.
 

@@ -137,6 +137,7 @@ CALLS: dict[str, tuple[int, str]] = {
     "comfy_api.latest.io.Vae.Input": (1, "optional tooltip"),
     "comfy_api.latest.io.Vae.Output": (0, "tooltip"),
     "comfy_execution.graph.DynamicPrompt.get_display_node_id": (2, ""),
+    "comfy_execution.utils.get_executing_context": (0, ""),
     "folder_paths.add_model_folder_path": (2, ""),
     "folder_paths.folder_names_and_paths.get": (2, ""),
     "folder_paths.get_filename_list": (1, ""),

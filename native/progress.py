@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import comfy.model_management
 import comfy.utils
+from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 if TYPE_CHECKING:
@@ -87,6 +88,16 @@ def show_note(hidden: HiddenHolder, text: str) -> None:
     server = PromptServer.instance
     if server.client_id is not None:
         server.send_progress_text(text, _shown_node(hidden), server.client_id)
+
+
+def show_note_on_current(text: str) -> None:
+    """Shows a sentence below the node that runs now, for one whose result may not depend on which node it is.
+
+    Hidden inputs, which say the same, make ComfyUI keep a result for each node of equal inputs: a model each.
+    """
+    server, running = PromptServer.instance, get_executing_context()
+    if server.client_id is not None and running is not None:
+        server.send_progress_text(text, running.node_id, server.client_id)
 
 
 def _shown_node(hidden: HiddenHolder) -> str:

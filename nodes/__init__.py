@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..native.copies import is_second_copy
 from . import model_folders
 from .decode import DecodeLatent
 from .encode import EncodePrompt
@@ -32,4 +33,4 @@ class InternVLUExtension(ComfyExtension):
     """What ComfyUI asks for the list of nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return NODES
+        return [] if is_second_copy("InternVLU_LoadModel", NODES) else NODES

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..internvl_u.defaults import NANO_NOTE
 from ..internvl_u.download import download
 from ..native.dtypes import PRECISIONS
 from ..native.load import load
-from ..native.progress import DownloadProgress
+from ..native.progress import DownloadProgress, show_note_on_current
 from . import model_folders
 from .inputs import checked
 from .model_folders import AUTO
@@ -31,8 +32,9 @@ class LoadModel(io.ComfyNode):
                     "model_name",
                     options=model_folders.choices(),
                     tooltip="A folder in models/InternVL-U or models/diffusers, or a converted file in "
-                    "models/diffusion_models; extra model paths count too. Where the released model is not there, the "
-                    "last choices download it, when the node runs; nothing else does.",
+                    "models/diffusion_models; extra model paths count too. nano is a tiny model in the pack that "
+                    "shows how everything works. Where the released model is not there, the last choices "
+                    "download it, when the node runs; nothing else does.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -96,4 +98,6 @@ class LoadModel(io.ComfyNode):
         source = model_folders.source_asked_for(model_name)
         if source is not None:
             download(found.transformer, source, progress=DownloadProgress())
+        if model_folders.is_nano_choice(model_name):
+            show_note_on_current(NANO_NOTE)
         return io.NodeOutput(*load(found.transformer, precision, found.language, found.vae))

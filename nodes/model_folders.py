@@ -9,7 +9,6 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import folder_paths
 
@@ -20,7 +19,8 @@ from ..internvl_u.checkpoint import (
     is_checkpoint,
     open_checkpoint,
 )
-from ..internvl_u.defaults import HOW_TO_GET, MODEL_FOLDER, PARTS, RELEASED_SIZE
+from ..internvl_u.defaults import HOW_TO_GET, MODEL_FOLDER, NANO_CHOICE, PARTS, RELEASED_SIZE
+from ..internvl_u.places import QWEN_VAE, Found, children, inside, is_text, nano_folder
 from ..native import compat
 
 KEY = "InternVL-U"
@@ -30,21 +30,12 @@ LORA_KEY = "loras"
 AUTO = "auto"
 NONE_FOUND = "no model found"
 _SITES = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
-QWEN_VAE = "qwen_image_vae.safetensors"
 GGUF_KEYS = {TRANSFORMER_KEY: "internvl_u_gguf_diffusion_models", LANGUAGE_KEY: "internvl_u_gguf_text_encoders"}
 """Keys of our own under which ComfyUI lists the GGUF files of its folders: its own loaders, which cannot read them, go
 on without, and so do other packs."""
 ENDINGS = (".safetensors", GGUF_ENDING)
 _answers: dict[tuple, bool] = {}
 _logger = logging.getLogger("internvl_u")
-
-
-class Found(NamedTuple):
-    """Where the three parts are: all in one folder, or a file each."""
-
-    transformer: Path
-    language: Path
-    vae: Path
 
 
 def register() -> None:
@@ -66,17 +57,32 @@ def roots() -> list[Path]:
 
 
 def folders() -> dict[str, Path]:
-    """Returns checkpoint folders by the name that the node shows; of equal names the first one found."""
+    """Returns checkpoint folders by the name that the node shows; of equal names the first one found.
+
+    Those one level too deep and in the layout of the hub's cache come after the others.
+    """
     found: dict[str, Path] = {}
+    deeper: list[tuple[str, Path, Path]] = []
+    broken: dict[str, Path] = {}
     own = {Path(path) for path in folder_paths.get_folder_paths(KEY)}
     for root in roots():
         if root in own and is_checkpoint(root):
             found.setdefault(root.name, root)
-        for folder in _children(root):
-            # In a folder of our own a broken checkpoint is listed too: loading it says what is wrong with it.
-            if is_checkpoint(folder) or (root in own and _looks_meant(folder, root)):
+        for folder in children(root):
+            if is_checkpoint(folder):
                 found.setdefault(folder.name, folder)
-    return found
+            elif within := list(inside(folder)):
+                deeper += [(name, folder, place) for name, place in within]
+            elif root in own and _looks_meant(folder, root):
+                broken.setdefault(folder.name, folder)
+    known = {os.path.realpath(place) for place in found.values()} if deeper else set()
+    for name, folder, place in deeper:
+        real = os.path.realpath(place)
+        if real not in known:  # a link may lead there by another way
+            found.setdefault(name if name not in found else f"{folder.name}/{name}", place)
+            known.add(real)
+    # In a folder of our own a broken checkpoint is listed too: loading it says what is wrong with it.
+    return found | {name: folder for name, folder in broken.items() if name not in found}
 
 
 def files(key: str) -> dict[str, Path]:
@@ -105,7 +111,7 @@ def _listed(key: str) -> dict[str, tuple[str, os.stat_result]]:
         _logger.warning("InternVL-U: the files of %s cannot be listed (%s)", key, error)
         return {}
     for name in names:
-        if not name.endswith(ENDINGS) or os.path.basename(name).startswith(".") or not _is_text(name):
+        if not name.endswith(ENDINGS) or os.path.basename(name).startswith(".") or not is_text(name):
             continue
         for root in roots:
             file = os.path.join(root, name)
@@ -137,18 +143,24 @@ def available() -> list[str]:
 
 
 def choices() -> list[str]:
-    """Returns the choices of the node's list: what is there, and last, where the released model is not, its download.
+    """Returns the choices of the node's list: what is there, the nano model, and downloads of a released one not there.
 
-    The first one, which a new node has, never asks for a download.
+    The first one, which a new node has, neither asks for a download nor is the nano model unawares.
     """
-    return [*(available() or [NONE_FOUND]), *_offered_downloads()]
+    nano = [NANO_CHOICE] if nano_folder() is not None else []
+    return [*(available() or [NONE_FOUND]), *nano, *_offered_downloads()]
+
+
+def is_nano_choice(name: str) -> bool:
+    """Returns whether a choice means the nano model that comes with the pack, also as older versions have called it."""
+    return name.startswith(NANO_CHOICE[: NANO_CHOICE.index("(")])
 
 
 def downloads() -> dict[str, str]:
     """Returns the choices that ask for the released model's download, and the source of each."""
     root, home = target().parent, Path(folder_paths.models_dir).parent
     shown = (root.relative_to(home) if root.is_relative_to(home) else root).as_posix()
-    if not _is_text(shown):
+    if not is_text(shown):
         return {}
     return {f"download InternVL-U ({RELEASED_SIZE}) from {site} to {shown}": source for source, site in _SITES.items()}
 
@@ -187,14 +199,16 @@ def find(name: str, language: str = AUTO, vae: str = AUTO) -> Found:
         FileNotFoundError: there is none of this name; tells where it was looked for and how to get one.
     """
     found = folders()
-    inside = found.get(name) or (found.get(MODEL_FOLDER.name, target()) if name in downloads() else None)
-    transformer = inside or _by_name(transformer_files(), name)
+    folder = _by_name(found, name) or (found.get(MODEL_FOLDER.name, target()) if name in downloads() else None)
+    if folder is None and is_nano_choice(name):
+        folder = nano_folder()
+    transformer = folder or _by_name(transformer_files(), name)
     if transformer is None:
         raise FileNotFoundError(_missing(name))
     return Found(
         transformer,
-        inside if inside and language == AUTO else _language_of(name, language),
-        inside if inside and vae == AUTO else _vae_of(name, vae),
+        folder if folder and language == AUTO else _language_of(name, language),
+        folder if folder and vae == AUTO else _vae_of(name, vae),
     )
 
 
@@ -254,12 +268,18 @@ def _missing(name: str) -> str:
     if reason:
         return reason
     searched = [*map(str, roots()), *folder_paths.get_folder_paths(TRANSFORMER_KEY)]
-    others = f" Found there: {', '.join(available())}." if available() else ""
+    there = available()
+    others = f" Found there: {', '.join(there)}." if there else ""
     missing = f"no InternVL-U model {name!r}."
+    if is_nano_choice(name):
+        missing += " This copy of the pack comes without it."
+    if len(there) == 1:
+        missing += f' There is one, "{there[0]}": choose it in model_name.'
     offered = " or ".join(f'"{choice}"' for choice in _offered_downloads())
     if offered:
         how = f"choose {offered} in model_name and run again. Or put its folder into {target().parent}"
-        return f"{missing} To have it downloaded, {how} and press R. Searched: {', '.join(searched)}.{others}"
+        nano = f' To see how it works without it, choose "{NANO_CHOICE}".' if nano_folder() is not None else ""
+        return f"{missing} To have it downloaded, {how} and press R.{nano} Searched: {', '.join(searched)}.{others}"
     how = f"{HOW_TO_GET} into {target()}, then press R to refresh the list."
     return f"{missing} Searched: {', '.join(searched)}.{others} {how}"
 
@@ -277,19 +297,3 @@ def _reason(file: Path | None, part: str) -> str | None:
 
 def _looks_meant(folder: Path, root: Path) -> bool:
     return not folder.name.startswith(".") and not (is_checkpoint(root) or folder.name in PARTS)
-
-
-def _children(root: Path) -> list[Path]:
-    try:
-        return sorted(child for child in root.iterdir() if child.is_dir() and _is_text(child.name))
-    except OSError:  # not there, or without the right to be read
-        return []
-
-
-def _is_text(name: str) -> bool:
-    """Returns whether a name is UTF-8: another one cannot be sent to the page, nor come back from it."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import struct
+import subprocess
 import sys
 import time
 import types
@@ -195,6 +196,33 @@ def same_picture():
         assert (numpy.abs(actual - expected) <= 1).mean() >= 0.999
 
     return check
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory):
+    """The registry's archive of this tree, unpacked: made by comfy-cli, else as .comfyignore says."""
+
+    def listed(*options):
+        line = ["git", "ls-files", "-z", "--cached", "--others", *options]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, check=True)
+        return {name for name in done.stdout.decode().split("\0") if name and (ROOT / name).is_file()}
+
+    def copy(names, folder):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+
+    unpacked, names = tmp_path_factory.mktemp("archive") / "internvl-u", listed("--exclude-standard")
+    if importlib.util.find_spec("comfy_cli") is None:
+        copy(names - listed("-i", "-X", ".comfyignore"), unpacked)
+        return unpacked
+    source = tmp_path_factory.mktemp("tree")
+    copy(names, source)
+    quiet = {"DO_NOT_TRACK": "1", "COMFY_NO_TELEMETRY": "1", "COMFY_NO_UPDATE_CHECK": "1"}
+    line = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "node", "pack"]
+    subprocess.run(line, cwd=source, check=True, capture_output=True, timeout=120, env=os.environ | quiet)
+    shutil.unpack_archive(source / "node.zip", unpacked)
+    return unpacked
 
 
 @pytest.fixture(scope="session")

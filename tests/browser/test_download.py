@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from pack.internvl_u.defaults import NANO_CHOICE
 
 from ..hostile.loopback_hub import Hub
 from .test_browser import SET_SMALL, SHOWN, open_template
@@ -39,7 +40,7 @@ def test_a_newcomer_is_told_of_the_missing_model_chooses_its_download_and_sees_a
     open_template(page, "text_to_image")
     page.evaluate(SET_SMALL)
     assert page.evaluate(f"{WIDGET}.value") == "InternVL-U"
-    assert page.evaluate(f"{WIDGET}.options.values")[:2] == ["no model found", CHOICE]
+    assert page.evaluate(f"{WIDGET}.options.values")[:3] == ["no model found", NANO_CHOICE, CHOICE]
     with page.expect_response("**/prompt") as answer:
         page.evaluate("app.queuePrompt(0)")
     told = answer.value.json()["node_errors"]
@@ -52,7 +53,7 @@ def test_a_newcomer_is_told_of_the_missing_model_chooses_its_download_and_sees_a
     page.wait_for_function(f"({SHOWN})() > 0", timeout=60_000)
     assert len(hub.asked) > 10
     page.evaluate("app.refreshComboInNodes()")
-    page.wait_for_function(f"{WIDGET}.options.values.join() === 'InternVL-U'")
+    page.wait_for_function(f"{WIDGET}.options.values.join() === 'InternVL-U,{NANO_CHOICE}'")
 
 
 def test_a_workflow_saved_with_the_download_chosen_opens_without_that_choice(page, hub):

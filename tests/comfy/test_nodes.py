@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pack.internvl_u.defaults import NANO_CHOICE
 
 PICTURES = ["image1", "image2", "image3", "image4"]
 WRITING = ["max_new_tokens", "how", "temperature", "top_p", "beams", "seed"]
@@ -69,7 +70,8 @@ def test_help_pages_exist_for_every_node(info, server):
 
 def test_models_of_all_folders_are_offered_and_no_other_models(info):
     options = info["InternVLU_LoadModel"]["input"]["required"]["model_name"][1]["options"]
-    assert sorted(options) == ["InternVL-U", "elsewhere", "in-diffusers", "internvl-u-nano", "tiny"]
+    assert sorted(options[:-1]) == ["InternVL-U", "elsewhere", "in-diffusers", "internvl-u-nano", "tiny"]
+    assert options[-1] == NANO_CHOICE
 
 
 def test_the_template_browser_offers_the_workflows(server):

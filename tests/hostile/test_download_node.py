@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from pack.internvl_u import transfer
+from pack.internvl_u.defaults import NANO_CHOICE
 
 from .conftest import SOURCE
 from .loopback_hub import HUB, Hub, status
@@ -62,7 +63,7 @@ def chosen(name=CHOICES[0], seed=0, **values):
 
 
 def test_the_download_is_offered_last_and_what_is_missing_is_told(server, hub):
-    assert options(server) == ["internvl-u-nano", "tiny", *CHOICES]
+    assert options(server) == ["internvl-u-nano", "tiny", NANO_CHOICE, *CHOICES]
     told = json.dumps(server.queue(graph(model_name="InternVL-U")))  # as the shipped workflows have it
     assert "no InternVL-U model 'InternVL-U'. To have it downloaded, choose " in told and CHOICES[0] in told
     assert f"put its folder into {server.base / 'models' / 'InternVL-U'} and press R" in told
@@ -107,7 +108,7 @@ def test_a_cancelled_download_is_gone_on_with_and_the_same_run_draws(server, hub
 
     events, _ = server.listen(chosen(), cancel)
     assert events[-1][0] == "execution_interrupted" and heard and hub.sent < 2_000_000
-    assert options(server) == ["internvl-u-nano", "tiny", *CHOICES]
+    assert options(server) == ["internvl-u-nano", "tiny", NANO_CHOICE, *CHOICES]
     hub.delay, sent = 0, hub.sent
     nodes = chosen()
     events, _ = server.listen(nodes)
@@ -124,7 +125,7 @@ def test_a_cancelled_download_is_gone_on_with_and_the_same_run_draws(server, hub
 
 def test_later_runs_find_the_model_and_use_no_network(server, hub, checkpoint):
     shutil.copytree(checkpoint, server.base / "models" / "InternVL-U" / "InternVL-U")
-    assert options(server) == ["InternVL-U", "internvl-u-nano", "tiny"]
+    assert options(server) == ["InternVL-U", "internvl-u-nano", "tiny", NANO_CHOICE]
     (server.base / "events.txt").write_text("")
     for seed, name in enumerate((CHOICES[0], CHOICES[1], "InternVL-U"), 1):
         assert server.run(chosen(name, seed))["status"]["status_str"] == "success"
@@ -136,7 +137,7 @@ def test_a_download_that_fails_is_a_sentence_at_the_node(server, hub):
     entry = server.run(chosen())
     told = server.error(entry)
     assert "is not there (404): look at the revision, or take another source" in told
-    assert options(server) == ["internvl-u-nano", "tiny", *CHOICES]
+    assert options(server) == ["internvl-u-nano", "tiny", NANO_CHOICE, *CHOICES]
 
 
 @pytest.fixture
@@ -162,7 +163,7 @@ def test_the_download_goes_to_the_first_of_comfyuis_folders(folders, tmp_path, m
 
 
 def test_the_choice_of_a_new_node_is_never_the_download(folders):
-    assert folders.choices()[0] == "no model found" and folders.choices()[1:] == list(folders.downloads())
+    assert folders.choices() == ["no model found", NANO_CHOICE, *folders.downloads()]
 
 
 def test_listing_validating_and_fingerprints_use_no_network(folders, monkeypatch):

@@ -3,16 +3,20 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from pack.internvl_u import header
 from pack.internvl_u.checkpoint import Folder, SingleFile, holds_language_model, holds_transformer
+from pack.internvl_u.defaults import NANO_CHOICE
 from pack.internvl_u.weights import weight_files
 
+from ..hub_cache import in_hub_cache
 from .conftest import FOLDERS, ODD_FILES, ODD_NAMES, SAID, entry
 from .conftest import header as file_of
 
+ROOT = Path(__file__).parent.parent.parent
 GRAPH = Path(__file__).parent.parent / "workflows" / "text_to_image.api.json"
 
 
@@ -32,7 +36,7 @@ def loader(server):
 
 def test_the_loader_is_there_and_offers_only_models(littered):
     inputs = loader(littered)
-    assert inputs["required"]["model_name"][1]["options"] == ["InternVL-U", "internvl-u-nano", "tiny"]
+    assert inputs["required"]["model_name"][1]["options"] == ["InternVL-U", "internvl-u-nano", "tiny", NANO_CHOICE]
     assert inputs["optional"]["mllm_name"][1]["options"] == ["auto"]
 
 
@@ -114,6 +118,75 @@ def test_no_file_is_opened_before_the_server_answers(comfyui, monkeypatch):
 
     monkeypatch.setattr(model_folders, "transformer_files", lambda: pytest.fail("looked into files"))
     assert "tiny" not in model_folders.available()
+
+
+@pytest.fixture
+def empty(comfyui, tmp_path, monkeypatch):
+    """ComfyUI's paths in this process: an empty folder for our models, and one for those of diffusers."""
+    import folder_paths
+    from pack.nodes import model_folders
+
+    for key in (model_folders.KEY, model_folders.SHARED_KEY, model_folders.TRANSFORMER_KEY):
+        (tmp_path / key).mkdir()
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], set()))
+    return model_folders
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right on Windows")
+def test_models_too_deep_and_in_the_hubs_cache_are_offered_and_load(empty, native, tmp_path, checkpoint):
+    own, shared = tmp_path / "InternVL-U", tmp_path / "diffusers"
+    shutil.copytree(checkpoint, own / "InternVL-U" / "InternVL-U")
+    assert empty.folders() == {"InternVL-U": own / "InternVL-U" / "InternVL-U"}
+    in_hub_cache(checkpoint, own, "models--somebody--InternVL-U")
+    in_hub_cache(checkpoint, shared, "models--InternVL-U--Other")
+    shutil.copytree(checkpoint, own / "zebra")
+    (own / "z loop").symlink_to(own)
+    found = empty.folders()
+    assert list(found) == ["zebra", "InternVL-U", "models--somebody--InternVL-U/InternVL-U", "Other"]
+    model, mllm, vae = native.load(empty.find("Other").transformer, "fp32")
+    assert model is not None and "snapshots" in str(empty.find("Other").vae)
+    assert empty.find("models--somebody--InternVL-U\\InternVL-U").transformer.parent.name == "snapshots"
+
+
+def test_a_broken_folder_is_named_even_beside_a_whole_one_that_is_too_deep(empty, tmp_path, checkpoint):
+    own = tmp_path / "InternVL-U"
+    shutil.copytree(checkpoint, own / "downloads" / "deep")
+    (own / "InternVL-U" / "vlm").mkdir(parents=True)
+    assert list(empty.folders()) == ["deep", "InternVL-U"]
+
+
+def test_foreign_models_are_not_looked_into(empty, tmp_path, monkeypatch):
+    for number in range(100):
+        for part in ("unet", "vae", "text_encoder"):
+            (tmp_path / "diffusers" / f"foreign {number}" / part).mkdir(parents=True)
+        (tmp_path / "diffusers" / f"foreign {number}" / "model_index.json").write_text("{}")
+    looked, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda *args, **kwargs: looked.append(args) or stat(*args, **kwargs))
+    assert empty.folders() == {}
+    assert 300 <= len(looked) < 350, "of each: is it a folder, is it ours, is it another's"
+
+
+def test_a_missing_model_is_told_with_the_only_one_that_is_there(empty, tmp_path, checkpoint):
+    with pytest.raises(FileNotFoundError, match="no InternVL-U model 'InternVL-U'. To have it downloaded"):
+        empty.find("InternVL-U")
+    (tmp_path / "InternVL-U" / "mine").symlink_to(checkpoint)
+    with pytest.raises(FileNotFoundError, match="no InternVL-U model 'InternVL-U'. There is one, \"mine\": choose it"):
+        empty.find("InternVL-U")
+
+
+def test_the_nano_model_is_never_taken_unasked(empty, tmp_path, checkpoint, monkeypatch):
+    assert empty.choices()[:2] == [empty.NONE_FOUND, NANO_CHOICE]
+    (tmp_path / "InternVL-U" / "mine").symlink_to(checkpoint)
+    assert empty.choices()[:2] == ["mine", NANO_CHOICE] and empty.choices()[2].startswith("download")
+    for name in (NANO_CHOICE, "nano InternVL-U (as an older version called it)"):
+        assert empty.find(name).transformer.resolve() == ROOT / "demo" / "internvl-u-nano"
+    for name in ("nano", NANO_CHOICE.lower(), f" {NANO_CHOICE}"):
+        with pytest.raises(FileNotFoundError, match="no InternVL-U model"):
+            empty.find(name)
+    monkeypatch.setattr(empty, "nano_folder", lambda: None)
+    assert NANO_CHOICE not in empty.choices()
+    with pytest.raises(FileNotFoundError, match="This copy of the pack comes without it"):
+        empty.find(NANO_CHOICE)
 
 
 def test_only_what_is_loaded_counts_as_a_change(broken):

@@ -52,7 +52,7 @@ def run(capsys, checkpoint):
 def test_where_nothing_can_be_written_is_seen_before_the_work(run, tmp_path, monkeypatch, name, sentence):
     from pack.internvl_u import pipeline
 
-    monkeypatch.setattr(pipeline.Pipeline, "draw", lambda *args: pytest.fail("began to draw"))
+    monkeypatch.setattr(pipeline.Pipeline, "draw_several", lambda *args: pytest.fail("began to draw"))
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file.png").write_bytes(b"")
     status, _, error = run("draw", *DRAW, "--out", tmp_path / name)
@@ -109,7 +109,7 @@ def state(file):
 def test_what_no_picture_may_replace_is_seen_before_the_work_and_stays(run, tmp_path, monkeypatch, kind):
     from pack.internvl_u import pipeline
 
-    monkeypatch.setattr(pipeline.Pipeline, "draw", lambda *args: pytest.fail("began to draw"))
+    monkeypatch.setattr(pipeline.Pipeline, "draw_several", lambda *args: pytest.fail("began to draw"))
     out, other = tmp_path / "out.png", tmp_path / "other.png"
     if kind == "pipe":
         os.mkfifo(out)
@@ -186,9 +186,9 @@ def test_a_folder_that_disappears_during_the_work_does_not_take_the_picture_with
 
     def draw(*args):
         shutil.rmtree(folder)
-        return red(16)
+        yield red(16)
 
-    monkeypatch.setattr(pipeline.Pipeline, "draw", draw)
+    monkeypatch.setattr(pipeline.Pipeline, "draw_several", draw)
     status, _, error = run("draw", *DRAW, "--out", folder / "out.png")
     assert status == 1 and "not written (No such file or directory). The picture is in " in error
     assert is_red(kept_file(error))
