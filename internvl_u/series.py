@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .defaults import Guidance
 from .files import shown
-from .numbers import is_finite
 
 PROMPT, NAME, SEED = COLUMNS = ("prompt", "name", "seed")
 """Columns of a table, and keys of a JSON object, that are read; only the first must be there."""
@@ -59,15 +59,15 @@ def read_scales(text: str, name: str) -> list[float]:
         try:
             scale = float(part)
         except ValueError:
-            scale = None
-        if not is_finite(scale) or not 0 <= scale <= LARGEST_SCALE:
+            scale = math.nan
+        if not 0 <= scale <= LARGEST_SCALE:
             raise ValueError(f"{name}: {shown(part)} found, numbers from 0 to 100 such as 4.5, 3.5, 2 expected")
         found.append(scale)
     return found
 
 
 def scale_grid(all_cfg: Sequence[float], part_cfg: Sequence[float]) -> list[Guidance]:
-    """Returns each pair of scales, in the order of a grid: a row for each of `part_cfg`, a column for each of `all_cfg`.
+    """Returns each pair of scales, in the order of a grid: a row for each `part_cfg`, a column for each `all_cfg`.
 
     Raises:
         ValueError: there are more than 400.

@@ -76,15 +76,15 @@ class NativeMLLM:
         images: Sequence[Image.Image] = (),
         vae: comfy.sd.VAE | None = None,
         thought: str = "",
-        negative: str = "",
+        negative_prompt: str = "",
         reference_size: int | None = None,
     ) -> tuple[Conditioning, Conditioning, Latent]:
         """Returns positive and negative CONDITIONING and a latent of the size to draw.
 
-        `images` are RGB images to edit; they need the `vae`. `thought` is a chain of thought to draw from, `negative` a
-        text in place of the model's own empty prompt. `reference_size` is the most that the transformer sees of each
-        image, as the side in pixels of a square of equal area; None for the official size. The latent remembers the
-        first image's own size; see `latents.edited_size`.
+        `images` are RGB images to edit; they need the `vae`. `thought` is a chain of thought to draw from,
+        `negative_prompt` a text in place of the model's own empty prompt. `reference_size` is the most that the
+        transformer sees of each image, as the side in pixels of a square of equal area; None for the official size.
+        The latent remembers the first image's own size; see `latents.edited_size`.
 
         Raises:
             ValueError: images without a VAE, or more placeholders in the text than images.
@@ -101,7 +101,7 @@ class NativeMLLM:
             grid=self.model.vision.grid,
             system=system,
             thought=tokenizer.encode_thought(thought),
-            negative=negative,
+            negative=negative_prompt,
         )
         every = (prompts.conditional, prompts.partial, prompts.unconditional)
         check_length(self.model, *every)

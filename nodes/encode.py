@@ -92,6 +92,6 @@ class EncodePrompt(io.ComfyNode):
         check_mllm(mllm)
         check_choice("reference_size", reference_size, tuple(REFERENCE_SIZES))
         given = to_pil_images([images.get(name) for name in IMAGES], mllm.encoder.sizes)
-        settings = {"negative": negative_prompt, "reference_size": REFERENCE_SIZES[reference_size]}
+        settings = {"negative_prompt": negative_prompt, "reference_size": REFERENCE_SIZES[reference_size]}
         settings |= {"system": system_prompt or None, "images": given, "vae": vae, "thought": thought}
         return io.NodeOutput(*mllm.encode(prompt, **settings))

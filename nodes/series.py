@@ -24,15 +24,15 @@ class ListPrompts(io.ComfyNode):
             node_id="InternVLU_ListPrompts",
             display_name="InternVL-U Prompts",
             category=CATEGORY,
-            description="Many prompts in one run: what follows is run once for each. One prompt a line, a CSV table with "
-            "a column prompt (and name, seed), or a JSON list. Connect name to filename_prefix of Save Image.",
+            description="Many prompts in one run: what follows is run once for each. One prompt a line, a CSV table "
+            "with a column prompt (and name, seed), or a JSON list. Connect name to filename_prefix of Save Image.",
             inputs=[
                 io.String.Input(
                     "text",
                     multiline=True,
                     placeholder="one prompt a line\nor CSV: prompt,name,seed\nor JSON: [...]",
-                    tooltip="One prompt a line; or CSV whose first line names the columns, of which prompt, name and seed "
-                    "are read; or a JSON list of texts or of objects with these keys.",
+                    tooltip="One prompt a line; or CSV whose first line names the columns, of which prompt, name and "
+                    "seed are read; or a JSON list of texts or of objects with these keys.",
                 ),
             ],
             outputs=[
@@ -40,7 +40,7 @@ class ListPrompts(io.ComfyNode):
                 io.String.Output(
                     display_name="name",
                     is_output_list=True,
-                    tooltip="A name for the picture's file: the column's, or the prompt's first words. No two are equal.",
+                    tooltip="A name for the picture's file: the column's, or the prompt's first words. All differ.",
                 ),
                 io.Int.Output(display_name="index", is_output_list=True, tooltip="0, 1, 2 and so on."),
                 io.Int.Output(display_name="seed", is_output_list=True, tooltip="The column's; without one the index."),
@@ -65,8 +65,8 @@ class ListScales(io.ComfyNode):
             node_id="InternVLU_ListScales",
             display_name="InternVL-U Scales",
             category=CATEGORY,
-            description="A grid of guidance scales: the sampler is run once for each pair. Pictures come row by row, a row "
-            "for each part_cfg, as Image Grid of ComfyUI puts them together.",
+            description="A grid of guidance scales: the sampler is run once for each pair. Pictures come row by row, a "
+            "row for each part_cfg, as Image Grid of ComfyUI puts them together.",
             inputs=[
                 io.String.Input("all_cfg", default="2.5, 3.5, 4.5, 6", tooltip=f"{tip} A column of the grid for each."),
                 io.String.Input("part_cfg", default="2", tooltip=f"{tip} A row of the grid for each."),
@@ -99,8 +99,8 @@ class PickFrames(io.ComfyNode):
             node_id="InternVLU_PickFrames",
             display_name="InternVL-U Frames",
             category=CATEGORY,
-            description="Picks evenly spaced pictures of a batch, the first and the last among them: of a video's frames "
-            "from Get Video Components, to ask InternVL-U Answer about it.",
+            description="Picks evenly spaced pictures of a batch, the first and the last among them: of a video's "
+            "frames from Get Video Components, to ask InternVL-U Answer about it.",
             inputs=[
                 io.Image.Input("images", tooltip="A batch, such as the frames of a video."),
                 io.Int.Input(
@@ -108,8 +108,8 @@ class PickFrames(io.ComfyNode):
                     default=8,
                     min=1,
                     max=64,
-                    tooltip="How many pictures go on. Each is 256 tokens for the model to read: more take longer. 1 takes "
-                    "the middle one.",
+                    tooltip="How many pictures go on. Each is 256 tokens for the model to read: more take longer. 1 "
+                    "takes the middle one.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="The picked ones, as a batch.")],
@@ -133,8 +133,8 @@ class JudgePicture(io.ComfyNode):
             node_id="InternVLU_JudgePicture",
             display_name="InternVL-U Judge",
             category=CATEGORY,
-            description="Asks the model whether a picture is right. Yes: the picture goes on. No: the one of otherwise, "
-            "which is drawn only then; several of these nodes in a row draw until it is right.",
+            description="Asks the model whether a picture is right. Yes: the picture goes on. No: the one of "
+            "otherwise, which is drawn only then; several of these nodes in a row draw until it is right.",
             inputs=[
                 MLLM.Input("mllm", tooltip="From Load InternVL-U."),
                 io.Image.Input("image", tooltip="The picture to look at. A batch is judged as one."),

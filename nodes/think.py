@@ -72,8 +72,8 @@ class AnswerQuestion(io.ComfyNode):
             node_id="InternVLU_AnswerQuestion",
             display_name="InternVL-U Answer",
             category="InternVL-U",
-            description="Answers a question about up to eight pictures (batches count as several, 64 at most), or chats "
-            "without any. Each question stands for itself: the model does not remember the last one.",
+            description="Answers a question about up to eight pictures (batches count as several, 64 at most), or "
+            "chats without any. Each question stands for itself: the model does not remember the last one.",
             inputs=[
                 MLLM.Input("mllm"),
                 io.String.Input(
@@ -91,8 +91,8 @@ class AnswerQuestion(io.ComfyNode):
                     options=list(TASKS),
                     default=AS_WRITTEN,
                     optional=True,
-                    tooltip="A ready question. What is written above is added to it: what a caption is to mention, say, or "
-                    "the idea that becomes a better prompt. as written: your question alone.",
+                    tooltip="A ready question. What is written above is added to it: what a caption is to mention, "
+                    "or the idea that becomes a better prompt. as written: your question alone.",
                 ),
             ],
             outputs=[io.String.Output(display_name="answer")],
