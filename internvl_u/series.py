@@ -40,7 +40,11 @@ def read_prompts(text: str) -> list[Prompt]:
         ValueError: there are none, or too many, or one is not as it should be; says which line or entry.
     """
     text = text.lstrip("\ufeff").strip()
-    rows = list(_json_rows(text) if text.startswith(("[", "{")) else _table_rows(text) or _line_rows(text))
+    if text.startswith(("[", "{")):
+        rows = list(_json_rows(text))
+    else:
+        header = _header(text)
+        rows = _table_rows(text, *header) if header else list(_line_rows(text))
     if not 1 <= len(rows) <= MOST_PROMPTS:
         raise ValueError(f"{len(rows)} prompts found, 1 to {MOST_PROMPTS} expected: write one a line")
     seeds = [_seed(row, place, i) for i, (place, row) in enumerate(rows)]
@@ -116,13 +120,15 @@ def _line_rows(text: str) -> Rows:
             yield f"line {number}", {PROMPT: line.strip()}
 
 
-def _table_rows(text: str) -> list[tuple[str, dict[str, str]]]:
-    """Returns the rows of a table; none of a text whose first line is not that of one."""
+def _header(text: str) -> tuple[list[str], str] | None:
+    """Returns a table's columns and what stands between them; None for a text whose first line names no `prompt`."""
     first = text.partition("\n")[0]
     delimiter = max(_DELIMITERS, key=first.count)
-    header = [cell.strip().strip('"').lower() for cell in first.split(delimiter)]
-    if PROMPT not in header or not all(re.fullmatch(r"\w*", cell) for cell in header):
-        return []
+    columns = [cell.strip().strip('"').lower() for cell in first.split(delimiter)]
+    return (columns, delimiter) if PROMPT in columns and all(re.fullmatch(r"\w*", one) for one in columns) else None
+
+
+def _table_rows(text: str, header: list[str], delimiter: str) -> list[tuple[str, dict[str, str]]]:
     rows = []
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
