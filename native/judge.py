@@ -32,6 +32,8 @@ def judge(mllm: NativeMLLM, question: str, images: torch.Tensor, hidden: HiddenH
     tokenizer = mllm.encoder.tokenizer
     live = LiveText(hidden, TOKENS, tokenizer.decode)
     given = to_pil_images([images], mllm.encoder.sizes)
+    if not given:
+        raise ValueError("image: nothing found, an IMAGE expected: connect the picture to judge")
     ids = mllm.generate(question, system=SYSTEM_ANSWER, images=given, config=GenerationConfig(TOKENS), on_token=live)
     answer = tokenizer.decode(ids).strip()
     right = answer.lower().startswith(YES)

@@ -98,6 +98,8 @@ def is_good(node, name, value):
         return name in OPTIONAL or (
             node == "InternVLU_LoadLoRA" and name in {"model", "mllm"}
         )  # as if nothing were connected; a VAE is missing with pictures
+    if node == "InternVLU_ListScales":
+        return False  # its numbers are texts, for there are several
     if isinstance(value, str):
         return name in TEXTS
     fits = name in FIVE or (node == "InternVLU_DecodeLatent" and name in {"width", "height"})
