@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..native.images import to_pil_images
 from ..native.mllm import NativeMLLM, check_mllm
+from ..native.workflow import tell_unheard
 from .inputs import IMAGES, LATER, check_choice, checked, image_inputs, system_input
 from .load import MLLM
 
@@ -74,6 +75,7 @@ class EncodePrompt(io.ComfyNode):
                     tooltip="Empty, of the first picture's size (within the trained range), else the model's own size.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -90,6 +92,7 @@ class EncodePrompt(io.ComfyNode):
         **images: io.Image.Type,
     ) -> io.NodeOutput:
         check_mllm(mllm)
+        tell_unheard(cls.hidden, [name for name in IMAGES if images.get(name) is None])
         check_choice("reference_size", reference_size, tuple(REFERENCE_SIZES))
         given = to_pil_images([images.get(name) for name in IMAGES], mllm.encoder.sizes)
         settings = {"negative_prompt": negative_prompt, "reference_size": REFERENCE_SIZES[reference_size]}

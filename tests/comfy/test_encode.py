@@ -164,3 +164,72 @@ def test_many_pictures_in_a_question_are_told_of_on_the_node(native, loaded, mon
     pictures = [torch.zeros(count - 1, 8, 8, 3), None, torch.zeros(1, 8, 8, 3)]
     module.answer(loaded.mllm, "what?", "", pictures, GenerationConfig(1), None)
     assert len(notes) == told and all("17 pictures go in, 64 at most" in note for note in notes)
+
+
+def page_workflow(mode, as_objects=False):
+    link = {"id": 7, "origin_id": 2, "origin_slot": 0, "target_id": 3, "target_slot": 1, "type": "IMAGE"}
+    inputs = [{"name": "mllm", "link": None}, {"name": "image1", "link": 7}, {"name": "image2", "link": None}]
+    return {
+        "nodes": [
+            {"id": 2, "type": "LoadImage", "title": "Load Image", "mode": mode},
+            {"id": 3, "type": "InternVLU_EncodePrompt", "mode": 0, "inputs": inputs},
+        ],
+        "links": [link if as_objects else list(link.values())],
+    }
+
+
+@pytest.mark.parametrize("as_objects", [False, True])
+@pytest.mark.parametrize(("mode", "how"), [(0, None), (2, "muted"), (4, "bypassed")])
+def test_a_picture_that_a_bypassed_node_keeps_back_is_told_of(native, mode, how, as_objects):
+    module = importlib.import_module("pack.native.workflow")
+    hidden = SimpleNamespace(unique_id="3", extra_pnginfo={"workflow": page_workflow(mode, as_objects)})
+    told = module.unheard(hidden, ["image1", "image2"])
+    expected = f"image1 is connected, but Load Image is {how}: nothing comes from there"
+    assert told == ([expected] if how else [])
+    assert module.unheard(hidden, ["image2"]) == []  # a bypassed node that hands its own input on
+
+
+@pytest.mark.parametrize(
+    "info",
+    [None, {}, {"workflow": None}, {"workflow": {"nodes": 5}}, {"workflow": {"nodes": [{}], "links": []}}]
+    + [{"workflow": {**page_workflow(4), "links": links}} for links in (None, [[]], [{}], [5])],
+)
+def test_a_workflow_of_another_form_is_left_alone(native, info):
+    module = importlib.import_module("pack.native.workflow")
+    for node in ("3", "5:3", "99"):
+        assert module.unheard(SimpleNamespace(unique_id=node, extra_pnginfo=info), ["image1"]) == []
+
+
+def test_an_edit_without_its_picture_is_told_of_in_the_log(server, ask_graph):  # noqa: F811
+    nodes = {
+        "1": {"class_type": "InternVLU_LoadModel", "inputs": {"model_name": "tiny", "precision": "fp32"}},
+        "3": {"class_type": "InternVLU_EncodePrompt", "inputs": {"mllm": ["1", 1], "prompt": "turn it red, please"}},
+        "4": {"class_type": "PreviewAny", "inputs": {"source": ["3", 2]}},
+    }
+    answer = server.post("/prompt", {"prompt": nodes, "extra_data": {"extra_pnginfo": {"workflow": page_workflow(4)}}})
+    assert server.wait(answer["prompt_id"])["status"]["status_str"] == "success"
+    assert "node 3: image1 is connected, but Load Image is bypassed" in server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "places"),
+    [(20, 8, [0, 3, 5, 8, 11, 14, 16, 19]), (5, 1, [2]), (5, 2, [0, 4]), (3, 8, [0, 1, 2]), (4, 4, [0, 1, 2, 3])],
+)
+def test_frames_are_picked_evenly_from_the_first_to_the_last(native, length, count, places):
+    images = importlib.import_module("pack.native.images")
+    picked, report = images.pick_frames(torch.arange(length).reshape(-1, 1, 1, 1), count)
+    assert picked.flatten().tolist() == places and report == f"{len(places)} of {length} pictures"
+
+
+@pytest.mark.parametrize(("answer", "right"), [("Yes.", True), ("yes, there is", True), ("是的", True), ("No", False)])
+def test_a_judge_goes_by_how_the_answer_begins(native, monkeypatch, answer, right):
+    module, notes = importlib.import_module("pack.native.judge"), []
+    tokenizer = SimpleNamespace(decode=lambda ids: answer)
+    encoder = SimpleNamespace(
+        tokenizer=tokenizer, sizes=importlib.import_module("pack.internvl_u.images").ReferenceSizes()
+    )
+    model = SimpleNamespace(encoder=encoder, generate=lambda text, **settings: [len(settings["images"])])
+    monkeypatch.setattr(module, "check_mllm", lambda model: None)
+    monkeypatch.setattr(module, "show_note", lambda hidden, text: notes.append(text))
+    assert module.judge(model, "is it?", torch.zeros(2, 8, 8, 3), None) == (right, answer)
+    assert notes == [f"{'right' if right else 'not right'}: {answer}"]
