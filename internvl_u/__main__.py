@@ -29,6 +29,7 @@ from .defaults import (
     STEPS,
     THOUGHT_TOKENS,
 )
+from .tasks import AS_WRITTEN, TASKS, question_for
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,6 +98,19 @@ def _add_draw(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help=f"guidance of pictures (default {usual.part_cfg}; {thinking.part_cfg} if it thinks)",
     )
+    parser.add_argument(
+        "--negative-prompt",
+        type=text_argument,
+        default="",
+        metavar="TEXT",
+        help="unofficial: what to keep away from (default: the model's own empty prompt)",
+    )
+    parser.add_argument(
+        "--reference-size",
+        type=int,
+        metavar="S",
+        help="most pixels of each picture that the transformer sees: an area of S x S (default: the official rule)",
+    )
     thought = parser.add_mutually_exclusive_group()
     thought.add_argument("--think", action="store_true", help="let the model think first; the thought goes to stderr")
     thought.add_argument("--thought", type=text_argument, default="", metavar="TEXT", help="draw from this thought")
@@ -113,7 +127,14 @@ def _add_draw(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_ask(parser: argparse.ArgumentParser) -> None:
-    _add_shared(parser, "the question; <image> marks a picture's place")
+    _add_shared(parser, "the question, or what a --task is to heed; <image> marks a picture's place", required=False)
+    parser.add_argument(
+        "--task", choices=TASKS, default=AS_WRITTEN, help="a ready question in place of one (default %(default)s)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="ask about each picture in it and write NAME.txt beside it"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="with --folder: write texts that are there anew")
     _add_max_new_tokens(parser, ANSWER_TOKENS, "longest answer")
     parser.add_argument("--beams", type=int, default=1, metavar="N", help="beams of the search (default %(default)s)")
     parser.set_defaults(run=_ask)
@@ -179,9 +200,9 @@ def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int, what: str
     )
 
 
-def _add_shared(parser: argparse.ArgumentParser, prompt: str) -> None:
+def _add_shared(parser: argparse.ArgumentParser, prompt: str, required: bool = True) -> None:
     _add_model(parser)
-    parser.add_argument("--prompt", type=text_argument, required=True, metavar="TEXT", help=prompt)
+    parser.add_argument("--prompt", type=text_argument, required=required, metavar="TEXT", help=prompt)
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; repeatable")
     parser.add_argument("--system", type=text_argument, metavar="TEXT", help="replaces the default system message")
 
@@ -232,6 +253,8 @@ def _draw(options: argparse.Namespace) -> None:
         system=options.system,
         images=_images(options, pipeline),
         thought=options.thought,
+        negative_prompt=options.negative_prompt,
+        reference_size=options.reference_size,
     )
     if options.think:
         thought = pipeline.think(request, GenerationConfig(options.max_new_tokens))
@@ -273,12 +296,24 @@ def _numbered(out: Path, count: int) -> list[Path]:
 
 
 def _ask(options: argparse.Namespace) -> None:
+    from .folder import ask_of_each, pictures_in
     from .generation import GenerationConfig
     from .results import write_text
 
-    pipeline = _open(options)
+    if options.prompt is None and options.task == AS_WRITTEN:
+        raise ValueError("neither --prompt nor --task found, one of them expected")
+    if options.folder and options.image:
+        raise ValueError("--folder and --image found, one of them expected")
+    question = question_for(options.task, options.prompt or "")
     config = GenerationConfig(options.max_new_tokens, beams=options.beams)
-    write_text(pipeline.answer(options.prompt, _images(options, pipeline), options.system, config), "answer")
+    pictures = pictures_in(options.folder) if options.folder else ()
+    pipeline = _open(options)
+    if pictures:
+        files = ask_of_each(pictures, pipeline, question, options.system, config, options.overwrite)
+        if files:
+            write_text("\n".join(files), "list of files")
+    else:
+        write_text(pipeline.answer(question, _images(options, pipeline), options.system, config), "answer")
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -361,17 +396,11 @@ def _open(options: argparse.Namespace) -> Pipeline:
 
 
 def _images(options: argparse.Namespace, pipeline: Pipeline) -> tuple[Image.Image, ...]:
-    from PIL import Image, UnidentifiedImageError
-
-    from .images import preprocessing_warnings, to_rgb
+    from .images import open_image, preprocessing_warnings, to_rgb
 
     images = []
     for file in options.image:
-        try:
-            with Image.open(file) as image:
-                image.load()
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"--image {file} is not readable as a picture ({error})") from error
+        image = open_image(file, f"--image {file}")
         for warning in preprocessing_warnings(image, pipeline.encoder.sizes):
             print(f"internvl_u: {file}: {warning}", file=sys.stderr)
         images.append(to_rgb(image))

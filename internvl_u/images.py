@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional
 
 from .defaults import LARGEST, SMALLEST
@@ -82,6 +83,18 @@ class ReferenceSizes:
         area = stated.vae_downsample_factor**2
         return cls(stated.min_dynamic_patch * area, stated.max_dynamic_patch * area, stated.max_length)
 
+    def limited(self, side: int | None) -> ReferenceSizes:
+        """Returns a range of at most `side` x `side` pixels of area; None and what is larger change nothing.
+
+        Raises:
+            ValueError: `side` is no whole number from 16 to 4096.
+        """
+        if side is None:
+            return self
+        check_whole("reference_size", side, SMALLEST, LARGEST, "pixels")
+        area = side**2
+        return replace(self, smallest_area=min(self.smallest_area, area), largest_area=min(self.largest_area, area))
+
     def fit(self, width: int, height: int) -> tuple[int, int]:
         """Returns the (width, height) for an image: multiples of 16, aspect kept as nearly as the range allows."""
         sides, longest = (height, width), self.longest_side or sys.maxsize
@@ -101,6 +114,20 @@ class ReferenceSizes:
         # The official rule fails for images thinner than 16 pixels; one patch is the least that can be drawn.
         height, width = (max(side, STRIDE) for side in fitted)
         return width, height
+
+
+def open_image(file: Path, name: str = "") -> Image.Image:
+    """Returns a file's image in its own mode, read whole. `name` is what an error calls the file.
+
+    Raises:
+        ValueError: it is not there, or not readable as a picture.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name or file} is not readable as a picture ({error})") from error
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -18,6 +18,7 @@ from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, LONGEST_SCHEDULE, STEPS, 
 from .encoder import Encoder, check_length
 from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
+from .images import ReferenceSizes
 from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
 from .numbers import check_real, check_whole
@@ -37,6 +38,8 @@ class ImageRequest:
     """What to draw. Sizes are pixels, scales the two guidance strengths; None takes the official default.
 
     With `images` (RGB) the prompt edits them; `thought` is a chain of thought that the drawing follows.
+    `negative_prompt` is what to keep away from, which is not official; `reference_size` the most that the transformer
+    sees of each image, as the side in pixels of a square of equal area, None for the official size.
     """
 
     prompt: str
@@ -49,6 +52,8 @@ class ImageRequest:
     system: str | None = None
     images: tuple[Image.Image, ...] = ()
     thought: str = ""
+    negative_prompt: str = ""
+    reference_size: int | None = None
 
     def __post_init__(self):
         check_whole("seed", self.seed, -(2**63), 2**64 - 1)
@@ -183,9 +188,9 @@ class Pipeline:
         """Returns what the transformer draws from.
 
         Raises:
-            ValueError: the prompt has more placeholders than there are input images.
+            ValueError: a text has more placeholders than there are input images, or `reference_size` is out of range.
         """
-        references = self._references(request.images)
+        references = self._references(request.images, self.encoder.sizes.limited(request.reference_size))
         model, where = self._mllm(), {"device": self.device, "dtype": self.dtype}
         tokenizer = self.encoder.tokenizer
         prompts = branch_prompts(
@@ -195,8 +200,9 @@ class Pipeline:
             grid=model.vision.grid,
             system=request.system,
             thought=tokenizer.encode_thought(request.thought),
+            negative=request.negative_prompt,
         )
-        check_length(model, prompts.conditional, prompts.partial)
+        check_length(model, prompts.conditional, prompts.partial, prompts.unconditional)
         features = self.encoder.image_features(model, request.images, **where)
         contexts = self.encoder.encode_branches(model, prompts, features, **where)
         return DrawingContexts(contexts.conditional, contexts.partial, contexts.unconditional, references)
@@ -230,11 +236,11 @@ class Pipeline:
         sampling.check_finite(decoded, "the decoded image", "the VAE")
         return decoded
 
-    def _references(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, ...]:
+    def _references(self, images: Sequence[Image.Image], sizes: ReferenceSizes) -> tuple[torch.Tensor, ...]:
         if not images:
             return ()
         vae = self._vae()
-        return tuple(vae.encode(image_module.reference_pixels(image, self.encoder.sizes)) for image in images)
+        return tuple(vae.encode(image_module.reference_pixels(image, sizes)) for image in images)
 
     def _vae(self) -> StandaloneVAE:
         return self._on_device("vae", lambda: load_vae(self.files.vae, dtype=self.dtype))

@@ -64,15 +64,17 @@ def branch_prompts(
     grid: int = 0,
     system: str | None = None,
     thought: Sequence[int] | None = None,
+    negative: str = "",
 ) -> BranchPrompts:
     """Returns the prompts for an image drawn from `text`, or edited from `images` input images.
 
     Each image takes `grid` x `grid` tokens. `system` replaces the default system message; `thought` are the ids of a
     chain of thought that the drawing follows, which may be empty; None: drawn without one. An empty `text` is allowed:
-    the user's turn is then empty.
+    the user's turn is then empty. `negative` is a text that the unconditional branch reads in place of its own, which
+    the official code has no way to change; the two other branches stay as they are.
 
     Raises:
-        ValueError: the text has more `<image>` placeholders than there are images, or there are more than 64 of these.
+        ValueError: a text has more `<image>` placeholders than there are images, or there are more than 64 of these.
     """
     message = drawing_system(images) if system is None else system
 
@@ -85,7 +87,22 @@ def branch_prompts(
     if thought is not None:
         longest = max(len(prompt.ids) for prompt in (conditional, partial, unconditional))
         conditional = _with_thought(tokenizer, conditional, thought, longest)
+    if negative.strip():
+        unconditional = build(_user_turn(negative, 0, "negative prompt"))
+        partial = partial if images else unconditional
     return BranchPrompts(conditional, partial, unconditional)
+
+
+def check_images(count: int) -> None:
+    """Makes sure that a prompt may have so many images. To be asked before any work.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    if count > IMAGES:
+        raise ValueError(
+            f"{count} pictures found, {IMAGES} expected at most: give fewer, or pick some of a video's frames"
+        )
 
 
 def drawing_system(images: int) -> str:
@@ -131,13 +148,12 @@ def _prompt(
     return TokenizedPrompt((*before, *ids, *ending), tuple(images), len(before), grid)
 
 
-def _user_turn(text: str, images: int) -> list[Piece]:
-    if images > IMAGES:
-        raise ValueError(f"{images} pictures found, {IMAGES} expected at most")
+def _user_turn(text: str, images: int, name: str = "prompt") -> list[Piece]:
+    check_images(images)
     slots = text.count(IMAGE_PLACEHOLDER)
     if slots > images:
         raise ValueError(
-            f"the prompt has {slots} {IMAGE_PLACEHOLDER} placeholders for {images} pictures: connect more "
+            f"the {name} has {slots} {IMAGE_PLACEHOLDER} placeholders for {images} pictures: connect more "
             "pictures or take placeholders out"
         )
     return _with_images(_sentence(f"{IMAGE_PLACEHOLDER}\n" * (images - slots) + text))

@@ -73,6 +73,23 @@ def write_text(text: str, what: str) -> None:
         raise OSError(_keep(lambda kept: _write_text(text, kept), what, ".txt", why)) from error
 
 
+def replace_text(text: str, file: Path) -> None:
+    """Writes a text and a line's end to a file in UTF-8, whole or not at all. A symbolic link is followed.
+
+    Raises:
+        OSError: it could not be written there.
+    """
+    target = _real(file)
+    partial = _partial(target)
+    try:
+        _write_text(text, partial)
+        os.replace(partial, target)
+    except OSError as error:
+        raise OSError(f"{file} not written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _keep(write: Callable[[Path], object], what: str, suffix: str, why: str) -> str:
     """Writes a result into a new folder for temporary files; returns a sentence that says why and where.
 

@@ -13,12 +13,14 @@ from ..internvl_u.prompt import drawing_system
 from ..internvl_u.tokenizer import Thought
 from .images import to_pil_images
 from .mllm import NativeMLLM, check_mllm
-from .progress import LiveText, show
+from .progress import LiveText, show, show_note
 
 if TYPE_CHECKING:
     from comfy_api.latest._io import HiddenHolder
 
 _logger = logging.getLogger("internvl_u")
+MANY_IMAGES = 16
+"""More of them in a question are told of: the frames of a whole video, most likely."""
 Images = Sequence[torch.Tensor | None]
 """IMAGE inputs, those that are connected and those that are not."""
 
@@ -57,6 +59,12 @@ def answer(
     Raises:
         ValueError: an input is of another kind, or the text does not fit the model.
     """
+    count = sum(len(batch) for batch in images if isinstance(batch, torch.Tensor) and batch.ndim)
+    if count > MANY_IMAGES:
+        show_note(
+            hidden,
+            f"{count} pictures go in, 64 at most: slow, and much to look at. InternVL-U Frames picks some of them.",
+        )
     ids, cut = _generate(mllm, text, system, images, config, hidden)
     result = Written(mllm.encoder.tokenizer.decode(ids), cut)
     show(hidden, *result)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ..internvl_u.images import ReferenceSizes, preprocessing_warnings, to_rgb
+from ..internvl_u.prompt import check_images
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 HALF_A_LEVEL = 0.5 / 255
@@ -20,16 +21,34 @@ def to_pil_images(inputs: Sequence[torch.Tensor | None], sizes: ReferenceSizes) 
     """Returns the RGB images of IMAGE inputs [B, H, W, channels] in [0, 1]; a batch counts as several.
 
     Raises:
-        ValueError: it is no IMAGE, or an empty one, or one that has neither 1, 3 nor 4 channels.
+        ValueError: it is no IMAGE, or an empty one, or one that has neither 1, 3 nor 4 channels; or there are too many.
     """
+    batches = [_checked(batch) for batch in inputs if batch is not None]
+    check_images(sum(len(batch) for batch in batches))
     result: list[Image.Image] = []
-    for batch in inputs:
-        for values in _checked(batch) if batch is not None else ():
+    for batch in batches:
+        for values in batch:
             image = _eight_bit(values)
             for warning in (*_range_warnings(values), *preprocessing_warnings(image, sizes)):
                 _logger.warning("InternVL-U, picture %d: %s", len(result) + 1, warning)
             result.append(to_rgb(image))
     return result
+
+
+def pick_frames(images: torch.Tensor, count: int) -> tuple[torch.Tensor, str]:
+    """Returns `count` evenly spaced images of a batch [B, H, W, C], first and last included, and a sentence of it.
+
+    All of a shorter batch; of several the middle one where `count` is 1.
+
+    Raises:
+        ValueError: it is no IMAGE, or an empty one.
+    """
+    last = len(_checked(images)) - 1
+    if count > last:
+        places = range(last + 1)
+    else:
+        places = [round(i * last / (count - 1)) for i in range(count)] if count > 1 else [round(last / 2)]
+    return images[list(places)], f"{len(places)} of {last + 1} pictures"
 
 
 def _checked(batch: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ import torch
 CHANNELS = comfy.latent_formats.Wan21.latent_channels
 Latent = Mapping[str, Any]
 """ComfyUI's LATENT: `samples` [B, channels, (frames,) h, w] and what goes with them."""
+EDITED_SIZE = "internvl_u_edited_size"
+"""Key of a LATENT: width and height in pixels of the picture that is edited, and the samples' rows and columns."""
 
 
 def latent_samples(latent: Latent) -> torch.Tensor:
@@ -85,6 +87,22 @@ def noise_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
         raise ValueError(f"a noise mask of {found} found, [batch, 1, height, width] expected")
     check_numbers(mask, "a noise mask")
     return mask.reshape(-1, 1, 1, *mask.shape[-2:]) if mask.ndim < 5 else mask
+
+
+def with_edited_size(latent: Latent, width: int, height: int) -> Latent:
+    """Returns a LATENT that remembers for which picture, of (width, height) pixels, it was made."""
+    return {**latent, EDITED_SIZE: (width, height, tuple(latent["samples"].shape[-2:]))}
+
+
+def edited_size(latent: Latent) -> tuple[int, int] | None:
+    """Returns the (width, height) in pixels of the picture that a LATENT was made for, if it still has its shape.
+
+    One that was scaled, cropped or turned after Encode made it is for a picture of its own.
+    """
+    match latent.get(EDITED_SIZE):
+        case (int(width), int(height), tuple(shape)) if shape == tuple(latent["samples"].shape[-2:]):
+            return width, height
+    return None
 
 
 def check_numbers(values: torch.Tensor, what: str) -> None:

@@ -19,7 +19,7 @@ from ..internvl_u.config import mllm_config
 from ..internvl_u.encoder import Encoder, check_length
 from ..internvl_u.files import check_unchanged
 from ..internvl_u.generation import GenerationConfig, OnToken, generate
-from ..internvl_u.images import drawn_size, reference_pixels
+from ..internvl_u.images import ReferenceSizes, drawn_size, reference_pixels
 from ..internvl_u.load import check_part
 from ..internvl_u.mllm import MLLM
 from ..internvl_u.prompt import TokenizedPrompt, branch_prompts, generation_prompt
@@ -31,7 +31,7 @@ from .dtypes import cast_weights, check_device, compute_dtype, operations_for
 from .gguf_ops import PackedPatcher, cast_packed_layers
 from .guidance import PARTIAL
 from .hf_modules import cast_language_model
-from .latents import Latent, check_vae
+from .latents import Latent, check_vae, with_edited_size
 from .model import LAYOUT
 from .quantized import quantize_layers
 from .sampler import empty_latent
@@ -76,10 +76,15 @@ class NativeMLLM:
         images: Sequence[Image.Image] = (),
         vae: comfy.sd.VAE | None = None,
         thought: str = "",
+        negative_prompt: str = "",
+        reference_size: int | None = None,
     ) -> tuple[Conditioning, Conditioning, Latent]:
         """Returns positive and negative CONDITIONING and a latent of the size to draw.
 
-        `images` are RGB images to edit; they need the `vae`. `thought` is a chain of thought to draw from.
+        `images` are RGB images to edit; they need the `vae`. `thought` is a chain of thought to draw from,
+        `negative_prompt` a text in place of the model's own empty prompt. `reference_size` is the most that the
+        transformer sees of each image, as the side in pixels of a square of equal area; None for the official size.
+        The latent remembers the first image's own size; see `latents.edited_size`.
 
         Raises:
             ValueError: images without a VAE, or more placeholders in the text than images.
@@ -96,11 +101,14 @@ class NativeMLLM:
             grid=self.model.vision.grid,
             system=system,
             thought=tokenizer.encode_thought(thought),
+            negative=negative_prompt,
         )
-        check_length(self.model, prompts.conditional, prompts.partial)
-        references = {"reference_latents": self._references(vae, images)} if images and vae is not None else {}
+        every = (prompts.conditional, prompts.partial, prompts.unconditional)
+        check_length(self.model, *every)
+        sizes = self.encoder.sizes.limited(reference_size)
+        references = {"reference_latents": self._references(vae, images, sizes)} if images and vae is not None else {}
         known = self._empty_context if self._empty_prompt == prompts.unconditional else None
-        with self._ready(max(len(prompts.conditional.ids), len(prompts.partial.ids))) as where:
+        with self._ready(max(len(prompt.ids) for prompt in every)) as where:
             features = self.encoder.image_features(self.model, images, **where)
             contexts = self.encoder.encode_branches(self.model, prompts, features, unconditional=known, **where)
         positive = self._conditioning(*contexts.conditional, references)
@@ -108,8 +116,7 @@ class NativeMLLM:
         self._empty_prompt, self._empty_context = prompts.unconditional, negative[0][0][0]
         if contexts.partial is not None:
             positive[0][1][PARTIAL] = self._conditioning(*contexts.partial, references)
-        size = self.encoder.sizes.fit(*images[0].size) if images else self.encoder.default_size
-        return positive, negative, empty_latent(*drawn_size(*size))
+        return positive, negative, self._latent(images)
 
     def generate(
         self,
@@ -152,8 +159,16 @@ class NativeMLLM:
         context = context.unsqueeze(0).to(mm.intermediate_device(), torch.float32)
         return [[context, {LAYOUT: layout, **own_options(), **options}]]
 
-    def _references(self, vae: comfy.sd.VAE, images: Sequence[Image.Image]) -> list[torch.Tensor]:
-        pixels = (reference_pixels(image, self.encoder.sizes) for image in images)
+    def _latent(self, images: Sequence[Image.Image]) -> Latent:
+        if not images:
+            return empty_latent(*drawn_size(*self.encoder.default_size))
+        latent = empty_latent(*drawn_size(*self.encoder.sizes.fit(*images[0].size)))
+        return with_edited_size(latent, *images[0].size)
+
+    def _references(
+        self, vae: comfy.sd.VAE, images: Sequence[Image.Image], sizes: ReferenceSizes
+    ) -> list[torch.Tensor]:
+        pixels = (reference_pixels(image, sizes) for image in images)
         latents = [cast(torch.Tensor, vae.encode((one.movedim(1, -1) + 1) / 2)) for one in pixels]  # BCHW -> BHWC
         for latent in latents:
             check_finite(latent, "a picture's latent", "the VAE")

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from ..internvl_u.checkpoint import open_part
+from ..internvl_u.defaults import LARGEST
 from ..internvl_u.images import resize
 from ..internvl_u.sampling import check_finite
 from ..internvl_u.vae import check_vae as check_vae_part
 from ..internvl_u.vae import to_wan
 from ..internvl_u.weights import check_finite_weights
 from . import compat
-from .latents import CHANNELS, Latent, check_vae, latent_samples, with_frame
+from .latents import CHANNELS, Latent, check_vae, edited_size, latent_samples, with_frame
 
 
 def load_vae(source: str) -> comfy.sd.VAE:
@@ -38,8 +39,11 @@ def load_vae(source: str) -> comfy.sd.VAE:
     return vae
 
 
-def decode(vae: comfy.sd.VAE, latent: Latent, width: int = 0, height: int = 0) -> torch.Tensor:
+def decode(vae: comfy.sd.VAE, latent: Latent, width: int = 0, height: int = 0, as_edited: bool = False) -> torch.Tensor:
     """Returns images [B, height, width, 3] in [0, 1], at a size in pixels (0: as drawn; Lanczos otherwise).
+
+    `as_edited` with neither width nor height: at the size of the picture that the latent was made to edit, if there is
+    one and neither side is above 4096 pixels.
 
     ComfyUI centres a level on its value, the official pipeline is half a level brighter; this is the latter.
     """
@@ -52,10 +56,17 @@ def decode(vae: comfy.sd.VAE, latent: Latent, width: int = 0, height: int = 0) -
     if images.ndim == 5:
         images = images.flatten(0, 1)  # [B, frames, H, W, 3]
     images = (images + 0.5 / 255).clamp(0.0, 1.0)
+    if as_edited and not width and not height:
+        width, height = _edited_size(latent)
     size = (width or images.shape[2], height or images.shape[1])
     if size == (images.shape[2], images.shape[1]):
         return images
     return torch.stack([_resized(image, *size) for image in images])
+
+
+def _edited_size(latent: Latent) -> tuple[int, int]:
+    size = edited_size(latent)
+    return size if size is not None and max(size) <= LARGEST else (0, 0)
 
 
 def _resized(image: torch.Tensor, width: int, height: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from .latent import CreateLatent
 from .load import LoadModel
 from .lora import LoadLoRA
 from .sample import CreateGuider, SampleLatent, ScheduleSteps, SelectSampler
+from .series import JudgePicture, ListPrompts, ListScales, PickFrames
 from .think import AnswerQuestion, WriteThought
 
 NODES = [
@@ -24,6 +25,10 @@ NODES = [
     DecodeLatent,
     WriteThought,
     AnswerQuestion,
+    ListPrompts,
+    ListScales,
+    PickFrames,
+    JudgePicture,
 ]
 
 model_folders.register()

@@ -6,7 +6,10 @@ from comfy_api.latest import io
 
 from ..internvl_u.defaults import LARGEST
 from ..native.vae import decode
-from .inputs import checked
+from .inputs import check_choice, checked
+
+AS_EDITED, AS_DRAWN = "as the edited picture", "as drawn"
+"""A graph in API format that names neither is older than the choice and gets the second."""
 
 
 class DecodeLatent(io.ComfyNode):
@@ -29,11 +32,23 @@ class DecodeLatent(io.ComfyNode):
                 io.Int.Input(
                     "height", default=0, min=0, max=LARGEST, tooltip="Final height in pixels, Lanczos. 0: as drawn."
                 ),
+                io.Combo.Input(
+                    "size",
+                    options=[AS_EDITED, AS_DRAWN],
+                    default=AS_EDITED,
+                    optional=True,
+                    tooltip="Counts where width and height are 0. As the edited picture: an edit comes out with as "
+                    "many pixels as its first picture has, up to 4096 a side, Lanczos. As drawn: as the latent is, in "
+                    "multiples of 16 pixels. What was drawn from text alone is the same either way.",
+                ),
             ],
             outputs=[io.Image.Output()],
         )
 
     @classmethod
     @checked
-    def execute(cls, vae: io.Vae.Type, samples: io.Latent.Type, width: int, height: int) -> io.NodeOutput:
-        return io.NodeOutput(decode(vae, samples, width, height))
+    def execute(
+        cls, vae: io.Vae.Type, samples: io.Latent.Type, width: int, height: int, size: str = AS_DRAWN
+    ) -> io.NodeOutput:
+        check_choice("size", size, (AS_EDITED, AS_DRAWN))
+        return io.NodeOutput(decode(vae, samples, width, height, size == AS_EDITED))

@@ -6,8 +6,13 @@ from comfy_api.latest import io
 
 from ..native.images import to_pil_images
 from ..native.mllm import NativeMLLM, check_mllm
-from .inputs import IMAGES, checked, image_inputs, system_input
+from ..native.workflow import tell_unheard
+from .inputs import IMAGES, LATER, check_choice, checked, image_inputs, system_input
 from .load import MLLM
+
+OFFICIAL = "official"
+REFERENCE_SIZES = {OFFICIAL: None, "768 x 768": 768, "512 x 512": 512, "256 x 256": 256}
+"""Choices, and the side in pixels of a square of that area."""
 
 
 class EncodePrompt(io.ComfyNode):
@@ -19,8 +24,9 @@ class EncodePrompt(io.ComfyNode):
             node_id="InternVLU_EncodePrompt",
             display_name="InternVL-U Encode",
             category="InternVL-U",
-            description="Reads the prompt with the multimodal language model. With pictures it edits them. Positive "
-            "follows the prompt, negative is the model's own empty prompt: InternVL-U has no negative prompt.",
+            description="Reads the prompt with the multimodal language model. With up to eight pictures (batches "
+            "count as several, 64 at most) it edits them. Positive follows the prompt, negative is the model's own "
+            "empty prompt.",
             inputs=[
                 MLLM.Input("mllm"),
                 io.String.Input(
@@ -41,6 +47,25 @@ class EncodePrompt(io.ComfyNode):
                     tooltip="A chain of thought to draw from: of InternVL-U Think, or any text. Then 3.5 for all_cfg "
                     "and 1.5 for part_cfg are the official values.",
                 ),
+                *image_inputs(LATER),
+                io.String.Input(
+                    "negative_prompt",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    placeholder="nothing (official)",
+                    tooltip="Unofficial: what to keep away from, in place of the model's own empty prompt. The model "
+                    "was not trained for it. Empty: the official picture. It changes the negative output only.",
+                ),
+                io.Combo.Input(
+                    "reference_size",
+                    options=list(REFERENCE_SIZES),
+                    default=OFFICIAL,
+                    optional=True,
+                    tooltip="The most pixels of each picture that the transformer sees. A picture of 1024 x 1024 is "
+                    "4096 tokens in every step, as many as the drawn one; 512 x 512 are 1024 and 256 x 256 are 256. "
+                    "Fewer are faster and take less memory, but lose details; 256 x 256 is below the trained range.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -50,6 +75,7 @@ class EncodePrompt(io.ComfyNode):
                     tooltip="Empty, of the first picture's size (within the trained range), else the model's own size.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -61,8 +87,14 @@ class EncodePrompt(io.ComfyNode):
         system_prompt: str = "",
         vae: io.Vae.Type | None = None,
         thought: str = "",
+        negative_prompt: str = "",
+        reference_size: str = OFFICIAL,
         **images: io.Image.Type,
     ) -> io.NodeOutput:
         check_mllm(mllm)
+        tell_unheard(cls.hidden, [name for name in IMAGES if images.get(name) is None])
+        check_choice("reference_size", reference_size, tuple(REFERENCE_SIZES))
         given = to_pil_images([images.get(name) for name in IMAGES], mllm.encoder.sizes)
-        return io.NodeOutput(*mllm.encode(prompt, system=system_prompt or None, images=given, vae=vae, thought=thought))
+        settings = {"negative_prompt": negative_prompt, "reference_size": REFERENCE_SIZES[reference_size]}
+        settings |= {"system": system_prompt or None, "images": given, "vae": vae, "thought": thought}
+        return io.NodeOutput(*mllm.encode(prompt, **settings))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -13,7 +13,9 @@ from ..internvl_u.files import shown
 from ..internvl_u.generation import GenerationConfig
 from ..internvl_u.numbers import is_finite
 
-IMAGES = ("image1", "image2", "image3", "image4")
+IMAGES = tuple(f"image{i}" for i in range(1, 9))
+FIRST, LATER = IMAGES[:4], IMAGES[4:]
+"""The later four came after other inputs, whose order in saved workflows stays."""
 HOW = ("greedy", "sampling", "beams")
 
 
@@ -60,14 +62,24 @@ def check_value(one: io.Input, value: Any) -> Any:
     return int(value) if whole else float(value)
 
 
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Makes sure that a text is one of those that a list offers.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} {shown(value)} found, one of {', '.join(choices)} expected")
+
+
 def _described(value: object) -> str:
     return shown(value) if isinstance(value, numbers.Number) else f"a value of type {type(value).__name__}"
 
 
-def image_inputs() -> list[io.Image.Input]:
-    """Returns the four optional image inputs: core's growing list has another name in each version of ComfyUI."""
-    tip = "A picture, or a batch that counts as several. <image> in the prompt marks its place in the text."
-    return [io.Image.Input(name, optional=True, tooltip=tip) for name in IMAGES]
+def image_inputs(names: Sequence[str] = FIRST) -> list[io.Image.Input]:
+    """Returns optional image inputs: core's growing list has another name in each version of ComfyUI."""
+    tip = "A picture, or a batch that counts as several, up to 64 in all. <image> in the prompt marks its place in the "
+    return [io.Image.Input(name, optional=True, tooltip=f"{tip}text.") for name in names]
 
 
 def generation_inputs(max_new_tokens: int) -> list[io.Input]:
@@ -118,8 +130,7 @@ def generation_config(
     Raises:
         ValueError: a value is out of range.
     """
-    if how not in HOW:
-        raise ValueError(f"how {how!r} found, one of {', '.join(HOW)} expected")
+    check_choice("how", how, HOW)
     sampling = how == "sampling"
     return GenerationConfig(
         max_new_tokens,

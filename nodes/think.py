@@ -6,9 +6,10 @@ from comfy_api.latest import io
 
 from ..internvl_u.defaults import ANSWER_TOKENS, THOUGHT_TOKENS
 from ..internvl_u.prompt import SYSTEM_ANSWER
+from ..internvl_u.tasks import AS_WRITTEN, TASKS, question_for
 from ..native.generate import answer, think
 from ..native.mllm import NativeMLLM
-from .inputs import IMAGES, checked, generation_config, generation_inputs, image_inputs, system_input
+from .inputs import IMAGES, LATER, checked, generation_config, generation_inputs, image_inputs, system_input
 from .load import MLLM
 
 
@@ -34,6 +35,7 @@ class WriteThought(io.ComfyNode):
                 *generation_inputs(THOUGHT_TOKENS),
                 system_input("drawing or editing"),
                 *image_inputs(),
+                *image_inputs(LATER),
             ],
             outputs=[io.String.Output(display_name="thought")],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
@@ -70,8 +72,8 @@ class AnswerQuestion(io.ComfyNode):
             node_id="InternVLU_AnswerQuestion",
             display_name="InternVL-U Answer",
             category="InternVL-U",
-            description="Answers a question about up to four pictures (batches count as several), or chats without "
-            "any. Each question stands for itself: the model does not remember the last one.",
+            description="Answers a question about up to eight pictures (batches count as several, 64 at most), or "
+            "chats without any. Each question stands for itself: the model does not remember the last one.",
             inputs=[
                 MLLM.Input("mllm"),
                 io.String.Input(
@@ -83,6 +85,15 @@ class AnswerQuestion(io.ComfyNode):
                 *generation_inputs(ANSWER_TOKENS),
                 system_input("answering"),
                 *image_inputs(),
+                *image_inputs(LATER),
+                io.Combo.Input(
+                    "task",
+                    options=list(TASKS),
+                    default=AS_WRITTEN,
+                    optional=True,
+                    tooltip="A ready question. What is written above is added to it: what a caption is to mention, "
+                    "or the idea that becomes a better prompt. as written: your question alone.",
+                ),
             ],
             outputs=[io.String.Output(display_name="answer")],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
@@ -102,9 +113,10 @@ class AnswerQuestion(io.ComfyNode):
         beams: int,
         seed: int,
         system_prompt: str = "",
+        task: str = AS_WRITTEN,
         **images: io.Image.Type,
     ) -> io.NodeOutput:
         config = generation_config(max_new_tokens, how, temperature, top_p, beams, seed)
         given = [images.get(name) for name in IMAGES]
-        text = answer(mllm, question, system_prompt or SYSTEM_ANSWER, given, config, cls.hidden)
+        text = answer(mllm, question_for(task, question), system_prompt or SYSTEM_ANSWER, given, config, cls.hidden)
         return io.NodeOutput(text.text, ui=text.ui())

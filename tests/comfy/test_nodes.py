@@ -6,6 +6,7 @@ import pytest
 from pack.internvl_u.defaults import NANO_CHOICE
 
 PICTURES = ["image1", "image2", "image3", "image4"]
+MORE_PICTURES = ["image5", "image6", "image7", "image8"]
 WRITING = ["max_new_tokens", "how", "temperature", "top_p", "beams", "seed"]
 FROZEN = {
     "InternVLU_LoadModel": (["model_name", "precision", "mllm_name", "vae_name"], ["MODEL", "INTERNVL_U_MLLM", "VAE"]),
@@ -14,7 +15,17 @@ FROZEN = {
         ["MODEL", "INTERNVL_U_MLLM"],
     ),
     "InternVLU_EncodePrompt": (
-        ["mllm", "prompt", "system_prompt", "vae", *PICTURES, "thought"],
+        [
+            "mllm",
+            "prompt",
+            "system_prompt",
+            "vae",
+            *PICTURES,
+            "thought",
+            *MORE_PICTURES,
+            "negative_prompt",
+            "reference_size",
+        ],
         ["CONDITIONING", "CONDITIONING", "LATENT"],
     ),
     "InternVLU_CreateLatent": (["preset", "width", "height", "batch_size"], ["LATENT"]),
@@ -25,9 +36,16 @@ FROZEN = {
     "InternVLU_CreateGuider": (["model", "positive", "negative", "all_cfg", "part_cfg"], ["GUIDER"]),
     "InternVLU_SelectSampler": ([], ["SAMPLER"]),
     "InternVLU_ScheduleSteps": (["steps", "denoise"], ["SIGMAS"]),
-    "InternVLU_DecodeLatent": (["vae", "samples", "width", "height"], ["IMAGE"]),
-    "InternVLU_WriteThought": (["mllm", "prompt", *WRITING, "system_prompt", *PICTURES], ["STRING"]),
-    "InternVLU_AnswerQuestion": (["mllm", "question", *WRITING, "system_prompt", *PICTURES], ["STRING"]),
+    "InternVLU_DecodeLatent": (["vae", "samples", "width", "height", "size"], ["IMAGE"]),
+    "InternVLU_WriteThought": (["mllm", "prompt", *WRITING, "system_prompt", *PICTURES, *MORE_PICTURES], ["STRING"]),
+    "InternVLU_AnswerQuestion": (
+        ["mllm", "question", *WRITING, "system_prompt", *PICTURES, *MORE_PICTURES, "task"],
+        ["STRING"],
+    ),
+    "InternVLU_ListPrompts": (["text"], ["STRING", "STRING", "INT", "INT"]),
+    "InternVLU_ListScales": (["all_cfg", "part_cfg"], ["FLOAT", "FLOAT", "STRING", "INT"]),
+    "InternVLU_PickFrames": (["images", "count"], ["IMAGE"]),
+    "InternVLU_JudgePicture": (["mllm", "image", "question", "otherwise"], ["IMAGE", "BOOLEAN", "STRING"]),
 }
 SOCKETS = {"MODEL", "INTERNVL_U_MLLM", "VAE", "CONDITIONING", "LATENT", "GUIDER", "SAMPLER", "SIGMAS", "IMAGE"}
 

@@ -10,15 +10,16 @@ from .test_model_folders import graph
 
 VALUES = {"None": None, "a str": "some text", "an int": 5, "a list": [1, 2], "a dict": {"a": 1}}
 ASKED = {"max_new_tokens": 2, "how": "greedy", "temperature": 0.7, "top_p": 0.9, "beams": 3, "seed": 0}
-PICTURES = {f"image{i}": ["picture", 0] for i in (1, 2, 3, 4)}
+PICTURES = {f"image{i}": ["picture", 0] for i in range(1, 9)}
 CONDITIONS = {"model": ["load", 0], "positive": ["encode", 0], "negative": ["encode", 1]}
 SCALES = {"all_cfg": 4.5, "part_cfg": 2.0}
 NODES = {
     "InternVLU_LoadModel": {"model_name": "tiny", "precision": "fp32", "mllm_name": "auto", "vae_name": "auto"},
     "InternVLU_EncodePrompt": {"mllm": ["load", 1], "prompt": "a cat", "system_prompt": "", "vae": ["load", 2]}
-    | {**PICTURES, "thought": "a black cat"},
+    | {**PICTURES, "thought": "a black cat", "negative_prompt": "a dog", "reference_size": "official"},
     "InternVLU_WriteThought": {"mllm": ["load", 1], "prompt": "a cat", **ASKED, "system_prompt": "", **PICTURES},
-    "InternVLU_AnswerQuestion": {"mllm": ["load", 1], "question": "what?", **ASKED, "system_prompt": "", **PICTURES},
+    "InternVLU_AnswerQuestion": {"mllm": ["load", 1], "question": "what?", **ASKED, "system_prompt": "", **PICTURES}
+    | {"task": "as written"},
     "InternVLU_CreateLatent": {"preset": "custom", "width": 32, "height": 32, "batch_size": 1},
     "InternVLU_SampleLatent": {
         **CONDITIONS,
@@ -30,7 +31,13 @@ NODES = {
     },
     "InternVLU_CreateGuider": {**CONDITIONS, **SCALES},
     "InternVLU_ScheduleSteps": {"steps": 4, "denoise": 1.0},
-    "InternVLU_DecodeLatent": {"vae": ["load", 2], "samples": ["drawn", 0], "width": 0, "height": 0},
+    "InternVLU_DecodeLatent": {"vae": ["load", 2], "samples": ["drawn", 0], "width": 0, "height": 0}
+    | {"size": "as drawn"},
+    "InternVLU_ListPrompts": {"text": "a cat"},
+    "InternVLU_ListScales": {"all_cfg": "4.5", "part_cfg": "2"},
+    "InternVLU_PickFrames": {"images": ["picture", 0], "count": 1},
+    "InternVLU_JudgePicture": {"mllm": ["load", 1], "image": ["picture", 0], "question": "is it red?"}
+    | {"otherwise": ["picture", 0]},
     "InternVLU_LoadLoRA": {
         "model": ["load", 0],
         "mllm": ["load", 1],
@@ -40,8 +47,18 @@ NODES = {
     },
 }
 INPUTS = [(node, name) for node, inputs in NODES.items() for name in inputs]
-OPTIONAL = {"system_prompt", "vae_name", "mllm_name", "thought", *PICTURES}
-TEXTS = {"prompt", "question", "system_prompt", "thought"}
+OPTIONAL = {
+    "system_prompt",
+    "vae_name",
+    "mllm_name",
+    "thought",
+    "negative_prompt",
+    "reference_size",
+    "size",
+    "task",
+    *PICTURES,
+}
+TEXTS = {"prompt", "question", "system_prompt", "thought", "negative_prompt", "text"}
 FILES = {"model_name", "mllm_name", "vae_name", "lora_name"}
 # Widgets for which 5 is a good value.
 FIVE = {
@@ -49,6 +66,7 @@ FIVE = {
     "beams",
     "seed",
     "batch_size",
+    "count",
     "steps",
     "all_cfg",
     "part_cfg",
@@ -74,10 +92,14 @@ def around(node, name, value):
 
 
 def is_good(node, name, value):
+    if name == "otherwise":
+        return True  # it is not looked at, but handed on to the node that follows, which does
     if value is None:
         return name in OPTIONAL or (
             node == "InternVLU_LoadLoRA" and name in {"model", "mllm"}
         )  # as if nothing were connected; a VAE is missing with pictures
+    if node == "InternVLU_ListScales":
+        return False  # its numbers are texts, for there are several
     if isinstance(value, str):
         return name in TEXTS
     fits = name in FIVE or (node == "InternVLU_DecodeLatent" and name in {"width", "height"})
@@ -94,7 +116,7 @@ def test_the_table_has_every_input_of_every_node(littered):
         for name in given.get(kind, ())
     ]
     assert sorted(inputs) == sorted(INPUTS)
-    assert len(INPUTS) * len(VALUES) == 340
+    assert len(INPUTS) * len(VALUES) == 465
 
 
 @pytest.mark.parametrize("node, name", INPUTS)

@@ -49,3 +49,15 @@ def test_unusual_pictures_are_remarked_on_and_usual_ones_not():
     assert images.preprocessing_warnings(Image.new("RGB", (640, 480)), sizes) == []
     assert "stretched" in images.preprocessing_warnings(Image.new("RGB", (1, 300)), sizes)[0]
     assert "scaled down" in images.preprocessing_warnings(Image.new("RGB", (8000, 6000)), sizes)[0]
+
+
+@pytest.mark.parametrize("side", [768, 512, 256])
+@pytest.mark.parametrize("size", [(4000, 3000), (1000, 700), (300, 200), (64, 2000), (8, 8), (512, 512)])
+def test_a_limited_range_keeps_the_aspect_and_its_area(side, size):
+    sizes = ReferenceSizes()
+    width, height = sizes.limited(side).fit(*size)
+    assert width % 16 == height % 16 == 0
+    assert width * height <= max(side**2 * 1.1, 16 * sizes.longest_side)
+    official = sizes.fit(*size)
+    assert width * height <= max(official[0] * official[1], 16 * 16)
+    assert sizes.limited(None) is sizes and sizes.limited(1024) == sizes

@@ -93,6 +93,48 @@ def test_several_references_have_frames_of_their_own_and_all_count(pipeline, gol
         assert not torch.allclose(other, whole)
 
 
+def test_a_negative_prompt_changes_the_unconditional_branch_alone(pipeline, golden):
+    wish = ImageRequest("a cat", 64, 64, 2, images=pictures(golden("edit_one")))
+    plain, other = (pipeline.encode_prompt(replace(wish, negative_prompt=text)) for text in ("", "a dog"))
+    assert torch.equal(plain.conditional[0], other.conditional[0]) and torch.equal(plain.partial[0], other.partial[0])
+    assert plain.unconditional[0].shape != other.unconditional[0].shape
+    assert (
+        numpy.asarray(pipeline.draw(wish)).tobytes()
+        != numpy.asarray(pipeline.draw(replace(wish, negative_prompt="a dog"))).tobytes()
+    )
+
+
+def test_a_reference_size_limits_what_the_transformer_sees_of_each_picture(pipeline, golden):
+    wish = ImageRequest("x", 64, 64, 1, images=pictures(golden("edit_large_ref")))
+    shapes = {}
+    for side in (None, 1024, 64, 32, 16):
+        contexts = pipeline.encode_prompt(replace(wish, reference_size=side))
+        shapes[side] = contexts.references[0].shape[-2:]
+        assert pipeline.size(replace(wish, width=None, height=None)) == pipeline.encoder.sizes.fit(*wish.images[0].size)
+    areas = [64 * rows * columns for rows, columns in shapes.values()]
+    assert areas[0] == areas[1] > areas[2] > areas[3] > areas[4] and areas[4] >= 16 * 16
+    assert areas[2] <= 64 * 64 and areas[3] <= 32 * 32
+    for wrong in (15, 4097, 0, 64.5, "64"):
+        with pytest.raises(ValueError, match="reference_size .* expected"):
+            pipeline.draw(replace(wish, reference_size=wrong))
+
+
+def test_command_line_takes_a_negative_prompt_and_a_reference_size(checkpoint, golden, tmp_path):
+    line = ["draw", "--model", checkpoint, "--prompt", "x", "--image", golden("edit_large_ref").images[0], "--steps", 1]
+    drawn = []
+    for more in ([], ["--negative-prompt", ""], ["--negative-prompt", "a dog"], ["--reference-size", 32]):
+        out = tmp_path / f"{len(drawn)}.png"
+        done = command(*line, *more, "--out", out)
+        assert done.returncode == 0, done.stderr
+        with Image.open(out) as image:
+            drawn.append(image.tobytes())
+            told = json.loads(image.text["internvl_u"])
+    assert (told["negative_prompt"], told["reference_size"]) == ("", 32)
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
+    wrong = command(*line, "--reference-size", 5, "--out", tmp_path / "no.png")
+    assert wrong.returncode == 1 and "reference_size 5 found, 16 to 4096 pixels expected" in wrong.stderr
+
+
 def test_the_size_of_an_edit_is_the_first_pictures_by_default(pipeline, golden):
     case = golden("edit_placeholder")
     assert pipeline.size(ImageRequest("x", images=pictures(case))) == (case.width, case.height)

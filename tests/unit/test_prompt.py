@@ -53,6 +53,26 @@ def test_only_a_prompt_that_has_a_thought_and_is_not_the_longest_is_padded(token
     assert made.conditional.layout == (*spans, last._replace(count=last.count + len(thought)))
 
 
+@pytest.mark.parametrize("thought", [None, (), (5, 6)])
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("text", ["", "a cat"])
+def test_a_negative_prompt_takes_the_place_of_the_unconditional_one_alone(tokenizer, text, images, thought):
+    settings = {"images": images, "grid": 4, "thought": thought}
+    plain = branch_prompts(tokenizer, text, **settings)
+    for empty in ("", " \n"):
+        assert branch_prompts(tokenizer, text, **settings, negative=empty) == plain
+    made = branch_prompts(tokenizer, text, **settings, negative="blurry, " * 40)
+    assert made.conditional == plain.conditional
+    assert made.partial == (plain.partial if images else made.unconditional)
+    alone = branch_prompts(tokenizer, "blurry, " * 40, system=prompt.drawing_system(images), grid=4)
+    assert made.unconditional == alone.conditional
+
+
+def test_a_negative_prompt_has_no_pictures(tokenizer):
+    with pytest.raises(ValueError, match="the negative prompt has 1 <image> placeholders for 0 pictures"):
+        branch_prompts(tokenizer, "like <image>", images=1, grid=4, negative="not like <image>")
+
+
 def test_partial_and_unconditional_prompt_of_text_to_image_are_one(tokenizer):
     made = branch_prompts(tokenizer, "a cat")
     assert made.partial is made.unconditional
