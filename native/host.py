@@ -125,7 +125,7 @@ CALLS: dict[str, tuple[int, str]] = {
     "comfy_api.latest.io.Latent.Output": (0, "display_name tooltip"),
     "comfy_api.latest.io.Model.Input": (1, "optional tooltip"),
     "comfy_api.latest.io.Model.Output": (0, "tooltip"),
-    "comfy_api.latest.io.NodeOutput": (2, "ui"),
+    "comfy_api.latest.io.NodeOutput": (4, "ui"),
     "comfy_api.latest.io.Sampler.Output": (0, ""),
     "comfy_api.latest.io.Schema": (
         0,

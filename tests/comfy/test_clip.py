@@ -187,9 +187,12 @@ def test_a_conditioning_survives_a_file_of_plain_data_and_a_copy(clips, loaded):
 
 @pytest.fixture
 def ksampler_graph(server, graph, golden):
-    """The shipped graph of core's KSampler, its texts from Encode or from core's CLIP Text Encode."""
+    """The shipped graph of core's KSampler, its texts from Encode or from core's CLIP Text Encode.
 
-    def make(core):
+    `between` are core's nodes (class, its input, other inputs) in a row between the CLIP or the positive and its user.
+    """
+
+    def make(core, *between):
         nodes = server.with_latent(graph("text_to_image_ksampler", golden("t2i_square"), steps=3))
         load, encode = (server.find(nodes, f"InternVLU_{kind}") for kind in ("LoadModel", "EncodePrompt"))
         sample = server.find(nodes, "KSampler")
@@ -199,6 +202,11 @@ def ksampler_graph(server, graph, golden):
             for name, text in (("positive", prompt), ("negative", "")):
                 nodes[name] = {"class_type": "CLIPTextEncode", "inputs": {"clip": [load, 3], "text": text}}
                 nodes[sample]["inputs"][name] = [name, 0]
+        for i, (kind, field, others) in enumerate(between):
+            user, name = ("positive", "clip") if field.startswith("clip") else (sample, "positive")
+            before = nodes[user]["inputs"][name]
+            nodes[f"between{i}"] = {"class_type": kind, "inputs": {field: before, **others}}
+            nodes[user]["inputs"][name] = [f"between{i}", 0]
         return nodes
 
     return make
@@ -207,6 +215,48 @@ def ksampler_graph(server, graph, golden):
 def test_core_encodes_a_text_and_draws_the_same_picture(server, ksampler_graph):
     ours, cores = (server.latent(server.run(ksampler_graph(core))) for core in (False, True))
     assert torch.equal(cores, ours)
+
+
+AGAIN = ["positive", 0]
+
+
+@pytest.mark.parametrize(
+    "kind, field, others, same",
+    [
+        ("CLIPSetLastLayer", "clip", {"stop_at_clip_layer": -1}, True),
+        ("CLIPMergeSimple", "clip1", {"ratio": 0.5}, True),
+        ("ConditioningCombine", "conditioning_1", {"conditioning_2": AGAIN}, True),
+        ("ConditioningConcat", "conditioning_to", {"conditioning_from": AGAIN}, False),
+        ("ConditioningAverage", "conditioning_to", {"conditioning_from": AGAIN, "conditioning_to_strength": 0.5}, True),
+        ("ConditioningZeroOut", "conditioning", {}, False),
+        ("CLIPAttentionMultiply", "clip", {"q": 1.5, "k": 1.0, "v": 1.0, "out": 1.0}, False),
+    ],
+)
+def test_cores_nodes_between_are_understood(server, ksampler_graph, near, kind, field, others, same):
+    plain = ksampler_graph(True)
+    if kind == "CLIPMergeSimple":
+        others = others | {"clip2": plain["positive"]["inputs"]["clip"]}
+    drawn = server.latent(server.run(ksampler_graph(True, (kind, field, others))))
+    expected = server.latent(server.run(plain))
+    if same:
+        near(drawn, expected, 1e-4)
+    else:
+        assert not torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize(
+    "kind, others, told",
+    [
+        ("CLIPSetLastLayer", {"stop_at_clip_layer": -2}, "layer -2 found, -1 expected"),
+        ("CLIPSave", {"filename_prefix": "clip/ours"}, "`python -m internvl_u convert` writes it"),
+    ],
+)
+def test_cores_nodes_that_cannot_work_end_with_a_sentence(server, ksampler_graph, kind, others, told):
+    nodes = ksampler_graph(True)
+    nodes["refused"] = {"class_type": kind, "inputs": {"clip": nodes["positive"]["inputs"]["clip"], **others}}
+    if kind == "CLIPSetLastLayer":
+        nodes["positive"]["inputs"]["clip"] = ["refused", 0]
+    assert told in server.error(server.run(nodes))
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +273,7 @@ def needs(core_nodes, name):
 def test_generate_text_answers_as_answer_does(server, core_nodes, load_images, tmp_path, pictures):
     needs(core_nodes, "TextGenerate")
     loading = {"class_type": "InternVLU_LoadModel", "inputs": {"model_name": "internvl-u-nano", "precision": "fp32"}}
-    question = "What is in the picture?"
+    question = "Describe the picture."
     answer = {"mllm": ["load", 1], "question": question, "max_new_tokens": 24, "how": "greedy"}
     answer |= {"temperature": 0.7, "top_p": 0.9, "beams": 3, "seed": 0}
     text = {"clip": ["load", 3], "prompt": question, "max_length": 24, "sampling_mode": "off"}
@@ -257,3 +307,33 @@ def test_a_training_dataset_is_made_saved_and_loaded(server, core_nodes, load_im
     reading = {"again": {"class_type": "LoadTrainingDataset", "inputs": {"folder_name": "ours"}}}
     reading["show"] = {"class_type": "PreviewAny", "inputs": {"source": ["again", 1]}}
     assert "pooled_output" in server.run(reading)["outputs"]["show"]["text"][0]
+
+
+def test_a_lora_is_trained_in_comfyui_and_put_on(server, ksampler_graph, load_images, tmp_path):
+    """Pictures and texts to Train LoRA, and what it gives to the MODEL that it was trained on."""
+    info = server.get("/object_info/TrainLoraNode")["TrainLoraNode"]
+    nodes = ksampler_graph(True)
+    load, sample = (server.find(nodes, name) for name in ("InternVLU_LoadModel", "KSampler"))
+    before = server.latent(server.run(nodes))
+    for name in ("red", "blue"):
+        Image.new("RGB", (64, 64), name).save(tmp_path / f"{name}.png")
+    red, blue = load_images(nodes, [tmp_path / "red.png", tmp_path / "blue.png"])
+    nodes["batch"] = {"class_type": "ImageBatch", "inputs": {"image1": red, "image2": blue}}
+    nodes["list"] = {"class_type": "RebatchImages", "inputs": {"images": ["batch", 0], "batch_size": 1}}
+    made = {"images": ["list", 0], "vae": [load, 2], "clip": [load, 3]}
+    nodes["make"] = {"class_type": "MakeTrainingDataset", "inputs": made}
+    training = {"model": [load, 0], "latents": ["make", 0], "positive": ["make", 1]}
+    for kind in ("required", "optional"):
+        for name, (choices, options) in info["input"].get(kind, {}).items():
+            listed = choices if isinstance(choices, list) else options.get("options", [None])
+            training.setdefault(name, options.get("default", listed[0]))
+    training |= {"steps": 4, "learning_rate": 0.05, "training_dtype": "fp32", "lora_dtype": "fp32"}
+    nodes["train"] = {"class_type": "TrainLoraNode", "inputs": training}
+    trained = ["train", info["output"].index("LORA_MODEL")]
+    loading = {"model": [load, 0], "lora": trained, "strength_model": 1.0, "bypass": False}
+    nodes["put"] = {"class_type": "LoraModelLoader", "inputs": loading}
+    nodes[sample]["inputs"]["model"] = ["put", 0]
+    logged = len(server.log.read_text())
+    after = server.latent(server.run(nodes))
+    assert (after - before).norm() / before.norm() > 1e-2
+    assert "NOT LOADED" not in server.log.read_text()[logged:]
