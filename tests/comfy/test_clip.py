@@ -79,6 +79,20 @@ def test_cores_loader_and_ours_make_the_same_of_a_lora(clips, tmp_path, near):
     near(scheduled(clips.module.CLIP(mllm), TEXT)[0][0], mllm.encode(TEXT)[0][0][0], 1e-6)
 
 
+def test_a_lora_beside_the_weights_changes_its_own_clip_alone(clips, near):
+    import comfy.sd
+
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI has no bypass of LoRAs")
+    before = scheduled(clips.clip, TEXT)[0][0]
+    _, added = comfy.sd.load_lora_for_models(None, clips.clip, lora(clips.mllm), 1.0, 0.5)
+    _, bypassed = comfy.sd.load_bypass_lora_for_models(None, clips.clip, lora(clips.mllm), 1.0, 0.5)
+    expected = scheduled(added, TEXT)[0][0]
+    near(scheduled(bypassed, TEXT)[0][0], expected, 1e-4)
+    assert torch.equal(scheduled(clips.clip, TEXT)[0][0], before)
+    assert torch.equal(clips.mllm.encode(TEXT)[0][0][0], before)
+
+
 @pytest.mark.parametrize("scheduling", [False, True])
 def test_hooks_change_the_text_where_they_are_and_leave_nothing_behind(clips, scheduling):
     import comfy.hooks
@@ -290,6 +304,38 @@ def test_generate_text_answers_as_answer_does(server, core_nodes, load_images, t
     outputs = server.run(nodes)["outputs"]
     assert outputs["show"]["text"] == outputs["answer"]["text"]
     assert len(outputs["show"]["text"][0]) > 3
+
+
+def test_generate_text_samples_with_all_its_values(server, core_nodes):
+    needs(core_nodes, "TextGenerate")
+    values = {"temperature": 1.5, "top_k": 64, "top_p": 0.95, "min_p": 0.0, "seed": 1}
+    values |= {"repetition_penalty": 1.05, "presence_penalty": 0.5}
+    text = {"clip": ["load", 3], "prompt": "hello", "max_length": 12, "sampling_mode": "off", "thinking": True}
+    nodes = {
+        "load": {"class_type": "InternVLU_LoadModel", "inputs": {"model_name": "tiny", "precision": "fp32"}},
+        "text": {"class_type": "TextGenerate", "inputs": text},
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["text", 0]}},
+    }
+    written = []
+    for change in ({"sampling_mode": "off"}, {"sampling_mode": "on"}, {"seed": 2}, {"top_k": 1}):
+        values |= {name: value for name, value in change.items() if name in values}
+        text |= {"sampling_mode": change.get("sampling_mode", "on")}
+        text |= {f"sampling_mode.{name}": value for name, value in values.items()}
+        written += server.run(nodes)["outputs"]["show"]["text"]
+    greedy, first, second, likeliest = written
+    assert len({greedy, first, second}) == 3
+    assert likeliest[:1] == greedy[:1]  # what is written counts from the second token on
+
+
+def test_generate_ltx2_prompt_writes_something(server, core_nodes):
+    needs(core_nodes, "TextGenerateLTX2Prompt")
+    text = {"clip": ["load", 3], "prompt": "a red square turns", "max_length": 12, "sampling_mode": "off"}
+    nodes = {
+        "load": {"class_type": "InternVLU_LoadModel", "inputs": {"model_name": "internvl-u-nano", "precision": "fp32"}},
+        "text": {"class_type": "TextGenerateLTX2Prompt", "inputs": text},
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["text", 0]}},
+    }
+    assert server.run(nodes)["outputs"]["show"]["text"][0]
 
 
 def test_a_training_dataset_is_made_saved_and_loaded(server, core_nodes, load_images, tmp_path):
