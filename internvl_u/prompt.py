@@ -121,6 +121,19 @@ def generation_prompt(
     return _prompt(tokenizer, system, _user_turn(text, images), grid)
 
 
+def plain_prompt(tokenizer: Tokenizer, text: str, *, images: int = 0, grid: int = 0) -> TokenizedPrompt:
+    """Returns a text as it is, with its images and without the chat template: the model goes on with it.
+
+    Raises:
+        ValueError: there is nothing to go on with, the text has more `<image>` placeholders than there are images, or
+            there are more than 64 of these.
+    """
+    ids, places = tokenizer.encode(_with_images(_with_placeholders(text, images)), grid**2)
+    if not ids:
+        raise ValueError("an empty text found, one to go on with expected: without the template nothing is added to it")
+    return TokenizedPrompt(tuple(ids), tuple(places), 0, grid)
+
+
 def _with_thought(
     tokenizer: Tokenizer, prompt: TokenizedPrompt, thought: Sequence[int], longest: int
 ) -> TokenizedPrompt:
@@ -149,6 +162,10 @@ def _prompt(
 
 
 def _user_turn(text: str, images: int, name: str = "prompt") -> list[Piece]:
+    return _with_images(_sentence(_with_placeholders(text, images, name)))
+
+
+def _with_placeholders(text: str, images: int, name: str = "prompt") -> str:
     check_images(images)
     slots = text.count(IMAGE_PLACEHOLDER)
     if slots > images:
@@ -156,7 +173,7 @@ def _user_turn(text: str, images: int, name: str = "prompt") -> list[Piece]:
             f"the {name} has {slots} {IMAGE_PLACEHOLDER} placeholders for {images} pictures: connect more "
             "pictures or take placeholders out"
         )
-    return _with_images(_sentence(f"{IMAGE_PLACEHOLDER}\n" * (images - slots) + text))
+    return f"{IMAGE_PLACEHOLDER}\n" * (images - slots) + text
 
 
 def _with_images(text: str) -> list[Piece]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -16,6 +17,13 @@ CONTEXTS = "contexts"
 
 class OnlyForInternVLU(comfy.conds.CONDRegular):
     """A condition that every entry of ours brings along: it ends a run of any model but ours with a sentence."""
+
+    def __deepcopy__(self, memo: object) -> OnlyForInternVLU:
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # Core's Load Training Dataset takes files of plain data only. Out of a file it no longer ends anything.
+        return OrderedDict, ()
 
     def process_cond(self, batch_size: int, **kwargs: object) -> NoReturn:
         raise ValueError(

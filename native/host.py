@@ -14,6 +14,7 @@ _logger = logging.getLogger("internvl_u")
 
 NAMES = (
     "comfy.cli_args.args.fp32_unet",
+    "comfy.hooks.EnumHookMode.MinVram",
     "comfy.conds.CONDRegular",
     "comfy.latent_formats.Wan21.latent_channels",
     "comfy.model_base.ModelType.FLOW",
@@ -96,6 +97,7 @@ CALLS: dict[str, tuple[int, str]] = {
     "comfy.samplers.KSAMPLER": (1, ""),
     "comfy.samplers.calc_cond_batch": (5, ""),
     "comfy.samplers.cfg_function": (6, "model_options cond uncond"),
+    "comfy.sd.CLIP": (0, "no_init"),
     "comfy.sd.VAE": (0, "sd"),
     "comfy.sd.VAE.decode": (2, ""),
     "comfy.sd.VAE.encode": (2, ""),
@@ -110,6 +112,7 @@ CALLS: dict[str, tuple[int, str]] = {
     "comfy.utils.load_torch_file": (1, "safe_load"),
     "comfy.utils.weight_dtype": (1, ""),
     "comfy_api.latest.io.Boolean.Output": (0, "display_name tooltip"),
+    "comfy_api.latest.io.Clip.Output": (0, "tooltip"),
     "comfy_api.latest.io.Combo.Input": (1, "default optional options tooltip"),
     "comfy_api.latest.io.Conditioning.Input": (1, "tooltip"),
     "comfy_api.latest.io.Conditioning.Output": (0, "display_name"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import comfy.hooks
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.sd
@@ -134,6 +135,20 @@ class NativeMLLM:
         """
         grid = self.model.vision.grid
         prompt = generation_prompt(self.encoder.tokenizer, text, system=system, images=len(images), grid=grid)
+        return self.write(prompt, images, config, on_token)
+
+    def write(
+        self,
+        prompt: TokenizedPrompt,
+        images: Sequence[Image.Image],
+        config: GenerationConfig,
+        on_token: OnToken | None = None,
+    ) -> list[int]:
+        """Returns the ids that the model writes after a prompt with these images; see `generate`.
+
+        Raises:
+            ValueError: the prompt does not fit the model.
+        """
         check_length(self.model, prompt)
 
         def report(ids: list[int]) -> None:
@@ -145,15 +160,25 @@ class NativeMLLM:
             features = self.encoder.image_features(self.model, images, **where)
             return generate(self.encoder, self.model, prompt, features, config, on_token=report, **where)
 
-    @contextlib.contextmanager
-    def _ready(self, tokens: int, config: GenerationConfig | None = None) -> Iterator[Execution]:
+    def load(self, tokens: int, config: GenerationConfig | None = None) -> None:
+        """Loads the weights as far as there is room for them beside a prompt's values, and for those of writing."""
         check_unchanged(self.model.mapped)
         mm.load_models_gpu([self.patcher], memory_required=self._activations(tokens, config))
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[Execution]:
+        """Makes the loaded weights ready; gives the device and the dtype of the arithmetic."""
         device = self.patcher.load_device
         cast(Any, self.model.language_model).execution = (device, self.dtype)
         with compat.device_context(device):
             yield {"device": device, "dtype": self.dtype}
         check_unchanged(self.model.mapped)
+
+    @contextlib.contextmanager
+    def _ready(self, tokens: int, config: GenerationConfig | None = None) -> Iterator[Execution]:
+        self.load(tokens, config)
+        with self.computing() as where:
+            yield where
 
     def _conditioning(self, context: torch.Tensor, layout: Layout, options: dict[str, Any]) -> Conditioning:
         context = context.unsqueeze(0).to(mm.intermediate_device(), torch.float32)
@@ -230,6 +255,8 @@ def _make_patcher(
     patcher = compat.make_patcher(
         model, weights, load_device, offload_device, not disable_dynamic, PackedPatcher if part.packed else None
     )
+    # As ComfyUI's own text encoders have it, for hooks on the CLIP over it.
+    patcher.is_clip, patcher.hook_mode = True, comfy.hooks.EnumHookMode.MinVram
     compat.reload_with(patcher, _reload_patcher, str(part.checkpoint.path), precision)
     return patcher, compute
 

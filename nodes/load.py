@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..internvl_u.defaults import NANO_NOTE
 from ..internvl_u.download import download
+from ..native.clip import CLIP
 from ..native.dtypes import PRECISIONS
 from ..native.load import load
 from ..native.progress import DownloadProgress, show_note_on_current
@@ -17,7 +18,7 @@ MLLM = io.Custom("INTERNVL_U_MLLM")
 
 
 class LoadModel(io.ComfyNode):
-    """A checkpoint folder or single files to MODEL, MLLM and VAE."""
+    """A checkpoint folder or single files to MODEL, MLLM, VAE and CLIP."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -64,6 +65,10 @@ class LoadModel(io.ComfyNode):
                 io.Model.Output(tooltip="The flow transformer, with dual guidance built in."),
                 MLLM.Output(display_name="MLLM", tooltip="The multimodal language model: for Encode, Think, Answer."),
                 io.Vae.Output(tooltip="The Qwen-Image VAE."),
+                io.Clip.Output(
+                    tooltip="The language model once more, for ComfyUI's own nodes: Generate Text, CLIP Text Encode, "
+                    "Load LoRA, Make Training Dataset. The help page says which work."
+                ),
             ],
         )
 
@@ -100,4 +105,5 @@ class LoadModel(io.ComfyNode):
             download(found.transformer, source, progress=DownloadProgress())
         if model_folders.is_nano_choice(model_name):
             show_note_on_current(NANO_NOTE)
-        return io.NodeOutput(*load(found.transformer, precision, found.language, found.vae))
+        model, mllm, vae = load(found.transformer, precision, found.language, found.vae)
+        return io.NodeOutput(model, mllm, vae, CLIP(mllm))

@@ -9,7 +9,10 @@ PICTURES = ["image1", "image2", "image3", "image4"]
 MORE_PICTURES = ["image5", "image6", "image7", "image8"]
 WRITING = ["max_new_tokens", "how", "temperature", "top_p", "beams", "seed"]
 FROZEN = {
-    "InternVLU_LoadModel": (["model_name", "precision", "mllm_name", "vae_name"], ["MODEL", "INTERNVL_U_MLLM", "VAE"]),
+    "InternVLU_LoadModel": (
+        ["model_name", "precision", "mllm_name", "vae_name"],
+        ["MODEL", "INTERNVL_U_MLLM", "VAE", "CLIP"],
+    ),
     "InternVLU_LoadLoRA": (
         ["lora_name", "strength_model", "strength_mllm", "model", "mllm"],
         ["MODEL", "INTERNVL_U_MLLM"],

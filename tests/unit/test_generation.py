@@ -73,6 +73,13 @@ def test_sampling_follows_the_seed_and_leaves_torchs_generator_alone(pipeline):
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"beams": 2, "temperature": 1.0},
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": float("nan")},
+        {"beams": 2, "repetition_penalty": 1.1},
+        {"beams": 2, "presence_penalty": 0.5},
     ],
 )
 def test_settings_out_of_range_are_refused(settings):
@@ -174,3 +181,60 @@ def test_low_temperature_is_nearly_greedy(pipeline):
     assert (
         pipeline.generate("hello", (), prompt.SYSTEM_ANSWER, GenerationConfig(10, temperature=1e-4, seed=5)) == greedy
     )
+
+
+LOGITS = torch.tensor([2.0, 1.9, 1.0, -1.0, -3.0])
+
+
+def sampled(written=(), **settings):
+    config = GenerationConfig(**{"temperature": 2.0} | settings)
+    generator = torch.Generator().manual_seed(1)
+    return {sample_token(LOGITS, config, generator, written) for _ in range(400)}
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, {0, 1, 2, 3, 4}),
+        ({"top_k": 1}, {0}),
+        ({"top_k": 3}, {0, 1, 2}),
+        ({"top_k": 1000}, {0, 1, 2, 3, 4}),
+        ({"min_p": 1.0}, {0}),
+        ({"min_p": 0.5}, {0, 1, 2}),
+        ({"top_k": 4, "min_p": 0.1}, {0, 1, 2, 3}),
+    ],
+)
+def test_samples_are_of_the_likeliest_tokens_only(settings, expected):
+    assert sampled(**settings) == expected
+
+
+@pytest.mark.parametrize(
+    "written, settings, expected",
+    [
+        ((), {"repetition_penalty": 100.0, "presence_penalty": 9.0}, 0),
+        ((0,), {"repetition_penalty": 1.01}, 0),
+        ((0,), {"repetition_penalty": 1.1}, 1),
+        ((0, 0, 1), {"repetition_penalty": 3.0}, 2),
+        ((0,), {"presence_penalty": 0.05}, 0),
+        ((0, 0, 0), {"presence_penalty": 0.05}, 0),
+        ((0,), {"presence_penalty": 0.2}, 1),
+        ((0, 1), {"presence_penalty": 1.5}, 2),
+        ((2,), {"presence_penalty": -1.5}, 2),
+        ((4,), {"repetition_penalty": 0.001}, 0),
+    ],
+)
+def test_what_is_written_already_counts(written, settings, expected):
+    config, before = GenerationConfig(**settings), LOGITS.clone()
+    assert sample_token(LOGITS, config, torch.Generator(), written) == expected
+    assert torch.equal(LOGITS, before)
+
+
+def test_penalties_count_over_all_that_the_model_has_written(pipeline):
+    def write(**settings):
+        return pipeline.generate("hello", (), prompt.SYSTEM_ANSWER, GenerationConfig(30, **settings))
+
+    first = write()[0]
+    assert write(presence_penalty=-1e4) == [first] * 30
+    written = write(presence_penalty=1e4, temperature=3.0, seed=1)
+    assert len(set(written)) == len(written) == 30
+    assert write(temperature=1.5, seed=3) == write(temperature=1.5, seed=3, top_k=0, min_p=0.0, repetition_penalty=1.0)
