@@ -294,16 +294,16 @@ def _open(options: argparse.Namespace) -> Pipeline:
 def _images(options: argparse.Namespace, pipeline: Pipeline) -> tuple[Image.Image, ...]:
     from PIL import Image, UnidentifiedImageError
 
-    from .images import preprocessing_warnings, to_rgb
+    from .images import preprocessing_warnings, scaling_remarks, to_rgb
 
-    images = []
+    images, sizes = [], pipeline.encoder.sizes
     for file in options.image:
         try:
             with Image.open(file) as image:
                 image.load()
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"--image {file} is not readable as a picture ({error})") from error
-        for warning in preprocessing_warnings(image, pipeline.encoder.sizes):
+        for warning in (*preprocessing_warnings(image, sizes), *scaling_remarks(image, sizes)):
             print(f"internvl_u: {file}: {warning}", file=sys.stderr)
         images.append(to_rgb(image))
     return tuple(images)

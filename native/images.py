@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import numpy
 import torch
 from PIL import Image
 
-from ..internvl_u.images import ReferenceSizes, preprocessing_warnings, to_rgb
+from ..internvl_u.images import ReferenceSizes, preprocessing_warnings, scaling_remarks, to_rgb
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 HALF_A_LEVEL = 0.5 / 255
@@ -28,8 +29,15 @@ def to_pil_images(inputs: Sequence[torch.Tensor | None], sizes: ReferenceSizes) 
             image = _eight_bit(values)
             for warning in (*_range_warnings(values), *preprocessing_warnings(image, sizes)):
                 _logger.warning("InternVL-U, picture %d: %s", len(result) + 1, warning)
+            for remark in scaling_remarks(image, sizes):
+                _tell_once(f"picture {len(result) + 1}: {remark}")
             result.append(to_rgb(image))
     return result
+
+
+@functools.lru_cache(maxsize=64)
+def _tell_once(remark: str) -> None:
+    _logger.info("InternVL-U, %s", remark)
 
 
 def _checked(batch: torch.Tensor) -> torch.Tensor:

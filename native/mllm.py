@@ -29,7 +29,7 @@ from . import compat
 from .conditioning import Conditioning, own_options
 from .dtypes import cast_weights, check_device, compute_dtype, operations_for
 from .gguf_ops import PackedPatcher, cast_packed_layers
-from .guidance import PARTIAL
+from .guidance import PARTIAL, THOUGHT
 from .hf_modules import cast_language_model
 from .latents import Latent, check_vae
 from .model import LAYOUT
@@ -89,13 +89,14 @@ class NativeMLLM:
         if images:
             check_vae(vae)
         tokenizer = self.encoder.tokenizer
+        thinking = tokenizer.encode_thought(thought)
         prompts = branch_prompts(
             tokenizer,
             text,
             images=len(images),
             grid=self.model.vision.grid,
             system=system,
-            thought=tokenizer.encode_thought(thought),
+            thought=thinking,
         )
         check_length(self.model, prompts.conditional, prompts.partial)
         references = {"reference_latents": self._references(vae, images)} if images and vae is not None else {}
@@ -106,6 +107,8 @@ class NativeMLLM:
         positive = self._conditioning(*contexts.conditional, references)
         negative = self._conditioning(*contexts.unconditional, {})
         self._empty_prompt, self._empty_context = prompts.unconditional, negative[0][0][0]
+        if thinking is not None:
+            positive[0][1][THOUGHT] = True
         if contexts.partial is not None:
             positive[0][1][PARTIAL] = self._conditioning(*contexts.partial, references)
         size = self.encoder.sizes.fit(*images[0].size) if images else self.encoder.default_size

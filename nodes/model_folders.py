@@ -38,6 +38,10 @@ _answers: dict[tuple, bool] = {}
 _logger = logging.getLogger("internvl_u")
 
 
+class MissingPartError(FileNotFoundError):
+    """The transformer is there, and its language model or its VAE is not."""
+
+
 class Found(NamedTuple):
     """Where the three parts are: all in one folder, or a file each."""
 
@@ -220,10 +224,11 @@ def _language_of(name: str, wanted: str) -> Path:
     file = _by_name(found, wanted)
     if file is None:
         searched = ", ".join(folder_paths.get_folder_paths(LANGUAGE_KEY))
-        raise FileNotFoundError(
+        raise MissingPartError(
             _reason(_by_name(files(LANGUAGE_KEY), wanted), "vlm")
-            or f"no language model {wanted!r} for {name} in {searched}. "
-            "`python -m internvl_u convert` writes it beside the transformer's file."
+            or f"Choose another mllm_name, or put the language model that belongs to {name} there: "
+            "`python -m internvl_u convert` writes it beside the transformer's file. There is no language model "
+            f"{wanted!r} in {searched}."
         )
     return file
 
@@ -236,9 +241,9 @@ def _vae_of(name: str, wanted: str) -> Path:
         wanted = next(ours, next(qwen, AUTO))
     file = _by_name(found, wanted)
     if file is None:
-        raise FileNotFoundError(
-            f"no VAE {wanted!r} for {name} in {', '.join(folder_paths.get_folder_paths(VAE_KEY))}. "
-            f"`python -m internvl_u convert` writes it; {QWEN_VAE} does as well."
+        raise MissingPartError(
+            f"Choose another vae_name, or put {QWEN_VAE} or the VAE that `python -m internvl_u convert` writes there. "
+            f"There is no VAE {wanted!r} for {name} in {', '.join(folder_paths.get_folder_paths(VAE_KEY))}."
         )
     return file
 
@@ -252,15 +257,17 @@ def _missing(name: str) -> str:
     reason = _reason(_by_name(files(TRANSFORMER_KEY), name), "generation_decoder")
     if reason:
         return reason
-    searched = [*map(str, roots()), *folder_paths.get_folder_paths(TRANSFORMER_KEY)]
-    others = f" Found there: {', '.join(available())}." if available() else ""
-    missing = f"no InternVL-U model {name!r}."
     offered = " or ".join(f'"{choice}"' for choice in _offered_downloads())
+    others = ", ".join(available())
+    ways = [f"Download it: choose {offered} in model_name and run again."] if offered else []
+    if others:
+        ways.append(f"{'Or choose' if offered else 'Choose'} a model that is there: {others}.")
     if offered:
-        how = f"choose {offered} in model_name and run again. Or put its folder into {target().parent}"
-        return f"{missing} To have it downloaded, {how} and press R. Searched: {', '.join(searched)}.{others}"
-    how = f"{HOW_TO_GET} into {target()}, then press R to refresh the list."
-    return f"{missing} Searched: {', '.join(searched)}.{others} {how}"
+        ways.append(f"Or put its folder into {target().parent} and press R.")
+    else:
+        ways.append(f"{HOW_TO_GET} into {target()}, then press R to refresh the list.")
+    searched = ", ".join([*map(str, roots()), *folder_paths.get_folder_paths(TRANSFORMER_KEY)])
+    return f"{' '.join(ways)} There is no InternVL-U model {name!r} in {searched}."
 
 
 def _reason(file: Path | None, part: str) -> str | None:
