@@ -92,7 +92,7 @@ def test_no_other_name_is_taken_for_the_wish_to_download(server, hub, linked):
 def test_a_graph_that_cannot_run_downloads_nothing(server, hub):
     nodes = chosen()
     nodes[server.find(nodes, "InternVLU_LoadModel")]["inputs"]["vae_name"] = "nowhere"
-    assert "no VAE 'nowhere'" in json.dumps(server.queue(nodes))
+    assert "no VAE 'nowhere'" in server.error(server.run(nodes))
     assert hub.asked == []
 
 
