@@ -6,7 +6,7 @@ import { app } from "../../../scripts/app.js";
 const PREFIX = "InternVLU_";
 const COLOURS = { INTERNVL_U_MLLM: "#f0a04b", INTERNVL_U_HISTORY: "#8fd3a8" };
 const TEXT_NODES = new Set(["InternVLU_WriteThought", "InternVLU_AnswerQuestion"]);
-const NARROWEST = { InternVLU_SelectSampler: 210 };
+const NARROWEST = { InternVLU_SelectSampler: 270 };
 const NOTE = "$$node-text-preview"; // the page's name for a sentence below a node
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
