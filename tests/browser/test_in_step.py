@@ -1,4 +1,4 @@
-"""Choices and the numbers that they stand for, in a real browser: changed as a user changes them, in both node styles."""
+"""Choices and the numbers that they stand for, in a real browser: changed as a user does it, in both node styles."""
 
 from __future__ import annotations
 
