@@ -1,5 +1,5 @@
-// Says on opening, once, that the model of Load InternVL-U is not there: how large it is, where it goes, and on the node
-// what to choose instead. Choosing a download downloads nothing before the graph is run.
+// Says on opening, once, that the model of Load InternVL-U is not there: how large it is, where it goes, with a button for
+// each choice that helps. The node says it in a line. Choosing a download downloads nothing before the graph is run.
 import { app } from "../../../scripts/app.js";
 
 const NODE = "InternVLU_LoadModel";
@@ -7,14 +7,23 @@ const WIDGET = "missing_model";
 const NONE_FOUND = "no model found"; // nodes/model_folders.py, as what the choices begin with
 const DOWNLOAD = /^download InternVL-U \((.+)\) from (.+) to (.+)$/;
 const NANO = /^nano/i;
-const MIN_HEIGHT = 150;
+const MIN_HEIGHT = 54;
 const OTHERS = 2; // the most buttons for models that are there
 
-const BOX_STYLE = `display: flex; flex-direction: column; gap: 5px; box-sizing: border-box; width: 100%; height: 100%;
-  padding: 8px; overflow: auto; border: 1px solid var(--warning-text, #e6b04c); border-radius: 4px;
-  background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd); font: 11px/1.4 sans-serif;`;
-const BUTTON_STYLE = `padding: 3px 8px; cursor: pointer; text-align: left; border-radius: 4px; font: inherit; color: inherit;
-  border: 1px solid var(--border-color, #4e4e4e); background: var(--comfy-menu-bg, #353535);`;
+const LINE_STYLE = `box-sizing: border-box; width: 100%; height: 100%; padding: 4px 6px; overflow: auto; border-radius: 4px;
+  border: 1px solid var(--warning-text, #e6b04c); background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd);
+  font: 11px/1.4 sans-serif;`;
+const CARD_STYLE = `position: fixed; left: 50%; bottom: 84px; transform: translateX(-50%); z-index: 990; display: flex;
+  flex-direction: column; gap: 8px; box-sizing: border-box; width: min(440px, 90vw); padding: 14px 16px; border-radius: 8px;
+  border: 1px solid var(--warning-text, #e6b04c); background: var(--comfy-menu-bg, #262626); color: var(--input-text, #ddd);
+  box-shadow: 0 4px 24px #0008; font: 13px/1.45 sans-serif;`;
+const BUTTON_STYLE = `padding: 6px 10px; cursor: pointer; text-align: left; border-radius: 4px; font: inherit; color: inherit;
+  border: 1px solid var(--border-color, #4e4e4e); background: var(--comfy-input-bg, #222);`;
+const CLOSE_STYLE = `position: absolute; top: 6px; right: 8px; padding: 2px 8px; cursor: pointer; border: 0; font: inherit;
+  color: inherit; background: transparent;`;
+
+let card; // of the graph that is open
+const closed = new Set(); // what a user has closed: an undo opens the graph again
 
 const element = (tag, style, fields) => Object.assign(document.createElement(tag), fields, { style });
 const nameWidget = (node) => node.widgets?.find((widget) => widget.name === "model_name");
@@ -46,41 +55,52 @@ function sentence({ name, downloads }) {
   return size ? `${what} It has ${size} and goes to ${place}.` : `${what} Choose one that is.`;
 }
 
-function choose(node, choice) {
-  const widget = nameWidget(node);
-  widget.value = choice;
-  widget.callback?.(choice, app.canvas, node);
-  update(node);
-  node.graph?.change?.();
+function choose(choice) {
+  for (const node of loaders().filter((node) => missing(node)?.name)) {
+    const widget = nameWidget(node);
+    widget.value = choice;
+    widget.callback?.(choice, app.canvas, node);
+    update(node);
+  }
+  card?.remove();
   app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
 }
 
-function button(node, text, choice) {
+function button(text, choice) {
   const made = element("button", BUTTON_STYLE, { type: "button", textContent: text, title: choice });
-  made.addEventListener("pointerdown", (event) => event.stopPropagation());
-  made.addEventListener("click", () => choose(node, choice));
+  made.addEventListener("click", () => choose(choice));
   return made;
 }
 
-function fill(box, node, state) {
-  if (state.chosen) {
-    const [, size, site, place] = state.chosen;
-    const text = `Run downloads ${size} from ${site} to ${place} and goes on with the graph. It shows its progress here.`;
-    box.replaceChildren(element("div", "", { textContent: text }));
-    return;
-  }
+function makeCard(state, key) {
   const buttons = state.downloads.map((choice) => {
     const [, size, site] = DOWNLOAD.exec(choice);
-    return button(node, `Download ${size} from ${site}`, choice);
+    return button(`Download ${size} from ${site}`, choice);
   });
-  buttons.push(...state.nano.map((choice) => button(node, `Try the ${choice}`, choice)));
-  buttons.push(...state.others.slice(0, OTHERS).map((choice) => button(node, `Take ${choice}`, choice)));
+  buttons.push(...state.nano.map((choice) => button(`Try the ${choice}`, choice)));
+  buttons.push(...state.others.slice(0, OTHERS).map((choice) => button(`Take ${choice}`, choice)));
   const hint = state.downloads.length ? "Nothing is downloaded before you press Run." : "";
-  box.replaceChildren(
+  const close = element("button", CLOSE_STYLE, { type: "button", textContent: "\u2715", ariaLabel: "Close" });
+  const made = element("div", CARD_STYLE, { className: "internvlu-missing", role: "alert" });
+  made.append(
+    element("div", "font-weight: 600; padding-right: 24px;", { textContent: "InternVL-U: the model is missing" }),
     element("div", "", { textContent: sentence(state) }),
     ...buttons,
-    element("div", "opacity: .7;", { textContent: hint, hidden: !hint }),
+    element("div", "opacity: .7; font-size: 12px;", { textContent: hint, hidden: !hint }),
+    close,
   );
+  close.addEventListener("click", () => {
+    closed.add(key);
+    made.remove();
+  });
+  return made;
+}
+
+// What the node says: of a download that is chosen, what a run does.
+function line(state) {
+  if (!state.chosen) return `${sentence(state)} See model_name.`;
+  const [, size, site, place] = state.chosen;
+  return `Run downloads ${size} from ${site} to ${place}, then goes on with the graph.`;
 }
 
 function update(node) {
@@ -91,14 +111,14 @@ function update(node) {
     return;
   }
   if (!widget) {
-    const box = element("div", BOX_STYLE, { className: "internvlu-missing" });
+    const box = element("div", LINE_STYLE, { className: "internvlu-missing-line" });
     widget = node.addDOMWidget?.(WIDGET, "internvlu_missing", box, { serialize: false, getMinHeight: () => MIN_HEIGHT });
     if (!widget) return;
     widget.serialize = false;
     const [width, height] = node.computeSize();
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   }
-  fill(widget.element, node, state);
+  widget.element.textContent = line(state);
 }
 
 function loaders(graph = app.rootGraph ?? app.graph) {
@@ -107,13 +127,13 @@ function loaders(graph = app.rootGraph ?? app.graph) {
 }
 
 function tell() {
+  card?.remove();
   const states = loaders().flatMap((node) => (update(node), missing(node) ?? []));
-  const first = states.find((state) => !state.chosen);
-  if (!first) return;
-  const ways = [first.downloads.length && "download it", first.nano.length && "try the nano model"].filter(Boolean);
-  const how = ways.length ? ` Load InternVL-U offers to ${ways.join(" or to ")}.` : "";
-  const detail = sentence(first) + how;
-  app.extensionManager?.toast?.add({ severity: "warn", summary: "InternVL-U: the model is missing", detail, life: 30000 });
+  const first = states.find((state) => state.name);
+  const key = `${(app.rootGraph ?? app.graph)?.id} ${first?.name}`;
+  if (!first || closed.has(key)) return;
+  card = makeCard(first, key);
+  document.body.append(card);
 }
 
 app.registerExtension({
@@ -130,6 +150,7 @@ app.registerExtension({
       widget.callback = (...values) => {
         const result = callback?.apply(widget, values);
         update(this);
+        if (card?.isConnected && !loaders().some((node) => missing(node)?.name)) card.remove();
         return result;
       };
       setTimeout(() => this.graph && update(this));
@@ -137,5 +158,5 @@ app.registerExtension({
   },
 
   afterConfigureGraph: tell,
-  refreshComboInNodes: () => setTimeout(() => loaders().forEach(update)), // after R
+  refreshComboInNodes: () => setTimeout(tell), // after R
 });
