@@ -40,8 +40,9 @@ def _part_cfg() -> io.Float.Input:
 
 
 def _scale(name: str, shown: str, default: float, tooltip: str) -> io.Float.Input:
-    kind = {"display_name": shown, "tooltip": tooltip}
-    return io.Float.Input(name, default=default, min=0.0, max=100.0, step=0.1, round=0.01, **kind)
+    return io.Float.Input(
+        name, display_name=shown, default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip
+    )
 
 
 def _scales() -> io.Combo.Input:
@@ -66,8 +67,8 @@ def chosen_scales(scales: str, typed: Guidance, positive: io.Conditioning.Type, 
     if scales == AS_TYPED or typed != GUIDANCE or not drawn_with_thought(positive):
         return typed
     taken = GUIDANCE_WITH_THOUGHT
-    told = f"all_cfg {taken.all_cfg} and part_cfg {taken.part_cfg} taken, the official values after a thought"
-    show_note(hidden, told, log=True)
+    numbers = f"prompt cfg {taken.all_cfg} and picture cfg {taken.part_cfg} taken (all_cfg, part_cfg)"
+    show_note(hidden, f"{numbers}, the official values after a thought", log=True)
     return taken
 
 

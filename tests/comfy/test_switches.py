@@ -46,7 +46,7 @@ def test_automatic_scales_are_the_official_ones_of_a_thought_and_say_so(drawn, n
     typed, _ = drawn(name, THOUGHT, all_cfg=3.5, part_cfg=1.5)
     automatic, log = drawn(name, THOUGHT, scales="automatic")
     assert (automatic == typed).all()
-    assert "all_cfg 3.5 and part_cfg 1.5 taken, the official values after a thought" in log
+    assert "prompt cfg 3.5 and picture cfg 1.5 taken (all_cfg, part_cfg), the official values" in log
 
 
 def test_scales_that_a_user_has_typed_count_whatever_there_is(drawn):

@@ -98,7 +98,7 @@ function makeCard(state, key) {
 
 // What the node says: of a download that is chosen, what a run does.
 function line(state) {
-  if (!state.chosen) return `${sentence(state)} See model_name.`;
+  if (!state.chosen) return sentence(state);
   const [, size, site, place] = state.chosen;
   return `Run downloads ${size} from ${site} to ${place}, then goes on with the graph.`;
 }
