@@ -57,6 +57,14 @@ def change(page, nodes_2: bool, name: str, value) -> None:
     page.keyboard.press("Tab")
 
 
+def shown(page, nodes_2: bool, name: str) -> str:
+    """Returns what the field of a widget shows; the canvas draws its value."""
+    if not nodes_2:
+        return str(page.evaluate(VALUES)[name])
+    row = page.locator(".lg-node-widget").filter(has_text=re.compile(f"^{name}"))
+    return row.locator("input").first.input_value() if row.locator("input").count() else row.inner_text()
+
+
 def values(page, *names: str) -> tuple:
     found = page.evaluate(VALUES)
     return tuple(found[name] for name in names)
@@ -67,9 +75,11 @@ def test_a_preset_writes_its_size_and_a_typed_number_makes_it_custom(page, nodes
     page.evaluate(CHANGE, ["preset", "1024 x 576"])
     page.wait_for_timeout(200)
     assert values(page, "preset", "width", "height") == ("1024 x 576", 1024, 576)
+    assert (shown(page, nodes_2, "width"), shown(page, nodes_2, "height")) == ("1024", "576")
     change(page, nodes_2, "width", 640)
     page.wait_for_timeout(200)
     assert values(page, "preset", "width", "height") == ("custom", 640, 576)
+    assert "custom" in shown(page, nodes_2, "preset") and shown(page, nodes_2, "width") == "640"
     page.evaluate(CHANGE, ["preset", "512 x 512"])
     change(page, nodes_2, "width", 512)
     page.wait_for_timeout(200)
@@ -81,6 +91,7 @@ def test_a_budget_writes_its_tokens_and_a_typed_number_makes_it_custom(page, nod
     page.evaluate(CHANGE, ["budget", "long: 1024"])
     page.wait_for_timeout(200)
     assert values(page, "budget", "max_new_tokens") == ("long: 1024", 1024)
+    assert shown(page, nodes_2, "max_new_tokens") == "1024"
     change(page, nodes_2, "max_new_tokens", 300)
     page.wait_for_timeout(200)
     assert values(page, "budget", "max_new_tokens") == ("custom", 300)

@@ -29,15 +29,17 @@ function differing(node, pair) {
     .filter(([widget, value]) => widget && value && widget.value !== value && !isLinked(node, widget.name));
 }
 
-function takeChoice(node, pair) {
-  for (const [widget, value] of differing(node, pair)) widget.value = value;
+// Nodes 2.0 shows a value that code has set only when it hears of it by the widget's callback.
+function set(node, changes) {
+  for (const [widget, value] of changes) widget.value = value;
+  for (const [widget, value] of changes) widget.callback?.(value, app.canvas, node);
   node.setDirtyCanvas?.(true, true);
 }
 
+const takeChoice = (node, pair) => set(node, differing(node, pair));
+
 function takeNumber(node, pair) {
-  if (!differing(node, pair).length) return;
-  widgetOf(node, pair.choice).value = CUSTOM;
-  node.setDirtyCanvas?.(true, true);
+  if (differing(node, pair).length) set(node, [[widgetOf(node, pair.choice), CUSTOM]]);
 }
 
 function onChange(widget, then) {

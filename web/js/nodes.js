@@ -55,7 +55,9 @@ function keepScales(node, saved) {
   const values = saved?.widgets_values;
   if (!scales || !Array.isArray(values)) return;
   const kept = node.widgets.filter((widget) => widget.serialize !== false);
-  if (values.length <= kept.indexOf(scales)) scales.value = "as typed";
+  if (values.length > kept.indexOf(scales)) return;
+  scales.value = "as typed";
+  scales.callback?.(scales.value, app.canvas, node);
 }
 
 // A node that runs again may have nothing to say this time. The page would leave what it has said.
