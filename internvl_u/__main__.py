@@ -396,12 +396,12 @@ def _open(options: argparse.Namespace) -> Pipeline:
 
 
 def _images(options: argparse.Namespace, pipeline: Pipeline) -> tuple[Image.Image, ...]:
-    from .images import open_image, preprocessing_warnings, to_rgb
+    from .images import open_image, preprocessing_warnings, scaling_remarks, to_rgb
 
-    images = []
+    images, sizes = [], pipeline.encoder.sizes
     for file in options.image:
         image = open_image(file, f"--image {file}")
-        for warning in preprocessing_warnings(image, pipeline.encoder.sizes):
+        for warning in (*preprocessing_warnings(image, sizes), *scaling_remarks(image, sizes)):
             print(f"internvl_u: {file}: {warning}", file=sys.stderr)
         images.append(to_rgb(image))
     return tuple(images)

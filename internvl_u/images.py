@@ -174,9 +174,15 @@ def preprocessing_warnings(image: Image.Image, sizes: ReferenceSizes) -> list[st
     stretch = fitted[0] / fitted[1] * height / width
     if not 0.8 < stretch < 1.25:
         warnings.append(f"its {width} x {height} pixels are stretched to {fitted[0]} x {fitted[1]} for the transformer")
-    if max(width, height) > 4 * max(fitted):
-        warnings.append(f"its {width} x {height} pixels are scaled down to {fitted[0]} x {fitted[1]}")
     return warnings
+
+
+def scaling_remarks(image: Image.Image, sizes: ReferenceSizes) -> list[str]:
+    """Returns what a user may like to know of an image that is much larger than what the model reads of it."""
+    (width, height), fitted = image.size, sizes.fit(*image.size)
+    if max(width, height) <= 4 * max(fitted):
+        return []
+    return [f"its {width} x {height} pixels are scaled down to {fitted[0]} x {fitted[1]}"]
 
 
 def vision_pixels(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

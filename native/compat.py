@@ -21,6 +21,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
+from comfy_api.latest import io
 from server import PromptServer
 
 from ..internvl_u import checkpoint
@@ -31,6 +32,19 @@ from .latents import latent_samples
 
 LATENT_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 """Keys of an empty LATENT: pixels per side, and frames, for each of its values. ComfyUI's samplers take them away."""
+
+
+def advanced(kind: type[io.WidgetInput]) -> dict[str, Any]:
+    """Returns the keywords that fold an input away where few users look, for a class of inputs.
+
+    None before 0.33: there its page would hide the input behind a right click.
+    """
+    return {"advanced": True} if "advanced" in inspect.signature(kind.__init__).parameters else {}
+
+
+def search_aliases(*words: str) -> dict[str, Any]:
+    """Returns the keywords of a schema for words that the page's search finds its node by; none before 0.33."""
+    return {"search_aliases": list(words)} if "search_aliases" in inspect.signature(io.Schema).parameters else {}
 
 
 def make_patcher(

@@ -36,6 +36,12 @@ class Written(NamedTuple):
         return {"text": [str(self.text)]} | ({"cut": [self.cut]} if self.cut else {})
 
 
+def no_thought(hidden: HiddenHolder) -> Written:
+    """Returns the empty thought of a node whose thinking is switched off."""
+    show(hidden, "")
+    return Written("", "")
+
+
 def think(
     mllm: NativeMLLM, text: str, system: str | None, images: Images, config: GenerationConfig, hidden: HiddenHolder
 ) -> Written:
@@ -79,6 +85,7 @@ def _generate(
     tokenizer = mllm.encoder.tokenizer
     live = LiveText(hidden, config.max_new_tokens, tokenizer.decode)
     written = mllm.generate(text, system=system, images=pil_images, config=config, on_token=live)
+    live.end()
     if ended(written, tokenizer.stops):
         return written, ""
     cut = cut_warning(len(written))

@@ -28,6 +28,8 @@ from .latents import check_numbers, latent_samples, noise_mask
 KEY = "internvl_u"
 PARTIAL = "internvl_u_partial"
 """Key in a positive conditioning entry: the conditioning of the partial branch."""
+THOUGHT = "internvl_u_thought"
+"""Key in a positive conditioning entry: True where it was encoded with a chain of thought."""
 Options = dict[str, Any]
 Conds = dict[str, list[Options]]
 _SHARED = ("area", "strength", "mask", "mask_strength", "set_area_to_bounds", "start_percent", "end_percent", "hooks")
@@ -70,6 +72,16 @@ def check_model(model: ModelPatcher) -> None:
     if KEY not in wrappers:
         kind = type(getattr(model, "model", model)).__name__
         raise ValueError(f"a MODEL of another kind ({kind}) found: connect the MODEL of Load InternVL-U")
+
+
+def drawn_with_thought(positive: Conditioning) -> bool:
+    """Returns whether a conditioning was encoded with a chain of thought, in one of its entries at least.
+
+    Raises:
+        ValueError: it is no conditioning.
+    """
+    check_conditioning(positive, "positive")
+    return any(entry[1].get(THOUGHT) for entry in positive)
 
 
 def install(patcher: ModelPatcher) -> None:

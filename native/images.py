@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import numpy
 import torch
 from PIL import Image
 
-from ..internvl_u.images import ReferenceSizes, preprocessing_warnings, to_rgb
+from ..internvl_u.images import ReferenceSizes, preprocessing_warnings, scaling_remarks, to_rgb
 from ..internvl_u.prompt import check_images
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -31,6 +32,8 @@ def to_pil_images(inputs: Sequence[torch.Tensor | None], sizes: ReferenceSizes) 
             image = _eight_bit(values)
             for warning in (*_range_warnings(values), *preprocessing_warnings(image, sizes)):
                 _logger.warning("InternVL-U, picture %d: %s", len(result) + 1, warning)
+            for remark in scaling_remarks(image, sizes):
+                _tell_once(f"picture {len(result) + 1}: {remark}")
             result.append(to_rgb(image))
     return result
 
@@ -49,6 +52,11 @@ def pick_frames(images: torch.Tensor, count: int) -> tuple[torch.Tensor, str]:
     else:
         places = [round(i * last / (count - 1)) for i in range(count)] if count > 1 else [round(last / 2)]
     return images[list(places)], f"{len(places)} of {last + 1} pictures"
+
+
+@functools.lru_cache(maxsize=64)
+def _tell_once(remark: str) -> None:
+    _logger.info("InternVL-U, %s", remark)
 
 
 def _checked(batch: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from . import compat
 from .conditioning import Conditioning, own_options
 from .dtypes import cast_weights, check_device, compute_dtype, operations_for
 from .gguf_ops import PackedPatcher, cast_packed_layers
-from .guidance import PARTIAL
+from .guidance import PARTIAL, THOUGHT
 from .hf_modules import cast_language_model
 from .latents import Latent, check_vae, with_edited_size
 from .model import LAYOUT
@@ -95,13 +95,14 @@ class NativeMLLM:
         if images:
             check_vae(vae)
         tokenizer = self.encoder.tokenizer
+        thinking = tokenizer.encode_thought(thought)
         prompts = branch_prompts(
             tokenizer,
             text,
             images=len(images),
             grid=self.model.vision.grid,
             system=system,
-            thought=tokenizer.encode_thought(thought),
+            thought=thinking,
             negative=negative_prompt,
         )
         every = (prompts.conditional, prompts.partial, prompts.unconditional)
@@ -115,6 +116,8 @@ class NativeMLLM:
         positive = self._conditioning(*contexts.conditional, references)
         negative = self._conditioning(*contexts.unconditional, {})
         self._empty_prompt, self._empty_context = prompts.unconditional, negative[0][0][0]
+        if thinking is not None:
+            positive[0][1][THOUGHT] = True
         if contexts.partial is not None:
             positive[0][1][PARTIAL] = self._conditioning(*contexts.partial, references)
         return positive, negative, self._latent(images)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.utils
@@ -17,16 +17,26 @@ if TYPE_CHECKING:
 
 EVENT = "internvl_u.text"
 SECONDS_BETWEEN = 0.1
+USUAL_TOKENS = 100
+"""After so many tokens the bar is at half of its way, unless the limit is nearer: nobody knows where the text ends."""
+TEXT, CUT, KEY = "internvl_u_text", "internvl_u_cut", "internvl_u_key"
+"""Properties of a node in a workflow: the text that it has written, what is said of it, and the page's key of the
+inputs that it was written from."""
+_BAR = 1000
 _logger = logging.getLogger("internvl_u")
 
 
 class LiveText:
-    """Called with each token: stops a cancelled job, moves the node's progress bar, and shows the text so far."""
+    """Called with each token: stops a cancelled job, moves the node's progress bar, and shows the text so far.
+
+    Before the first one the node says that the prompt is being read, then how fast the text comes.
+    """
 
     def __init__(self, hidden: HiddenHolder, total: int, decode: Callable[[list[int]], str]):
-        self.hidden, self.decode = hidden, decode
-        self.bar = comfy.utils.ProgressBar(total)
-        self.shown = 0.0
+        self.hidden, self.total, self.decode = hidden, total, decode
+        self.bar = comfy.utils.ProgressBar(_BAR)
+        self.shown, self.first = 0.0, 0.0
+        _send(hidden, None, state="reads the prompt ...")
 
     def __call__(self, ids: list[int]) -> None:
         """Takes all ids written so far.
@@ -35,11 +45,36 @@ class LiveText:
             InterruptProcessingException: the job was cancelled.
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
-        self.bar.update_absolute(len(ids))
+        self.bar.update_absolute(int(_BAR * share_written(len(ids), self.total)))
         now = time.monotonic()
+        self.first = self.first or now
         if now - self.shown >= SECONDS_BETWEEN:
             self.shown = now
-            show(self.hidden, self.decode(ids))
+            _send(self.hidden, self.decode(ids), state=speed(len(ids), self.total, now - self.first))
+
+    def end(self) -> None:
+        """Fills the bar: the model has ended the text, wherever its limit was."""
+        self.bar.update_absolute(_BAR)
+
+
+def share_written(tokens: int, limit: int) -> float:
+    """Returns how far the bar of a text is, in 0..1: always on its way, ever more slowly, and full at the limit."""
+    return min(max(tokens / limit, tokens / (tokens + USUAL_TOKENS)), 1.0)
+
+
+def speed(tokens: int, limit: int, seconds: float) -> str:
+    """Returns tokens so far, tokens a second and the longest time left; `seconds` since the first of the tokens."""
+    said = f"{tokens} of at most {limit} tokens"
+    if tokens < 2 or seconds <= 0:
+        return said
+    rate = (tokens - 1) / seconds
+    return f"{said}, {rate:.3g} a second, at most {_duration((limit - tokens) / rate)} left"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 class DownloadProgress:
@@ -68,9 +103,22 @@ class DownloadProgress:
 
 
 def show(hidden: HiddenHolder, text: str, cut: str = "") -> None:
-    """Shows a text, and that it was `cut`, on a node in the browser that queued the job.
+    """Shows a text, and that it was `cut`, on a node in the browser that queued the job; it is finished.
 
-    `hidden` are the node's hidden inputs.
+    `hidden` are the node's hidden inputs. The text goes into the workflow that the job was queued with as well, so that
+    pictures saved from here on carry the text that they were drawn from.
+    """
+    node = _node_in(hidden.extra_pnginfo, _shown_node(hidden))
+    key = ""
+    if node is not None:
+        properties = node.setdefault("properties", {})
+        properties |= {TEXT: text, CUT: cut}
+        key = str(properties.get(KEY, ""))
+    _send(hidden, text, cut=cut, key=key, done=True)
+
+
+def _send(hidden: HiddenHolder, text: str | None, **more: object) -> None:
+    """Sends a text, None while there is none yet, to the node in the browser that queued the job.
 
     The workflow's id goes with it, because node ids repeat in the workflows of other tabs. A node inside a loop is run
     as a copy with an id of its own: the text is for the node that the copy was made of.
@@ -78,13 +126,17 @@ def show(hidden: HiddenHolder, text: str, cut: str = "") -> None:
     server = PromptServer.instance
     if server.client_id is None:
         return  # a job that came from no page: the text would go to all of them
-    node = _shown_node(hidden)
-    workflow = _workflow_id(hidden.extra_pnginfo)
-    server.send_sync(EVENT, {"node": node, "workflow": workflow, "text": text, "cut": cut}, server.client_id)
+    sent = {"node": _shown_node(hidden), "workflow": _workflow_id(hidden.extra_pnginfo), "text": text, "cut": ""}
+    server.send_sync(EVENT, sent | more, server.client_id)
 
 
-def show_note(hidden: HiddenHolder, text: str) -> None:
-    """Shows a sentence below a node, the way of ComfyUI's own nodes, in the browser that queued the job."""
+def show_note(hidden: HiddenHolder, text: str, log: bool = False) -> None:
+    """Shows a sentence below a node, the way of ComfyUI's own nodes, in the browser that queued the job.
+
+    With `log` it is in the log as well, as an information.
+    """
+    if log:
+        _logger.info("InternVL-U, node %s: %s", hidden.unique_id, text)
     server = PromptServer.instance
     if server.client_id is not None:
         server.send_progress_text(text, _shown_node(hidden), server.client_id)
@@ -105,6 +157,32 @@ def _shown_node(hidden: HiddenHolder) -> str:
 
 
 def _workflow_id(extra_pnginfo: object) -> object:
-    workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
-    found = workflow.get("id") if isinstance(workflow, dict) else None
+    found = _workflow(extra_pnginfo).get("id")
     return found if isinstance(found, str) else None
+
+
+def _workflow(extra_pnginfo: object) -> dict[str, Any]:
+    workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
+    return workflow if isinstance(workflow, dict) else {}
+
+
+def _node_in(extra_pnginfo: object, path: str) -> dict[str, Any] | None:
+    """Returns a node of the workflow that a job was queued with; what a client has sent need not be one.
+
+    In subgraphs an id is a path: 5:12 is node 12 in the subgraph that is the type of node 5.
+    """
+    workflow = _workflow(extra_pnginfo)
+    definitions = workflow.get("definitions")
+    subgraphs = list(_dicts(definitions.get("subgraphs") if isinstance(definitions, dict) else None))
+    graph, found = workflow, None
+    for name in str(path).split(":"):
+        if found is not None:
+            graph = next((one for one in subgraphs if one.get("id") == found.get("type")), {})
+        found = next((one for one in _dicts(graph.get("nodes")) if str(one.get("id")) == name), None)
+        if found is None:
+            return None
+    return found if isinstance(found, dict) and isinstance(found.get("properties", {}), dict) else None
+
+
+def _dicts(values: object) -> Iterator[dict[str, Any]]:
+    return (one for one in values if isinstance(one, dict)) if isinstance(values, list) else iter(())

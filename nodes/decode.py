@@ -5,11 +5,17 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..internvl_u.defaults import LARGEST
+from ..native import compat
 from ..native.vae import decode
 from .inputs import check_choice, checked
 
 AS_EDITED, AS_DRAWN = "as the edited picture", "as drawn"
 """A graph in API format that names neither is older than the choice and gets the second."""
+
+
+def _side(name: str) -> io.Int.Input:
+    tooltip = f"Final {name} in pixels, Lanczos. 0: as drawn."
+    return io.Int.Input(name, default=0, min=0, max=LARGEST, tooltip=tooltip, **compat.advanced(io.Int.Input))
 
 
 class DecodeLatent(io.ComfyNode):
@@ -24,14 +30,10 @@ class DecodeLatent(io.ComfyNode):
             description="Decodes with the official rounding: half a level of 255 brighter than VAE Decode, which "
             "works here too.",
             inputs=[
-                io.Vae.Input("vae"),
-                io.Latent.Input("samples"),
-                io.Int.Input(
-                    "width", default=0, min=0, max=LARGEST, tooltip="Final width in pixels, Lanczos. 0: as drawn."
-                ),
-                io.Int.Input(
-                    "height", default=0, min=0, max=LARGEST, tooltip="Final height in pixels, Lanczos. 0: as drawn."
-                ),
+                io.Vae.Input("vae", tooltip="From Load InternVL-U."),
+                io.Latent.Input("samples", tooltip="The drawn latent, from InternVL-U Sampler or another sampler."),
+                _side("width"),
+                _side("height"),
                 io.Combo.Input(
                     "size",
                     options=[AS_EDITED, AS_DRAWN],
@@ -42,7 +44,8 @@ class DecodeLatent(io.ComfyNode):
                     "multiples of 16 pixels. What was drawn from text alone is the same either way.",
                 ),
             ],
-            outputs=[io.Image.Output()],
+            outputs=[io.Image.Output(tooltip="The pictures, 8 bits deep as the official pipeline hands them out.")],
+            **compat.search_aliases("vae decode", "latent to image", "decode"),
         )
 
     @classmethod

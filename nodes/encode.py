@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..native import compat
 from ..native.images import to_pil_images
 from ..native.mllm import NativeMLLM, check_mllm
 from ..native.workflow import tell_unheard
@@ -28,7 +29,7 @@ class EncodePrompt(io.ComfyNode):
             "count as several, 64 at most) it edits them. Positive follows the prompt, negative is the model's own "
             "empty prompt.",
             inputs=[
-                MLLM.Input("mllm"),
+                MLLM.Input("mllm", tooltip="From Load InternVL-U."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
@@ -44,8 +45,8 @@ class EncodePrompt(io.ComfyNode):
                     "thought",
                     optional=True,
                     force_input=True,
-                    tooltip="A chain of thought to draw from: of InternVL-U Think, or any text. Then 3.5 for all_cfg "
-                    "and 1.5 for part_cfg are the official values.",
+                    tooltip="A chain of thought to draw from: of InternVL-U Think, or any text. 3.5 for all_cfg "
+                    "and 1.5 for part_cfg are the official values then; the sampler takes them by itself.",
                 ),
                 *image_inputs(LATER),
                 io.String.Input(
@@ -68,14 +69,34 @@ class EncodePrompt(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive"),
-                io.Conditioning.Output(display_name="negative"),
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="The prompt with its pictures and its thought, for the sampler."
+                ),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="What guidance leads away from, for the sampler."
+                ),
                 io.Latent.Output(
                     display_name="latent",
                     tooltip="Empty, of the first picture's size (within the trained range), else the model's own size.",
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
+            **compat.search_aliases(
+                "edit",
+                "image edit",
+                "edit image",
+                "text to image",
+                "t2i",
+                "text encode",
+                "clip text encode",
+                "prompt",
+                "inpaint",
+                "reference",
+                "image to image",
+                "img2img",
+                "chain of thought",
+                "mllm",
+            ),
         )
 
     @classmethod
@@ -94,6 +115,8 @@ class EncodePrompt(io.ComfyNode):
         check_mllm(mllm)
         tell_unheard(cls.hidden, [name for name in IMAGES if images.get(name) is None])
         check_choice("reference_size", reference_size, tuple(REFERENCE_SIZES))
+        if type(thought) is str and thought.strip() == prompt.strip():
+            thought = ""  # ComfyUI hands the prompt on in place of the thought of a bypassed InternVL-U Think
         given = to_pil_images([images.get(name) for name in IMAGES], mllm.encoder.sizes)
         settings = {"negative_prompt": negative_prompt, "reference_size": REFERENCE_SIZES[reference_size]}
         settings |= {"system": system_prompt or None, "images": given, "vae": vae, "thought": thought}

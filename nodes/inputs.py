@@ -9,14 +9,20 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..internvl_u.defaults import THOUGHT_TOKENS
 from ..internvl_u.files import shown
 from ..internvl_u.generation import GenerationConfig
 from ..internvl_u.numbers import is_finite
+from ..native import compat
+from ..native.progress import show_note
 
 IMAGES = tuple(f"image{i}" for i in range(1, 9))
 FIRST, LATER = IMAGES[:4], IMAGES[4:]
 """The later four came after other inputs, whose order in saved workflows stays."""
 HOW = ("greedy", "sampling", "beams")
+CUSTOM = "custom"
+BUDGETS = {"official: 200": 200, "long: 1024": 1024}
+"""Ready limits of a thought, in tokens."""
 
 
 def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
@@ -84,6 +90,7 @@ def image_inputs(names: Sequence[str] = FIRST) -> list[io.Image.Input]:
 
 def generation_inputs(max_new_tokens: int) -> list[io.Input]:
     """Returns the inputs that say how text is generated."""
+    whole, real = compat.advanced(io.Int.Input), compat.advanced(io.Float.Input)
     return [
         io.Int.Input(
             "max_new_tokens",
@@ -95,8 +102,10 @@ def generation_inputs(max_new_tokens: int) -> list[io.Input]:
         io.Combo.Input(
             "how",
             options=list(HOW),
+            display_name="decoding",
             default="greedy",
-            tooltip="greedy: the likeliest token each time, the same text on the same machine. sampling: chance "
+            tooltip="How each token is chosen. greedy: the likeliest one each time, the same text on the same machine. "
+            "sampling: chance "
             "by seed, temperature and top_p. beams: looks for the likeliest text as a whole, slower.",
         ),
         io.Float.Input(
@@ -106,6 +115,7 @@ def generation_inputs(max_new_tokens: int) -> list[io.Input]:
             max=2.0,
             step=0.05,
             tooltip="For sampling. Higher: more varied and less sure.",
+            **real,
         ),
         io.Float.Input(
             "top_p",
@@ -114,11 +124,17 @@ def generation_inputs(max_new_tokens: int) -> list[io.Input]:
             max=1.0,
             step=0.01,
             tooltip="For sampling. Takes from the likeliest tokens that add up to this probability. 1: from all.",
+            **real,
         ),
         io.Int.Input(
-            "beams", default=3, min=2, max=16, tooltip="For beams: how many texts are followed. More: slower."
+            "beams",
+            default=3,
+            min=2,
+            max=16,
+            tooltip="For beams: how many texts are followed. More: slower.",
+            **whole,
         ),
-        seed_input("For sampling. The same seed gives the same text on the same machine."),
+        seed_input("For sampling only: the same seed gives the same text on the same machine."),
     ]
 
 
@@ -154,4 +170,33 @@ def system_input(what: str) -> io.String.Input:
         multiline=True,
         optional=True,
         tooltip=f"Replaces the model's system message for {what}. Empty: the one it was trained with.",
+        **compat.advanced(io.String.Input),
     )
+
+
+def budget_input() -> io.Combo.Input:
+    """Returns the optional choice of a ready limit of new tokens."""
+    return io.Combo.Input(
+        "budget",
+        options=[CUSTOM, *BUDGETS],
+        default=CUSTOM,
+        optional=True,
+        tooltip="A ready max_new_tokens: official is the 200 of the official code, long leaves room for 1024. custom "
+        "takes the number of max_new_tokens.",
+    )
+
+
+def chosen_tokens(budget: str, max_new_tokens: int, hidden: Any) -> int:
+    """Returns the limit that a budget stands for, or with custom `max_new_tokens`; the node says what does not count.
+
+    Raises:
+        ValueError: there is no such budget.
+    """
+    if budget not in (CUSTOM, *BUDGETS):
+        raise ValueError(f"budget {budget!r} found, one of {', '.join((CUSTOM, *BUDGETS))} expected")
+    if budget == CUSTOM:
+        return max_new_tokens
+    if max_new_tokens not in (BUDGETS[budget], THOUGHT_TOKENS):
+        told = f"budget {budget!r} counts, max_new_tokens {max_new_tokens} does not: choose custom for it"
+        show_note(hidden, told, log=True)
+    return BUDGETS[budget]

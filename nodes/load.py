@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..internvl_u.defaults import NANO_NOTE
 from ..internvl_u.download import download
+from ..native import compat
 from ..native.clip import CLIP
 from ..native.dtypes import PRECISIONS
 from ..native.load import load
@@ -17,11 +18,19 @@ from .model_folders import AUTO
 MLLM = io.Custom("INTERNVL_U_MLLM")
 
 
+class AnyName(list):
+    """Choices of a list whose other names a run refuses itself, with what to do: ComfyUI would only say the choices."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
 class LoadModel(io.ComfyNode):
     """A checkpoint folder or single files to MODEL, MLLM, VAE and CLIP."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        folded = compat.advanced(io.Combo.Input)
         return io.Schema(
             node_id="InternVLU_LoadModel",
             display_name="Load InternVL-U",
@@ -46,40 +55,56 @@ class LoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mllm_name",
-                    options=[AUTO, *model_folders.language_files()],
+                    options=AnyName([AUTO, *model_folders.language_files()]),
                     default=AUTO,
                     optional=True,
                     tooltip="The language model. auto: of the same folder, or the converted file of the same kind in "
                     "models/text_encoders.",
+                    **folded,
                 ),
                 io.Combo.Input(
                     "vae_name",
-                    options=[AUTO, *model_folders.files(model_folders.VAE_KEY)],
+                    options=AnyName([AUTO, *model_folders.files(model_folders.VAE_KEY)]),
                     default=AUTO,
                     optional=True,
                     tooltip="The VAE. auto: of the same folder, or the converted file in models/vae, or "
                     "qwen_image_vae.safetensors there, which is the same VAE.",
+                    **folded,
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The flow transformer, with dual guidance built in."),
                 MLLM.Output(display_name="MLLM", tooltip="The multimodal language model: for Encode, Think, Answer."),
-                io.Vae.Output(tooltip="The Qwen-Image VAE."),
+                io.Vae.Output(tooltip="The Qwen-Image VAE, for Encode with pictures and for Decode."),
                 io.Clip.Output(
                     tooltip="The language model once more, for ComfyUI's own nodes: Generate Text, CLIP Text Encode, "
                     "Load LoRA, Make Training Dataset. The help page says which work."
                 ),
             ],
+            **compat.search_aliases(
+                "internvl",
+                "internvl-u",
+                "internvlu",
+                "load model",
+                "checkpoint",
+                "unified model",
+                "text to image",
+                "t2i",
+                "image edit",
+                "mllm",
+                "vlm",
+            ),
         )
 
     @classmethod
-    def validate_inputs(
-        cls, model_name: str | None = None, mllm_name: str | None = AUTO, vae_name: str | None = AUTO
-    ) -> bool | str:
-        if model_name is None or mllm_name is None or vae_name is None:
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        # ComfyUI says an error once for each input that is named here. What becomes of the other two, a run says.
+        if model_name is None:
             return True  # it comes over a link and is not known yet
         try:
-            model_folders.find(model_name, mllm_name, vae_name)
+            model_folders.find(model_name)
+        except model_folders.MissingPartError:
+            return True
         except FileNotFoundError as error:
             return str(error)
         return True
@@ -94,7 +119,10 @@ class LoadModel(io.ComfyNode):
     ) -> list[tuple[str, int, int]]:
         if model_name is None or mllm_name is None or vae_name is None:
             return []  # it comes over a link; what gives it is part of the cache's key
-        return model_folders.fingerprint(model_folders.find(model_name, mllm_name, vae_name))
+        try:
+            return model_folders.fingerprint(model_folders.find(model_name, mllm_name, vae_name))
+        except model_folders.MissingPartError:
+            return []  # the run says so
 
     @classmethod
     @checked

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..internvl_u.lora import files_of
+from ..native import compat
 from ..native.lora import apply_lora
 from ..native.mllm import NativeMLLM
 from ..native.progress import show_note
@@ -47,6 +48,7 @@ class LoadLoRA(io.ComfyNode):
                 MLLM.Output(display_name="MLLM", tooltip="The language model with the LoRA on it."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            **compat.search_aliases("lora", "load lora", "lora loader", "dora", "lokr", "style", "adapter"),
         )
 
     @classmethod

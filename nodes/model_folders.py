@@ -38,6 +38,10 @@ _answers: dict[tuple, bool] = {}
 _logger = logging.getLogger("internvl_u")
 
 
+class MissingPartError(FileNotFoundError):
+    """The transformer is there, and its language model or its VAE is not."""
+
+
 def register() -> None:
     """Adds `models/InternVL-U` to ComfyUI's model folders, and keys that list the GGUF files of some of them.
 
@@ -235,10 +239,11 @@ def _language_of(name: str, wanted: str) -> Path:
     file = _by_name(found, wanted)
     if file is None:
         searched = ", ".join(folder_paths.get_folder_paths(LANGUAGE_KEY))
-        raise FileNotFoundError(
+        raise MissingPartError(
             _reason(_by_name(files(LANGUAGE_KEY), wanted), "vlm")
-            or f"no language model {wanted!r} for {name} in {searched}. "
-            "`python -m internvl_u convert` writes it beside the transformer's file."
+            or f"Choose another mllm_name, or put the language model that belongs to {name} there: "
+            "`python -m internvl_u convert` writes it beside the transformer's file. There is no language model "
+            f"{wanted!r} in {searched}."
         )
     return file
 
@@ -251,9 +256,9 @@ def _vae_of(name: str, wanted: str) -> Path:
         wanted = next(ours, next(qwen, AUTO))
     file = _by_name(found, wanted)
     if file is None:
-        raise FileNotFoundError(
-            f"no VAE {wanted!r} for {name} in {', '.join(folder_paths.get_folder_paths(VAE_KEY))}. "
-            f"`python -m internvl_u convert` writes it; {QWEN_VAE} does as well."
+        raise MissingPartError(
+            f"Choose another vae_name, or put {QWEN_VAE} or the VAE that `python -m internvl_u convert` writes there. "
+            f"There is no VAE {wanted!r} for {name} in {', '.join(folder_paths.get_folder_paths(VAE_KEY))}."
         )
     return file
 
@@ -267,21 +272,22 @@ def _missing(name: str) -> str:
     reason = _reason(_by_name(files(TRANSFORMER_KEY), name), "generation_decoder")
     if reason:
         return reason
-    searched = [*map(str, roots()), *folder_paths.get_folder_paths(TRANSFORMER_KEY)]
-    there = available()
-    others = f" Found there: {', '.join(there)}." if there else ""
-    missing = f"no InternVL-U model {name!r}."
+    offered = " or ".join(f'"{choice}"' for choice in _offered_downloads())
+    others = ", ".join(available())
+    ways = [f"Download it: choose {offered} in model_name and run again."] if offered else []
+    if others:
+        ways.append(f"{'Or choose' if offered else 'Choose'} a model that is there: {others}.")
+    if nano_folder() is not None and not is_nano_choice(name):
+        ways.append(f'To see how it works without it, choose "{NANO_CHOICE}".')
+    if offered:
+        ways.append(f"Or put its folder into {target().parent} and press R.")
+    else:
+        ways.append(f"{HOW_TO_GET} into {target()}, then press R to refresh the list.")
+    searched = ", ".join([*map(str, roots()), *folder_paths.get_folder_paths(TRANSFORMER_KEY)])
+    missing = f"There is no InternVL-U model {name!r} in {searched}."
     if is_nano_choice(name):
         missing += " This copy of the pack comes without it."
-    if len(there) == 1:
-        missing += f' There is one, "{there[0]}": choose it in model_name.'
-    offered = " or ".join(f'"{choice}"' for choice in _offered_downloads())
-    if offered:
-        how = f"choose {offered} in model_name and run again. Or put its folder into {target().parent}"
-        nano = f' To see how it works without it, choose "{NANO_CHOICE}".' if nano_folder() is not None else ""
-        return f"{missing} To have it downloaded, {how} and press R.{nano} Searched: {', '.join(searched)}.{others}"
-    how = f"{HOW_TO_GET} into {target()}, then press R to refresh the list."
-    return f"{missing} Searched: {', '.join(searched)}.{others} {how}"
+    return f"{' '.join(ways)} {missing}"
 
 
 def _reason(file: Path | None, part: str) -> str | None:

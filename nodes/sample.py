@@ -2,34 +2,74 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
-from ..internvl_u.defaults import GUIDANCE, STEPS
-from ..native.guidance import DualGuider, check_model
+from ..internvl_u.defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, STEPS, Guidance
+from ..native import compat
+from ..native.guidance import DualGuider, check_model, drawn_with_thought
+from ..native.progress import show_note
 from ..native.sampler import dpmpp_2m_flow, flow_sigmas, sample_latent
 from .inputs import checked, seed_input
 
 ALL_CFG_TIP = (
-    "How strongly the words are followed. Higher: closer to the prompt, harder contrast. 4.5 is the official value."
+    "How strongly the words are followed (all_cfg of the official code). Higher: closer to the prompt, harder "
+    "contrast. 4.5 is the official value, 3.5 after a thought."
 )
 PART_CFG_TIP = (
-    "How strongly reference images are followed when editing. Without references it changes nothing. 2.0 is the "
-    "official value."
+    "How strongly reference images are followed when editing (part_cfg of the official code). Without references it "
+    "changes nothing. 2.0 is the official value, 1.5 after a thought."
 )
+SCALES_TIP = (
+    f"automatic: after a thought all_cfg {GUIDANCE.all_cfg} and part_cfg {GUIDANCE.part_cfg}, where both are left as "
+    f"they are, become {GUIDANCE_WITH_THOUGHT.all_cfg} and {GUIDANCE_WITH_THOUGHT.part_cfg}, the official values "
+    "there; other numbers count. as typed: the numbers count always."
+)
+AUTOMATIC, AS_TYPED = "automatic", "as typed"
 STEPS_TIP = "Denoising steps. More: finer and slower. 20 is the official value."
 DENOISE_TIP = "1 draws from pure noise. Below 1 keeps that much less of the way: the incoming latent shows through."
 
 
 def _all_cfg() -> io.Float.Input:
-    return _scale("all_cfg", GUIDANCE.all_cfg, ALL_CFG_TIP)
+    return _scale("all_cfg", "prompt cfg", GUIDANCE.all_cfg, ALL_CFG_TIP)
 
 
 def _part_cfg() -> io.Float.Input:
-    return _scale("part_cfg", GUIDANCE.part_cfg, PART_CFG_TIP)
+    return _scale("part_cfg", "picture cfg", GUIDANCE.part_cfg, PART_CFG_TIP)
 
 
-def _scale(name: str, default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
+def _scale(name: str, shown: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(
+        name, display_name=shown, default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip
+    )
+
+
+def _scales() -> io.Combo.Input:
+    return io.Combo.Input(
+        "scales",
+        options=[AUTOMATIC, AS_TYPED],
+        default=AUTOMATIC,
+        optional=True,
+        tooltip=SCALES_TIP,
+        **compat.advanced(io.Combo.Input),
+    )
+
+
+def chosen_scales(scales: str, typed: Guidance, positive: io.Conditioning.Type, hidden: Any) -> Guidance:
+    """Returns the scales to draw with; the node says where they are not the typed ones.
+
+    Raises:
+        ValueError: there is no such choice of scales.
+    """
+    if scales not in (AUTOMATIC, AS_TYPED):
+        raise ValueError(f"scales {scales!r} found, one of {AUTOMATIC}, {AS_TYPED} expected")
+    if scales == AS_TYPED or typed != GUIDANCE or not drawn_with_thought(positive):
+        return typed
+    taken = GUIDANCE_WITH_THOUGHT
+    numbers = f"prompt cfg {taken.all_cfg} and picture cfg {taken.part_cfg} taken (all_cfg, part_cfg)"
+    show_note(hidden, f"{numbers}, the official values after a thought", log=True)
+    return taken
 
 
 def _steps() -> io.Int.Input:
@@ -42,9 +82,9 @@ def _denoise() -> io.Float.Input:
 
 def _conditionings() -> list[io.Input]:
     return [
-        io.Model.Input("model"),
-        io.Conditioning.Input("positive", tooltip="From InternVL-U Encode."),
-        io.Conditioning.Input("negative", tooltip="From InternVL-U Encode."),
+        io.Model.Input("model", tooltip="From Load InternVL-U, with LoRAs or patches in between if you like."),
+        io.Conditioning.Input("positive", tooltip="From InternVL-U Encode: what to draw."),
+        io.Conditioning.Input("negative", tooltip="From InternVL-U Encode: what guidance leads away from."),
     ]
 
 
@@ -61,7 +101,11 @@ class SampleLatent(io.ComfyNode):
             "same machine the same seed gives the official pipeline's picture.",
             inputs=[
                 *_conditionings(),
-                io.Latent.Input("latent_image"),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="From Empty InternVL-U Latent or InternVL-U Encode; or a picture through VAE Encode, with "
+                    "denoise below 1.",
+                ),
                 seed_input(
                     "Seed of the start noise, which is made on the CPU: a GPU draws from the same noise. The same seed "
                     "and settings give the same picture on the same machine."
@@ -70,8 +114,23 @@ class SampleLatent(io.ComfyNode):
                 _all_cfg(),
                 _part_cfg(),
                 _denoise(),
+                _scales(),
             ],
-            outputs=[io.Latent.Output()],
+            outputs=[io.Latent.Output(tooltip="The drawn latent, for InternVL-U Decode or VAE Decode.")],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            **compat.search_aliases(
+                "sample",
+                "ksampler",
+                "text to image",
+                "t2i",
+                "image to image",
+                "img2img",
+                "image edit",
+                "inpaint",
+                "denoise",
+                "draw",
+                "cfg",
+            ),
         )
 
     @classmethod
@@ -87,8 +146,10 @@ class SampleLatent(io.ComfyNode):
         all_cfg: float,
         part_cfg: float,
         denoise: float,
+        scales: str = AS_TYPED,
     ) -> io.NodeOutput:
-        settings = {"seed": seed, "steps": steps, "all_cfg": all_cfg, "part_cfg": part_cfg, "denoise": denoise}
+        taken = chosen_scales(scales, Guidance(all_cfg, part_cfg), positive, cls.hidden)
+        settings = {"seed": seed, "steps": steps, "denoise": denoise} | taken._asdict()
         return io.NodeOutput(sample_latent(model, positive, negative, latent_image, **settings))
 
 
@@ -102,8 +163,10 @@ class CreateGuider(io.ComfyNode):
             display_name="InternVL-U Guider",
             category="InternVL-U/custom sampling",
             description="Dual guidance with both strengths, for SamplerCustomAdvanced.",
-            inputs=[*_conditionings(), _all_cfg(), _part_cfg()],
-            outputs=[io.Guider.Output()],
+            inputs=[*_conditionings(), _all_cfg(), _part_cfg(), _scales()],
+            outputs=[io.Guider.Output(tooltip="For the guider of SamplerCustomAdvanced.")],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            **compat.search_aliases("cfg guider", "dual cfg", "guidance", "custom sampling"),
         )
 
     @classmethod
@@ -115,11 +178,12 @@ class CreateGuider(io.ComfyNode):
         negative: io.Conditioning.Type,
         all_cfg: float,
         part_cfg: float,
+        scales: str = AS_TYPED,
     ) -> io.NodeOutput:
         check_model(model)
         guider = DualGuider(model)
         guider.set_conds(positive, negative)
-        guider.set_scales(all_cfg, part_cfg)
+        guider.set_scales(*chosen_scales(scales, Guidance(all_cfg, part_cfg), positive, cls.hidden))
         return io.NodeOutput(guider)
 
 
@@ -134,7 +198,8 @@ class SelectSampler(io.ComfyNode):
             category="InternVL-U/custom sampling",
             description="DPM-Solver++ 2M for flow models, as the official pipeline has it, for SamplerCustomAdvanced.",
             inputs=[],
-            outputs=[io.Sampler.Output()],
+            outputs=[io.Sampler.Output(tooltip="For the sampler of SamplerCustomAdvanced.")],
+            **compat.search_aliases("sampler", "ksampler select", "dpm++ 2m", "dpmpp 2m", "flow", "custom sampling"),
         )
 
     @classmethod
@@ -153,7 +218,8 @@ class ScheduleSteps(io.ComfyNode):
             category="InternVL-U/custom sampling",
             description="The official noise levels for a number of steps, for SamplerCustomAdvanced.",
             inputs=[_steps(), _denoise()],
-            outputs=[io.Sigmas.Output()],
+            outputs=[io.Sigmas.Output(tooltip="For the sigmas of SamplerCustomAdvanced.")],
+            **compat.search_aliases("sigmas", "schedule", "steps", "denoise", "custom sampling"),
         )
 
     @classmethod

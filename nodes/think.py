@@ -7,9 +7,20 @@ from comfy_api.latest import io
 from ..internvl_u.defaults import ANSWER_TOKENS, THOUGHT_TOKENS
 from ..internvl_u.prompt import SYSTEM_ANSWER
 from ..internvl_u.tasks import AS_WRITTEN, TASKS, question_for
-from ..native.generate import answer, think
+from ..native import compat, generate
 from ..native.mllm import NativeMLLM
-from .inputs import IMAGES, LATER, checked, generation_config, generation_inputs, image_inputs, system_input
+from .inputs import (
+    CUSTOM,
+    IMAGES,
+    LATER,
+    budget_input,
+    checked,
+    chosen_tokens,
+    generation_config,
+    generation_inputs,
+    image_inputs,
+    system_input,
+)
 from .load import MLLM
 
 
@@ -25,7 +36,7 @@ class WriteThought(io.ComfyNode):
             description="Lets the model think about what to draw or edit and gives its chain of thought as text. "
             "Read it, change it, or hand it as it is to the thought input of InternVL-U Encode.",
             inputs=[
-                MLLM.Input("mllm"),
+                MLLM.Input("mllm", lazy=True, tooltip="From Load InternVL-U. Not loaded while think is off."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
@@ -36,11 +47,41 @@ class WriteThought(io.ComfyNode):
                 system_input("drawing or editing"),
                 *image_inputs(),
                 *image_inputs(LATER),
+                io.Boolean.Input(
+                    "think",
+                    default=True,
+                    optional=True,
+                    tooltip="Off: the thought is empty, no time is spent on it, and the same graph draws plainly.",
+                ),
+                budget_input(),
             ],
-            outputs=[io.String.Output(display_name="thought")],
+            outputs=[
+                io.String.Output(
+                    display_name="thought",
+                    tooltip="The chain of thought, for InternVL-U Encode. Empty where think is off.",
+                )
+            ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             is_output_node=True,
+            **compat.search_aliases(
+                "chain of thought",
+                "cot",
+                "reasoning",
+                "think",
+                "thinking",
+                "prompt enhancer",
+                "prompt rewriting",
+                "rewrite prompt",
+                "expand prompt",
+                "llm",
+                "mllm",
+                "vlm",
+            ),
         )
+
+    @classmethod
+    def check_lazy_status(cls, mllm: NativeMLLM | None = None, think: bool | None = True, **_: object) -> list[str]:
+        return ["mllm"] if mllm is None and think is not False else []
 
     @classmethod
     @checked
@@ -55,11 +96,17 @@ class WriteThought(io.ComfyNode):
         beams: int,
         seed: int,
         system_prompt: str = "",
+        think: bool = True,
+        budget: str = CUSTOM,
         **images: io.Image.Type,
     ) -> io.NodeOutput:
-        config = generation_config(max_new_tokens, how, temperature, top_p, beams, seed)
+        if not think:
+            thought = generate.no_thought(cls.hidden)
+            return io.NodeOutput(thought.text, ui=thought.ui())
+        tokens = chosen_tokens(budget, max_new_tokens, cls.hidden)
+        config = generation_config(tokens, how, temperature, top_p, beams, seed)
         given = [images.get(name) for name in IMAGES]
-        thought = think(mllm, prompt, system_prompt or None, given, config, cls.hidden)
+        thought = generate.think(mllm, prompt, system_prompt or None, given, config, cls.hidden)
         return io.NodeOutput(thought.text, ui=thought.ui())
 
 
@@ -75,7 +122,7 @@ class AnswerQuestion(io.ComfyNode):
             description="Answers a question about up to eight pictures (batches count as several, 64 at most), or "
             "chats without any. Each question stands for itself: the model does not remember the last one.",
             inputs=[
-                MLLM.Input("mllm"),
+                MLLM.Input("mllm", tooltip="From Load InternVL-U."),
                 io.String.Input(
                     "question",
                     multiline=True,
@@ -95,9 +142,29 @@ class AnswerQuestion(io.ComfyNode):
                     "or the idea that becomes a better prompt. as written: your question alone.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="answer")],
+            outputs=[io.String.Output(display_name="answer", tooltip="What the model says, as text.")],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             is_output_node=True,
+            **compat.search_aliases(
+                "ask",
+                "question",
+                "vqa",
+                "caption",
+                "captioning",
+                "describe",
+                "describe image",
+                "image to text",
+                "interrogate",
+                "tag",
+                "ocr",
+                "read text",
+                "chat",
+                "llm",
+                "mllm",
+                "vlm",
+                "vision language model",
+                "compare",
+            ),
         )
 
     @classmethod
@@ -118,5 +185,6 @@ class AnswerQuestion(io.ComfyNode):
     ) -> io.NodeOutput:
         config = generation_config(max_new_tokens, how, temperature, top_p, beams, seed)
         given = [images.get(name) for name in IMAGES]
-        text = answer(mllm, question_for(task, question), system_prompt or SYSTEM_ANSWER, given, config, cls.hidden)
+        question = question_for(task, question)
+        text = generate.answer(mllm, question, system_prompt or SYSTEM_ANSWER, given, config, cls.hidden)
         return io.NodeOutput(text.text, ui=text.ui())

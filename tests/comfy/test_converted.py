@@ -145,7 +145,7 @@ def test_an_existing_qwen_image_vae_serves(server, graph, golden, in_models):
 
 def test_a_missing_language_file_is_told(server, graph, golden, in_models):
     in_models[1].unlink()
-    answer = server.queue(graph("text_to_image", golden("t2i_square"), model_name=in_models[0].name))
+    answer = server.error(server.run(graph("text_to_image", golden("t2i_square"), model_name=in_models[0].name)))
     assert "no language model" in str(answer) and "internvl_u convert" in str(answer)
 
 

@@ -173,7 +173,7 @@ def test_live_text_of_a_node_that_a_loop_copied_is_for_the_node_that_is_shown(co
     text.show(SimpleNamespace(unique_id="3", extra_pnginfo=None, dynprompt=None), "an answer")
     assert sent[0] == (
         "internvl_u.text",
-        {"node": shown, "workflow": "w", "text": "a thought", "cut": "it was cut"},
+        {"node": shown, "workflow": "w", "text": "a thought", "cut": "it was cut", "key": "", "done": True},
         "page",
     )
     assert sent[1][1]["node"] == "3" and sent[1][1]["cut"] == ""

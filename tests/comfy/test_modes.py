@@ -156,7 +156,7 @@ def test_text_and_progress_stream_while_it_is_written(server, ask_graph):
         texts = [data["text"] for kind, data in events if kind == "internvl_u.text"]
         (final,) = next(data["output"]["text"] for kind, data in events if kind == "executed")
         counts = [data["value"] for kind, data in events if kind == "progress"]
-        if counts and counts[-1] > 100:
+        if len(texts) > 5:
             break
     assert len(texts) > 2 and texts[-1] == final
     assert all(data["node"] == "text" for kind, data in events if kind == "internvl_u.text")

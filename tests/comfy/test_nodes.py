@@ -33,14 +33,17 @@ FROZEN = {
     ),
     "InternVLU_CreateLatent": (["preset", "width", "height", "batch_size"], ["LATENT"]),
     "InternVLU_SampleLatent": (
-        ["model", "positive", "negative", "latent_image", "seed", "steps", "all_cfg", "part_cfg", "denoise"],
+        ["model", "positive", "negative", "latent_image", "seed", "steps", "all_cfg", "part_cfg", "denoise", "scales"],
         ["LATENT"],
     ),
-    "InternVLU_CreateGuider": (["model", "positive", "negative", "all_cfg", "part_cfg"], ["GUIDER"]),
+    "InternVLU_CreateGuider": (["model", "positive", "negative", "all_cfg", "part_cfg", "scales"], ["GUIDER"]),
     "InternVLU_SelectSampler": ([], ["SAMPLER"]),
     "InternVLU_ScheduleSteps": (["steps", "denoise"], ["SIGMAS"]),
     "InternVLU_DecodeLatent": (["vae", "samples", "width", "height", "size"], ["IMAGE"]),
-    "InternVLU_WriteThought": (["mllm", "prompt", *WRITING, "system_prompt", *PICTURES, *MORE_PICTURES], ["STRING"]),
+    "InternVLU_WriteThought": (
+        ["mllm", "prompt", *WRITING, "system_prompt", *PICTURES, *MORE_PICTURES, "think", "budget"],
+        ["STRING"],
+    ),
     "InternVLU_AnswerQuestion": (
         ["mllm", "question", *WRITING, "system_prompt", *PICTURES, *MORE_PICTURES, "task"],
         ["STRING"],
@@ -50,7 +53,6 @@ FROZEN = {
     "InternVLU_PickFrames": (["images", "count"], ["IMAGE"]),
     "InternVLU_JudgePicture": (["mllm", "image", "question", "otherwise"], ["IMAGE", "BOOLEAN", "STRING"]),
 }
-SOCKETS = {"MODEL", "INTERNVL_U_MLLM", "VAE", "CONDITIONING", "LATENT", "GUIDER", "SAMPLER", "SIGMAS", "IMAGE"}
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +72,59 @@ def test_ids_inputs_and_outputs_are_frozen(info):
     assert found == FROZEN
 
 
-def test_every_node_and_widget_is_explained(info):
+def test_every_node_input_and_output_is_explained(info):
     for name, node in info.items():
         assert len(node["description"]) > 20, name
-        for field, kind, options in inputs(node):
-            if kind not in SOCKETS:
-                assert len(options.get("tooltip", "")) > 20, (name, field)
+        for field, _, options in inputs(node):
+            assert len(options.get("tooltip", "")) > 15, (name, field)
+        assert len(node["output_tooltips"]) == len(node["output"])
+        assert all(tip and len(tip) > 15 for tip in node["output_tooltips"]), name
+
+
+def test_the_search_knows_what_users_call_the_nodes_where_the_host_can(info, server):
+    if "search_aliases" not in info["InternVLU_LoadModel"]:
+        assert server.get("/system_stats")["system"]["comfyui_version"].startswith("0.3.")
+        return
+    for word, name in {
+        "edit": "EncodePrompt",
+        "inpaint": "SampleLatent",
+        "img2img": "SampleLatent",
+        "text to image": "SampleLatent",
+        "caption": "AnswerQuestion",
+        "vqa": "AnswerQuestion",
+        "describe": "AnswerQuestion",
+        "chat": "AnswerQuestion",
+        "ask": "AnswerQuestion",
+        "vlm": "AnswerQuestion",
+        "reasoning": "WriteThought",
+        "chain of thought": "WriteThought",
+        "mllm": "LoadModel",
+    }.items():
+        assert word in info[f"InternVLU_{name}"]["search_aliases"], (word, name)
+    for name, node in info.items():
+        assert len(set(node["search_aliases"])) == len(node["search_aliases"]) > 0, name
+
+
+def test_rarely_used_inputs_are_folded_where_the_host_can(info):
+    folded = {(name, field) for name, node in info.items() for field, _, more in inputs(node) if more.get("advanced")}
+    expected = {("InternVLU_LoadModel", "mllm_name"), ("InternVLU_LoadModel", "vae_name")}
+    for name in ("WriteThought", "AnswerQuestion"):
+        expected |= {(f"InternVLU_{name}", field) for field in ("temperature", "top_p", "beams", "system_prompt")}
+    expected |= {("InternVLU_EncodePrompt", "system_prompt")}
+    expected |= {("InternVLU_DecodeLatent", field) for field in ("width", "height")}
+    expected |= {(f"InternVLU_{name}", "scales") for name in ("SampleLatent", "CreateGuider")}
+    assert folded in (set(), expected)
+    assert bool(folded) == ("search_aliases" in info["InternVLU_LoadModel"])
+
+
+def test_widgets_are_called_what_a_user_understands_and_keep_their_ids(info):
+    called = {
+        field: more["display_name"]
+        for node in info.values()
+        for field, _, more in inputs(node)
+        if "display_name" in more
+    }
+    assert called == {"how": "decoding", "all_cfg": "prompt cfg", "part_cfg": "picture cfg"}
 
 
 def test_help_pages_exist_for_every_node(info, server):

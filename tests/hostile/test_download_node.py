@@ -65,7 +65,7 @@ def chosen(name=CHOICES[0], seed=0, **values):
 def test_the_download_is_offered_last_and_what_is_missing_is_told(server, hub):
     assert options(server) == ["internvl-u-nano", "tiny", NANO_CHOICE, *CHOICES]
     told = json.dumps(server.queue(graph(model_name="InternVL-U")))  # as the shipped workflows have it
-    assert "no InternVL-U model 'InternVL-U'. To have it downloaded, choose " in told and CHOICES[0] in told
+    assert "Download it: choose " in told and "no InternVL-U model 'InternVL-U' in " in told and CHOICES[0] in told
     assert f"put its folder into {server.base / 'models' / 'InternVL-U'} and press R" in told
     assert hub.asked == [] and (server.base / "events.txt").read_text() == ""
 
@@ -93,7 +93,7 @@ def test_no_other_name_is_taken_for_the_wish_to_download(server, hub, linked):
 def test_a_graph_that_cannot_run_downloads_nothing(server, hub):
     nodes = chosen()
     nodes[server.find(nodes, "InternVLU_LoadModel")]["inputs"]["vae_name"] = "nowhere"
-    assert "no VAE 'nowhere'" in json.dumps(server.queue(nodes))
+    assert "no VAE 'nowhere'" in server.error(server.run(nodes))
     assert hub.asked == []
 
 
@@ -179,7 +179,7 @@ def test_listing_validating_and_fingerprints_use_no_network(folders, monkeypatch
     for choice in folders.downloads():
         assert node.validate_inputs(choice) is True
         assert node.fingerprint_inputs(choice, "auto") == []
-    assert "To have it downloaded, choose " in node.validate_inputs("InternVL-U")
+    assert "Download it: choose " in node.validate_inputs("InternVL-U")
     monkeypatch.setattr(transfer, "WAITS", ())
     with pytest.raises(RuntimeError, match="cannot be reached|HF_HUB_OFFLINE is set"):
         node.execute(model_name=next(iter(folders.downloads())), precision="auto")

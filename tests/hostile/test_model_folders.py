@@ -57,7 +57,7 @@ def test_an_odd_file_is_no_model_of_ours_and_a_clear_error_as_a_vae(littered, na
 
 @pytest.mark.parametrize("name", ["dead", "itself", "a folder", "pipe", "socket", "._model", "nowhere"])
 def test_what_is_no_file_is_not_found(littered, name):
-    assert "no VAE" in json.dumps(littered.queue(graph(vae_name=f"{name}.safetensors")))
+    assert "no VAE" in littered.error(littered.run(graph(vae_name=f"{name}.safetensors")))
     assert littered.run(graph())["status"]["status_str"] == "success"
 
 

@@ -48,7 +48,9 @@ def test_unusual_pictures_are_remarked_on_and_usual_ones_not():
     sizes = ReferenceSizes()
     assert images.preprocessing_warnings(Image.new("RGB", (640, 480)), sizes) == []
     assert "stretched" in images.preprocessing_warnings(Image.new("RGB", (1, 300)), sizes)[0]
-    assert "scaled down" in images.preprocessing_warnings(Image.new("RGB", (8000, 6000)), sizes)[0]
+    assert images.scaling_remarks(Image.new("RGB", (640, 480)), sizes) == []
+    assert images.preprocessing_warnings(Image.new("RGB", (8000, 6000)), sizes) == []
+    assert "scaled down" in images.scaling_remarks(Image.new("RGB", (8000, 6000)), sizes)[0]
 
 
 @pytest.mark.parametrize("side", [768, 512, 256])

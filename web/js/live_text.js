@@ -1,13 +1,11 @@
 // Shows the text of InternVL-U Think and InternVL-U Answer on the node: live while it is written, and afterwards.
 // The text is a property of the node, so that tabs, reloads, copies and saved workflows keep it; so is the line below it
-// that says that a limit has cut the text.
+// that says that a limit has cut the text. While it is written, that line says how far it is and how fast it comes.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { CUT, keepText, keyOfJob, NODES, TEXT } from "./text_of_run.js";
 
-const NODES = new Set(["InternVLU_WriteThought", "InternVLU_AnswerQuestion"]);
 const EVENT = "internvl_u.text"; // native/progress.py
-const PROPERTY = "internvl_u_text";
-const CUT_PROPERTY = "internvl_u_cut";
 const WIDGET = "live_text";
 const MIN_HEIGHT = 120;
 
@@ -17,8 +15,9 @@ const BOX_STYLE = `position: relative; display: flex; flex-direction: column; bo
 const AREA_STYLE = `flex: 1; min-height: 0; padding: 4px 6px 24px; border: 0; outline: 0; resize: none; color: inherit;
   background: transparent; overflow-wrap: anywhere; overscroll-behavior: contain;
   font: max(12px, var(--comfy-textarea-font-size, 12px))/1.4 sans-serif;`;
-const CUT_STYLE = `padding: 3px 70px 5px 6px; color: var(--warning-text, #e6b04c); font: 10px/1.5 sans-serif;
-  border-top: 1px solid var(--border-color, #4e4e4e);`;
+const LINE_STYLE = `padding: 3px 70px 5px 6px; font: 10px/1.5 sans-serif; border-top: 1px solid var(--border-color, #4e4e4e);`;
+const CUT_STYLE = `${LINE_STYLE} color: var(--warning-text, #e6b04c);`;
+const STATE_STYLE = `${LINE_STYLE} opacity: 0.75;`;
 const BUTTON_STYLE = `position: absolute; right: 16px; bottom: 4px; padding: 1px 6px; cursor: pointer; ${BORDER}
   background: var(--comfy-menu-bg, #353535); color: inherit; font: 10px/1.5 sans-serif;`;
 
@@ -31,9 +30,10 @@ function addWidget(node) {
   const box = element("div", BOX_STYLE, { className: "internvlu-text widget-expands" });
   const area = element("textarea", AREA_STYLE, { readOnly: true, placeholder: "The text appears here." });
   const cut = element("div", CUT_STYLE, { className: "internvlu-cut", hidden: true });
+  const state = element("div", STATE_STYLE, { className: "internvlu-state", hidden: true });
   const button = element("button", BUTTON_STYLE, { type: "button", textContent: "Copy", hidden: true });
   button.addEventListener("click", () => copy(node, area, button));
-  box.append(area, cut, button);
+  box.append(area, cut, button, state);
   leaveRestToCanvas(box);
 
   const options = { serialize: false, getMinHeight: () => MIN_HEIGHT };
@@ -47,7 +47,7 @@ function addWidget(node) {
 async function copy(node, area, button) {
   let done = true;
   try {
-    await navigator.clipboard.writeText(node.properties[PROPERTY]);
+    await navigator.clipboard.writeText(node.properties[TEXT]);
   } catch {
     // Browsers give no clipboard to pages that come over plain http from another machine.
     area.focus();
@@ -78,46 +78,74 @@ function leaveRestToCanvas(box) {
     });
 }
 
+const boxOf = (node) => node?.widgets?.find((widget) => widget.name === WIDGET)?.element;
+
 function show(node) {
-  const box = node.widgets?.find((widget) => widget.name === WIDGET)?.element;
+  const box = boxOf(node);
   if (!box) return;
   const [area, cut, button] = box.children;
-  const [old, text] = [area.value, String(node.properties?.[PROPERTY] ?? "")];
+  const [old, text] = [area.value, String(node.properties?.[TEXT] ?? "")];
   const follow = old && area.scrollHeight - area.scrollTop - area.clientHeight < 4;
   let same = 0;
   while (same < old.length && old[same] === text[same]) same++;
   area.setRangeText(text.slice(same), same, old.length, "preserve"); // keeps what the reader has selected
   if (follow) area.scrollTop = area.scrollHeight;
   button.hidden = !text;
-  cut.textContent = node.properties?.[CUT_PROPERTY] ?? "";
+  cut.textContent = node.properties?.[CUT] ?? "";
   cut.hidden = !cut.textContent;
+}
+
+// Says what a node is doing, and dims the text of the run before until there is one of this run.
+function showState(node, said, isOld) {
+  const box = boxOf(node);
+  if (!box) return;
+  const [area, cut, , state] = box.children;
+  area.style.opacity = isOld ? 0.4 : 1;
+  state.textContent = said ?? "";
+  state.hidden = !said;
+  cut.hidden = !!said || !cut.textContent;
 }
 
 const rootGraph = () => app.rootGraph ?? app.graph;
 
-function write(path, text, cut) {
-  // In subgraphs an id is a path: 5:12 is node 12 in the subgraph of node 5.
+// In subgraphs an id is a path: 5:12 is node 12 in the subgraph of node 5.
+function nodeOf(path) {
   const ids = String(path).split(":");
   const graph = ids.slice(0, -1).reduce((graph, id) => graph?.getNodeById(id)?.subgraph, rootGraph());
   const node = graph?.getNodeById(ids.at(-1));
-  if (!NODES.has(node?.type) || typeof text !== "string") return;
-  node.properties[PROPERTY] = text;
-  node.properties[CUT_PROPERTY] = cut ?? "";
-  show(node);
+  return NODES.has(node?.type) ? node : undefined;
+}
+
+function write(path, text, cut, key, state) {
+  const node = nodeOf(path);
+  if (!node) return;
+  if (typeof text === "string") {
+    keepText(node, text, cut, key);
+    show(node);
+  }
+  showState(node, state, typeof text !== "string");
 }
 
 const isOpen = (workflow) => !workflow || workflow === rootGraph()?.id;
 
 function onLiveText({ detail }) {
   liveNodes.add(detail.node);
-  if (isOpen(detail.workflow)) write(detail.node, detail.text, detail.cut);
-  else pendingByWorkflow.set(`${detail.workflow} ${detail.node}`, detail);
+  if (isOpen(detail.workflow)) write(detail.node, detail.text, detail.cut, detail.key, detail.state);
+  else if (typeof detail.text === "string") pendingByWorkflow.set(`${detail.workflow} ${detail.node}`, detail);
 }
 
 // A result from the cache was not written live; any other one is known already.
 function takeResult({ detail }) {
   const path = String(detail.display_node ?? detail.node);
-  if (!liveNodes.has(path)) write(path, detail.output?.text?.[0], detail.output?.cut?.[0]);
+  const text = detail.output?.text?.[0];
+  if (liveNodes.has(path) || typeof text !== "string") return;
+  write(path, text, detail.output.cut?.[0], keyOfJob(detail.prompt_id, path));
+}
+
+// A text that has been broken off stays as far as it came.
+function endJob() {
+  for (const path of liveNodes) showState(nodeOf(path));
+  storeGraph();
 }
 
 // The frontend keeps a changed graph for the next page load, but looks for changes only after user actions.
@@ -137,7 +165,7 @@ app.registerExtension({
     api.addEventListener(EVENT, onLiveText);
     api.addEventListener("executed", takeResult);
     for (const end of ["execution_success", "execution_interrupted", "execution_error"])
-      api.addEventListener(end, storeGraph);
+      api.addEventListener(end, endJob);
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
@@ -154,10 +182,10 @@ app.registerExtension({
   },
 
   afterConfigureGraph() {
-    for (const [key, { workflow, node, text, cut }] of pendingByWorkflow) {
+    for (const [key, { workflow, node, text, cut, key: madeFrom }] of pendingByWorkflow) {
       if (!isOpen(workflow)) continue;
       pendingByWorkflow.delete(key);
-      write(node, text, cut);
+      write(node, text, cut, madeFrom);
     }
   },
 });
