@@ -13,15 +13,23 @@ from PIL import Image
 
 from . import images as image_module
 from . import sampling
+from .chat import History
 from .checkpoint import check_folder, open_checkpoint
 from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, LONGEST_SCHEDULE, STEPS, Guidance
-from .encoder import Encoder, check_length
+from .encoder import Encoder, check_length, fit_history
 from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
 from .numbers import check_real, check_whole
-from .prompt import SYSTEM_ANSWER, branch_prompts, drawing_system, generation_prompt
+from .prompt import (
+    SYSTEM_ANSWER,
+    BranchPrompts,
+    TokenizedPrompt,
+    branch_prompts,
+    drawing_system,
+    generation_prompt,
+)
 from .rope import grid_of
 from .sampling import Denoiser, DrawingContexts
 from .tokenizer import Thought, has_thought
@@ -35,7 +43,8 @@ Network = TypeVar("Network", bound=torch.nn.Module)
 class ImageRequest:
     """What to draw. Sizes are pixels, scales the two guidance strengths; None takes the official default.
 
-    With `images` (RGB) the prompt edits them; `thought` is a chain of thought that the drawing follows.
+    With `images` (RGB) the prompt edits them; `thought` is a chain of thought that the drawing follows. `history` is
+    the conversation before, as far as it fits.
     """
 
     prompt: str
@@ -48,6 +57,7 @@ class ImageRequest:
     system: str | None = None
     images: tuple[Image.Image, ...] = ()
     thought: str = ""
+    history: History = History()
 
     def __post_init__(self):
         check_whole("seed", self.seed, -(2**63), 2**64 - 1)
@@ -114,13 +124,23 @@ class Pipeline:
         system: str = SYSTEM_ANSWER,
         config: GenerationConfig | None = None,
         on_token: OnToken | None = None,
+        history: History = History(),
     ) -> list[int]:
-        """Returns the ids that the model writes after the prompt; see `generation.generate`."""
+        """Returns the ids that the model writes after the prompt; see `generation.generate`.
+
+        `history` is the conversation before; turns that do not fit are left out, which is logged.
+        """
         model, where = self._mllm(), {"device": self.device, "dtype": self.dtype}
-        grid = model.vision.grid
-        prompt = generation_prompt(self.encoder.tokenizer, text, system=system, images=len(images), grid=grid)
+        config = config or GenerationConfig()
+
+        def build(history: History) -> TokenizedPrompt:
+            given = {"system": system, "images": len(images), "grid": model.vision.grid, "earlier": history.turns}
+            return generation_prompt(self.encoder.tokenizer, text, **given)
+
+        history = _fitting(model, history, build, config.max_new_tokens)
+        prompt = build(history)
         check_length(model, prompt)
-        features = self.encoder.image_features(model, images, **where)
+        features = self.encoder.image_features(model, (*history.images, *images), **where)
 
         def report(ids: list[int]) -> None:
             check_unchanged(model.mapped)
@@ -139,17 +159,18 @@ class Pipeline:
         system: str | None = None,
         config: GenerationConfig | None = None,
         on_token: OnToken | None = None,
+        history: History = History(),
     ) -> str:
-        """Returns the model's answer to a question about any number of images."""
+        """Returns the model's answer to a question about any number of images, and about those of `history`."""
         system = SYSTEM_ANSWER if system is None else system
-        return self.encoder.tokenizer.decode(self.generate(question, images, system, config, on_token))
+        return self.encoder.tokenizer.decode(self.generate(question, images, system, config, on_token, history))
 
     def think(
         self, request: ImageRequest, config: GenerationConfig | None = None, on_token: OnToken | None = None
     ) -> Thought:
         """Returns the thought that the model has before it draws, as far as the official code hands it on."""
         system = drawing_system(len(request.images)) if request.system is None else request.system
-        written = self.generate(request.prompt, request.images, system, config, on_token)
+        written = self.generate(request.prompt, request.images, system, config, on_token, request.history)
         return self.encoder.tokenizer.decode_thought(written)
 
     @torch.inference_mode()
@@ -162,17 +183,24 @@ class Pipeline:
         references = self._references(request.images)
         model, where = self._mllm(), {"device": self.device, "dtype": self.dtype}
         tokenizer = self.encoder.tokenizer
-        prompts = branch_prompts(
-            tokenizer,
-            request.prompt,
-            images=len(request.images),
-            grid=model.vision.grid,
-            system=request.system,
-            thought=tokenizer.encode_thought(request.thought),
-        )
+
+        def build(history: History) -> BranchPrompts:
+            return branch_prompts(
+                tokenizer,
+                request.prompt,
+                images=len(request.images),
+                grid=model.vision.grid,
+                system=request.system,
+                thought=tokenizer.encode_thought(request.thought),
+                earlier=history.turns,
+            )
+
+        history = _fitting(model, request.history, lambda some: build(some).conditional)
+        prompts = build(history)
         check_length(model, prompts.conditional, prompts.partial)
-        features = self.encoder.image_features(model, request.images, **where)
-        contexts = self.encoder.encode_branches(model, prompts, features, **where)
+        seen = self.encoder.image_features(model, (*history.images, *request.images), **where)
+        earlier, features = seen[: len(history.images)], seen[len(history.images) :]
+        contexts = self.encoder.encode_branches(model, prompts, features, earlier=earlier, **where)
         return DrawingContexts(contexts.conditional, contexts.partial, contexts.unconditional, references)
 
     @torch.inference_mode()
@@ -225,3 +253,12 @@ class Pipeline:
         network = self._networks[name]
         check_unchanged(getattr(network, "mapped", ()))
         return cast(Network, network).to(self.device)
+
+
+def _fitting(
+    model: MLLM, history: History, build: Callable[[History], TokenizedPrompt], new_tokens: int = 0
+) -> History:
+    fitting, note = fit_history(model, history, build, new_tokens)
+    if note:
+        _logger.warning("InternVL-U: %s", note)
+    return fitting
