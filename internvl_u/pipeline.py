@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -124,7 +124,7 @@ class Pipeline:
         system: str = SYSTEM_ANSWER,
         config: GenerationConfig | None = None,
         on_token: OnToken | None = None,
-        history: History = History(),
+        history: History | None = None,
     ) -> list[int]:
         """Returns the ids that the model writes after the prompt; see `generation.generate`.
 
@@ -133,11 +133,16 @@ class Pipeline:
         model, where = self._mllm(), {"device": self.device, "dtype": self.dtype}
         config = config or GenerationConfig()
 
-        def build(history: History) -> TokenizedPrompt:
-            given = {"system": system, "images": len(images), "grid": model.vision.grid, "earlier": history.turns}
+        def build(some: History) -> TokenizedPrompt:
+            given: dict[str, Any] = {
+                "system": system,
+                "images": len(images),
+                "grid": model.vision.grid,
+                "earlier": some.turns,
+            }
             return generation_prompt(self.encoder.tokenizer, text, **given)
 
-        history = _fitting(model, history, build, config.max_new_tokens)
+        history = _fitting(model, history or History(), build, config.max_new_tokens)
         prompt = build(history)
         check_length(model, prompt)
         features = self.encoder.image_features(model, (*history.images, *images), **where)
@@ -159,7 +164,7 @@ class Pipeline:
         system: str | None = None,
         config: GenerationConfig | None = None,
         on_token: OnToken | None = None,
-        history: History = History(),
+        history: History | None = None,
     ) -> str:
         """Returns the model's answer to a question about any number of images, and about those of `history`."""
         system = SYSTEM_ANSWER if system is None else system

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.utils
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from comfy_api.latest._io import HiddenHolder
 
 EVENT = "internvl_u.text"
+CHAT_EVENT = "internvl_u.chat"
 SECONDS_BETWEEN = 0.1
 _logger = logging.getLogger("internvl_u")
 
@@ -80,6 +81,14 @@ def show(hidden: HiddenHolder, text: str, cut: str = "") -> None:
     node = _shown_node(hidden)
     workflow = _workflow_id(hidden.extra_pnginfo)
     server.send_sync(EVENT, {"node": node, "workflow": workflow, "text": text, "cut": cut}, server.client_id)
+
+
+def show_chat(hidden: HiddenHolder, said: dict[str, Any]) -> None:
+    """Tells the node, in the browser that queued the job, which turns came to its conversation; see `show`."""
+    server = PromptServer.instance
+    if server.client_id is not None:
+        where = {"node": _shown_node(hidden), "workflow": _workflow_id(hidden.extra_pnginfo)}
+        server.send_sync(CHAT_EVENT, where | said, server.client_id)
 
 
 def show_note(hidden: HiddenHolder, text: str) -> None:

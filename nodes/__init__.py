@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import model_folders
+from .chat import AddToHistory, Chat
 from .decode import DecodeLatent
 from .encode import EncodePrompt
 from .latent import CreateLatent
@@ -23,6 +24,8 @@ NODES = [
     DecodeLatent,
     WriteThought,
     AnswerQuestion,
+    Chat,
+    AddToHistory,
 ]
 
 model_folders.register()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
+from ..internvl_u.chat import Picture, Turn
+from ..native.generate import check_history
 from ..native.images import to_pil_images
 from ..native.mllm import NativeMLLM, check_mllm
-from .inputs import IMAGES, checked, image_inputs, system_input
+from .inputs import IMAGES, checked, history_input, history_output, image_inputs, system_input
 from .load import MLLM
 
 
@@ -41,6 +45,7 @@ class EncodePrompt(io.ComfyNode):
                     tooltip="A chain of thought to draw from: of InternVL-U Think, or any text. Then 3.5 for all_cfg "
                     "and 1.5 for part_cfg are the official values.",
                 ),
+                history_input("The conversation before this picture, as far as it fits; the words follow it."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -49,6 +54,7 @@ class EncodePrompt(io.ComfyNode):
                     display_name="latent",
                     tooltip="Empty, of the first picture's size (within the trained range), else the model's own size.",
                 ),
+                history_output("The conversation with this prompt. Add the picture with InternVL-U Add to History."),
             ],
         )
 
@@ -61,8 +67,12 @@ class EncodePrompt(io.ComfyNode):
         system_prompt: str = "",
         vae: io.Vae.Type | None = None,
         thought: str = "",
+        history: Any = None,
         **images: io.Image.Type,
     ) -> io.NodeOutput:
         check_mllm(mllm)
+        before = check_history(history)
         given = to_pil_images([images.get(name) for name in IMAGES], mllm.encoder.sizes)
-        return io.NodeOutput(*mllm.encode(prompt, system=system_prompt or None, images=given, vae=vae, thought=thought))
+        settings = {"system": system_prompt or None, "images": given, "vae": vae, "thought": thought}
+        encoded = mllm.encode(prompt, **settings, history=before)
+        return io.NodeOutput(*encoded, before.add(Turn("user", prompt, tuple(map(Picture, given)))))

@@ -14,6 +14,7 @@ from ..internvl_u.generation import GenerationConfig
 from ..internvl_u.numbers import is_finite
 
 IMAGES = ("image1", "image2", "image3", "image4")
+HISTORY = io.Custom("INTERNVL_U_HISTORY")
 HOW = ("greedy", "sampling", "beams")
 
 
@@ -144,3 +145,13 @@ def system_input(what: str) -> io.String.Input:
         optional=True,
         tooltip=f"Replaces the model's system message for {what}. Empty: the one it was trained with.",
     )
+
+
+def history_input(tooltip: str) -> io.Input:
+    """Returns the optional conversation before."""
+    return HISTORY.Input("history", optional=True, tooltip=tooltip)
+
+
+def history_output(tooltip: str) -> io.Output:
+    """Returns the conversation after."""
+    return HISTORY.Output(display_name="history", tooltip=tooltip)

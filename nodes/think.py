@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..internvl_u.defaults import ANSWER_TOKENS, THOUGHT_TOKENS
 from ..internvl_u.prompt import SYSTEM_ANSWER
 from ..native.generate import answer, think
 from ..native.mllm import NativeMLLM
-from .inputs import IMAGES, checked, generation_config, generation_inputs, image_inputs, system_input
+from .inputs import (
+    IMAGES,
+    checked,
+    generation_config,
+    generation_inputs,
+    history_input,
+    history_output,
+    image_inputs,
+    system_input,
+)
 from .load import MLLM
 
 
@@ -34,8 +45,12 @@ class WriteThought(io.ComfyNode):
                 *generation_inputs(THOUGHT_TOKENS),
                 system_input("drawing or editing"),
                 *image_inputs(),
+                history_input("The conversation before this thought, as far as it fits."),
             ],
-            outputs=[io.String.Output(display_name="thought")],
+            outputs=[
+                io.String.Output(display_name="thought"),
+                history_output("The same conversation, for InternVL-U Encode, which adds the prompt to it."),
+            ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             is_output_node=True,
         )
@@ -53,12 +68,13 @@ class WriteThought(io.ComfyNode):
         beams: int,
         seed: int,
         system_prompt: str = "",
+        history: Any = None,
         **images: io.Image.Type,
     ) -> io.NodeOutput:
         config = generation_config(max_new_tokens, how, temperature, top_p, beams, seed)
         given = [images.get(name) for name in IMAGES]
-        thought = think(mllm, prompt, system_prompt or None, given, config, cls.hidden)
-        return io.NodeOutput(thought.text, ui=thought.ui())
+        thought = think(mllm, prompt, system_prompt or None, given, config, cls.hidden, history)
+        return io.NodeOutput(thought.text, thought.history, ui=thought.ui())
 
 
 class AnswerQuestion(io.ComfyNode):
@@ -71,7 +87,7 @@ class AnswerQuestion(io.ComfyNode):
             display_name="InternVL-U Answer",
             category="InternVL-U",
             description="Answers a question about up to four pictures (batches count as several), or chats without "
-            "any. Each question stands for itself: the model does not remember the last one.",
+            "any. Without a history each question stands for itself: the model does not remember the last one.",
             inputs=[
                 MLLM.Input("mllm"),
                 io.String.Input(
@@ -83,8 +99,12 @@ class AnswerQuestion(io.ComfyNode):
                 *generation_inputs(ANSWER_TOKENS),
                 system_input("answering"),
                 *image_inputs(),
+                history_input("The conversation before this question, as far as it fits."),
             ],
-            outputs=[io.String.Output(display_name="answer")],
+            outputs=[
+                io.String.Output(display_name="answer"),
+                history_output("The conversation with this question and its answer."),
+            ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             is_output_node=True,
         )
@@ -102,9 +122,10 @@ class AnswerQuestion(io.ComfyNode):
         beams: int,
         seed: int,
         system_prompt: str = "",
+        history: Any = None,
         **images: io.Image.Type,
     ) -> io.NodeOutput:
         config = generation_config(max_new_tokens, how, temperature, top_p, beams, seed)
         given = [images.get(name) for name in IMAGES]
-        text = answer(mllm, question, system_prompt or SYSTEM_ANSWER, given, config, cls.hidden)
-        return io.NodeOutput(text.text, ui=text.ui())
+        text = answer(mllm, question, system_prompt or SYSTEM_ANSWER, given, config, cls.hidden, history)
+        return io.NodeOutput(text.text, text.history, ui=text.ui())
