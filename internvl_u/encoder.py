@@ -162,8 +162,8 @@ class Encoder:
         """Returns the context [tokens, len(layers) * width] of each prompt: its user's last turn to its end.
 
         A prompt comes with the features of its images. What is before that turn (the system message, and the turns of
-        a conversation) is seen by the attention but not handed on; prompts that share it read it once. The same prompt gives the same bits whatever it comes with.
-        `device` and `dtype` are the arithmetic's.
+        a conversation) is seen by the attention but not handed on; prompts that share it read it once. The same prompt
+        gives the same bits whatever it comes with. `device` and `dtype` are the arithmetic's.
         """
         check_length(model, *(prompt for prompt, _ in prompts))
         check_layers(self.layers, model)
@@ -193,9 +193,11 @@ class Encoder:
     ) -> BranchContexts:
         """Returns the contexts of an image's branches; `features` are those of its input images.
 
-        `earlier` are those of the images of the conversation before. An `unconditional` context that is known already is not computed again.
+        `earlier` are those of the images of the conversation before. An `unconditional` context that is known already
+        is not computed again.
         """
-        wanted: list[tuple[TokenizedPrompt, Sequence[torch.Tensor]]] = [(prompts.conditional, (*earlier, *features))]
+        wanted: list[tuple[TokenizedPrompt, Sequence[torch.Tensor]]]
+        wanted = [(prompts.conditional, (*earlier, *features))]
         if features:
             wanted.append((prompts.partial, features))
         if unconditional is None:

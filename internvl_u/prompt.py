@@ -77,8 +77,9 @@ def branch_prompts(
 
     `earlier` are the turns of a conversation before this one; their images come before the `images` in the conditional
     prompt. They are words to follow, so the other two prompts are without them. The language model reads them, and only
-    the last turn is handed on to the transformer, as with the system message: what it is handed stays as long as in
-    training (the official code hands on all from the first user's turn, and has no conversation that draws).
+    the last turn is handed on to the transformer, so that what it is handed stays as long as in training. (The official
+    code hands on all from the first user's turn on, and draws in no conversation. The nano model, which was trained
+    with none, draws after one turn 18 of 30 things right this way, and 0 of 30 the other way.)
 
     Raises:
         ValueError: the text has more `<image>` placeholders than there are images, or there are more than 64 of these.

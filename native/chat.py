@@ -1,4 +1,4 @@
-"""A conversation in ComfyUI: one message answered by the nodes' models, its pictures kept as files of the output folder.
+"""A conversation in ComfyUI: one message answered by the nodes' models, its pictures kept in the output folder.
 
 A picture is named by its values: the same run writes the same file, and a conversation is known by its text.
 """

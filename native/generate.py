@@ -26,7 +26,10 @@ Images = Sequence[torch.Tensor | None]
 
 
 class Written(NamedTuple):
-    """A text for a node, what the node tells of it ("" for one that the model has ended itself), and the conversation."""
+    """A text for a node, what the node tells of it, and the conversation after it.
+
+    `cut` is "" for a text that the model has ended itself.
+    """
 
     text: str | Thought
     cut: str
