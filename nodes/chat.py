@@ -31,8 +31,9 @@ class Chat(io.ComfyNode):
             "its pictures are in output/InternVL-U/chat.",
             inputs=[
                 MLLM.Input("mllm"),
-                *_message_inputs(),
+                *_action_inputs(),
                 *_drawing_inputs(),
+                _message_input(),
                 *image_inputs(),
                 history_input("The conversation before the one in the box: of another node."),
                 io.String.Input(
@@ -122,15 +123,8 @@ def chosen_scales(scales: str, all_cfg: float, part_cfg: float) -> tuple[float, 
     return (all_cfg, part_cfg) if scales == TYPED else None
 
 
-def _message_inputs() -> list[io.Input]:
+def _action_inputs() -> list[io.Input]:
     return [
-        io.String.Input(
-            "message",
-            multiline=True,
-            placeholder="your message",
-            tooltip="What you say. It goes to the box when it was answered. A run without a message adds "
-            "nothing and gives the last text and picture again.",
-        ),
         io.Combo.Input(
             "action",
             options=list(ACTIONS),
@@ -173,6 +167,16 @@ def _drawing_inputs() -> list[io.Input]:
         io.Model.Input("model", optional=True, tooltip="Needed to draw: from Load InternVL-U."),
         io.Vae.Input("vae", optional=True, tooltip="Needed to draw: from Load InternVL-U."),
     ]
+
+
+def _message_input() -> io.String.Input:
+    return io.String.Input(
+        "message",
+        multiline=True,
+        placeholder="your message",
+        tooltip="What you say. It goes to the box when it was answered. A run without a message adds "
+        "nothing and gives the last text and picture again.",
+    )
 
 
 def _side(name: str) -> io.Int.Input:

@@ -1,6 +1,5 @@
 """InternVL-U Chat and a history through the other nodes, in a running ComfyUI: judged by meaning on the nano model."""
 
-import importlib
 import json
 
 import pytest
@@ -8,7 +7,6 @@ from PIL import Image
 
 pytest.importorskip("scipy")
 
-from training.data import scenes
 from training.data.scenes import Scene, Thing
 from training.eval import detector
 

@@ -12,11 +12,14 @@ const WIDGET = "chat";
 const MIN_HEIGHT = 300;
 const NAMES = { user: "You", assistant: "InternVL-U" }; // internvl_u/chat.py
 
-const BOX_STYLE = `position: relative; display: flex; flex-direction: column; box-sizing: border-box; width: 100%; height: 100%;
-  ${BORDER} min-height: ${MIN_HEIGHT - 20}px; background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd);
+const BOX_STYLE = `position: relative; box-sizing: border-box; width: 100%; height: 100%; min-height: ${MIN_HEIGHT - 20}px;`;
+// Out of the flow: a long conversation scrolls, and does not make the node of Nodes 2.0 longer.
+const INNER_STYLE = `position: absolute; inset: 0; display: flex; flex-direction: column; box-sizing: border-box; ${BORDER}
+  background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd);
   font: max(12px, var(--comfy-textarea-font-size, 12px))/1.4 sans-serif;`;
 const LIST_STYLE = `flex: 1; min-height: 0; overflow-y: auto; overscroll-behavior: contain; padding: 6px; display: flex;
   flex-direction: column; gap: 6px; user-select: text;`;
+const GROUP_STYLE = "display: contents;";
 const TURN_STYLE = `max-width: 88%; padding: 4px 8px; border-radius: 8px; overflow-wrap: anywhere; white-space: pre-wrap;`;
 const SIDES = {
   user: "align-self: flex-end; background: var(--comfy-menu-bg, #353535);",
@@ -25,13 +28,14 @@ const SIDES = {
 const PICTURE_STYLE = "display: block; max-width: 100%; max-height: 256px; min-width: 96px; margin: 3px 0; border-radius: 4px; cursor: zoom-in;";
 const THOUGHT_STYLE = "opacity: 0.75; font-style: italic;";
 const HINT_STYLE = "margin: auto; opacity: 0.6; text-align: center;";
-const ROW_STYLE = "display: flex; gap: 4px; align-items: center; padding: 4px 6px; border-top: 1px solid var(--border-color, #4e4e4e);";
+const ROW_STYLE = "display: flex; gap: 4px; align-items: center; padding: 4px 6px; border-bottom: 1px solid var(--border-color, #4e4e4e);";
 const BUTTON_STYLE = `padding: 1px 8px; cursor: pointer; ${BORDER} background: var(--comfy-menu-bg, #353535); color: inherit;
   font: 11px/1.6 sans-serif;`;
 const SMALL_STYLE = "display: block; margin: 2px 0 0 auto; padding: 0; border: 0; cursor: pointer; background: transparent; color: inherit; opacity: 0.55; font: 10px/1.4 sans-serif;";
 const CUT_STYLE = "padding: 3px 6px; color: var(--warning-text, #e6b04c); font: 10px/1.5 sans-serif;";
 
-const liveTexts = new WeakMap(); // node -> the text that is being written
+const lives = new WeakMap(); // node -> what is being made: { text, picture }
+const shown = new WeakMap(); // node -> the conversation as its box shows it
 const cuts = new WeakMap(); // node -> what a limit has cut in the last run
 const toldNodes = new Set(); // ids of the nodes that told their turns in the running job
 const pendingByWorkflow = new Map(); // turns for workflows that are open in other tabs
@@ -63,7 +67,10 @@ function setMessage(node, text) {
 
 function addWidget(node) {
   const box = element("div", BOX_STYLE, { className: "internvlu-chat widget-expands" });
+  const inner = element("div", INNER_STYLE, {});
   const list = element("div", LIST_STYLE, { className: "internvlu-turns" });
+  const hint = element("div", HINT_STYLE, { textContent: "Write a message and send it: the conversation appears here." });
+  list.append(element("div", GROUP_STYLE, {}), element("div", GROUP_STYLE, {}), hint);
   const cut = element("div", CUT_STYLE, { className: "internvlu-chat-cut", hidden: true });
   const row = element("div", ROW_STYLE, {});
   const button = (text, title, act) => {
@@ -76,7 +83,8 @@ function addWidget(node) {
   button("Copy", "Copies the conversation as Markdown.", (made) => copy(node, made));
   button("Export", "Saves the conversation as a Markdown file; its pictures are in ComfyUI's output folder.", () => save(node));
   button("Clear", "Begins a new conversation. Undo brings this one back.", () => setTurns(node, []));
-  box.append(list, cut, row);
+  inner.append(row, list, cut);
+  box.append(inner);
   leaveRestToCanvas(box);
 
   const widget = node.addDOMWidget?.(WIDGET, "internvlu_chat", box, { serialize: false, getMinHeight: () => MIN_HEIGHT });
@@ -98,19 +106,35 @@ function hide(widget) {
 function show(node) {
   const box = widgetOf(node, WIDGET)?.element;
   if (!box) return;
-  const [list, cut] = box.children;
+  const [, list, cut] = box.firstElementChild.children;
+  const [old, live, hint] = list.children;
   const follow = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
-  const turns = turnsOf(node);
-  list.replaceChildren(...turns.map((turn, i) => bubble(node, turn, i)));
-  if (liveTexts.has(node)) {
-    list.append(bubble(node, { role: "user", text: String(widgetOf(node, "message")?.value ?? "") }));
-    list.append(bubble(node, { role: "assistant", text: liveTexts.get(node) || "…" }));
-  }
-  if (!list.children.length)
-    list.append(element("div", HINT_STYLE, { textContent: "Write a message and run: the conversation appears here." }));
+  const conversation = widgetOf(node, "conversation")?.value ?? "";
+  if (shown.get(node) !== conversation) old.replaceChildren(...turnsOf(node).map((turn, i) => bubble(node, turn, i)));
+  shown.set(node, conversation);
+  live.replaceChildren(...(lives.has(node) ? liveBubbles(node) : []));
+  hint.hidden = old.children.length + live.children.length > 0;
   cut.textContent = cuts.get(node) ?? "";
   cut.hidden = !cut.textContent;
   if (follow) list.scrollTop = list.scrollHeight;
+}
+
+function liveBubbles(node) {
+  const { text, picture } = lives.get(node);
+  const made = bubble(node, { role: "assistant", text: picture ? text : text || "…" });
+  if (picture) made.append(element("img", PICTURE_STYLE, { src: picture, alt: "" }));
+  return [bubble(node, { role: "user", text: String(widgetOf(node, "message")?.value ?? "") }), made];
+}
+
+function setLive(node, change) {
+  const before = lives.get(node) ?? { text: "" };
+  if (change?.picture && before.picture) URL.revokeObjectURL(before.picture);
+  if (change) lives.set(node, { ...before, ...change });
+  else {
+    if (before.picture) URL.revokeObjectURL(before.picture);
+    lives.delete(node);
+  }
+  show(node);
 }
 
 function bubble(node, turn, index) {
@@ -132,7 +156,7 @@ function picture(node, name) {
   made.addEventListener("click", () => window.open(source, "_blank", "noopener"));
   made.addEventListener("load", () => {
     const list = made.closest(".internvlu-turns");
-    if (list?.lastElementChild?.contains(made)) list.scrollTop = list.scrollHeight;
+    if (list?.firstElementChild.lastElementChild?.contains(made)) list.scrollTop = list.scrollHeight;
   });
   return made;
 }
@@ -151,10 +175,10 @@ function branchButton(node, turn, index) {
 
 // "InternVL-U/chat/1f.png [output]" as the server's /view wants it.
 function viewed(name) {
-  const [, path, type] = /^(.*?)(?: \[(output|input|temp)\])?$/s.exec(name);
-  const parts = path.split("/");
+  const parts = plainName(name).split("/");
   const filename = parts.pop();
-  return new URLSearchParams({ filename, subfolder: parts.join("/"), type: type ?? "input" });
+  const type = name.match(/ \[(\w+)\]$/)?.[1] ?? "input";
+  return new URLSearchParams({ filename, subfolder: parts.join("/"), type });
 }
 
 const plainName = (name) => name.replace(/ \[(output|input|temp)\]$/, "");
@@ -211,11 +235,11 @@ function nodeAt(path) {
 function take(path, { before, turns, cut }) {
   const node = nodeAt(path);
   if (!node) return;
-  liveTexts.delete(node);
+  setLive(node, null);
   const [kept, added] = [turnsOf(node), parse(turns)];
   // Told twice, or the same message run twice from the same place: the first answer stays.
   const known = added.length && JSON.stringify(kept[before]) === JSON.stringify(added[0]);
-  if (!added.length || known) return show(node);
+  if (!added.length || known) return;
   cuts.set(node, cut);
   if (widgetOf(node, "message")?.value === added[0].text) setMessage(node, ""); // not what was typed meanwhile
   setTurns(node, [...kept, ...added]);
@@ -223,9 +247,13 @@ function take(path, { before, turns, cut }) {
 
 function onText({ detail }) {
   const node = isOpen(detail.workflow) && nodeAt(detail.node);
-  if (!node) return;
-  liveTexts.set(node, String(detail.text));
-  show(node);
+  if (node) setLive(node, { text: String(detail.text) });
+}
+
+// The picture while it is drawn: in its turn, not below the box. Nodes 2.0 has a place of its own for it.
+function onPreview({ detail }) {
+  const node = !globalThis.LiteGraph?.vueNodesMode && nodeAt(detail.displayNodeId ?? detail.nodeId);
+  if (node) setLive(node, { picture: URL.createObjectURL(detail.blob) });
 }
 
 function onTurns({ detail }) {
@@ -246,7 +274,7 @@ function forgetLive() {
   const forget = (graph) => {
     for (const node of graph?.nodes ?? []) {
       if (node.subgraph) forget(node.subgraph);
-      if (node.type === NODE && liveTexts.delete(node)) show(node);
+      if (node.type === NODE && lives.has(node)) setLive(node, null);
     }
   };
   forget(rootGraph());
@@ -266,6 +294,7 @@ app.registerExtension({
     document.addEventListener("wheel", takeWheel, { capture: true, passive: true });
     api.addEventListener("execution_start", () => toldNodes.clear());
     api.addEventListener(TEXT_EVENT, onText);
+    api.addEventListener("b_preview_with_metadata", onPreview);
     api.addEventListener(CHAT_EVENT, onTurns);
     api.addEventListener("executed", takeResult);
     for (const end of ["execution_success", "execution_interrupted", "execution_error"])
@@ -275,6 +304,7 @@ app.registerExtension({
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.name !== NODE) return;
     const { onNodeCreated, onConfigure } = nodeType.prototype;
+    nodeType.prototype.onDrawBackground = undefined; // which would put the preview below the box and leave it there
     nodeType.prototype.onNodeCreated = function (...args) {
       onNodeCreated?.apply(this, args);
       addWidget(this);
