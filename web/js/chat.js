@@ -99,7 +99,7 @@ function addWidget(node) {
 function hide(widget) {
   if (!widget) return;
   widget.hidden = true;
-  widget.options = { ...widget.options, hidden: true };
+  if (widget.options) widget.options.hidden = true; // in place: where newer Nodes 2.0 look
   widget.computeSize = () => [0, -4];
 }
 
