@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 TEXT         says it; the model answers, or draws if it decides to
+/ask TEXT    lets it answer in words
 /draw TEXT   draws it
 /edit TEXT   changes the last picture
 /think TEXT  thinks first, then draws it; /think /edit TEXT thinks first, then changes the last picture
@@ -124,6 +125,7 @@ class Talk:
         text = text.strip()
         act: dict[str, Callable[[str], object]] = {
             "": lambda text: text and self._say(text, reply.DECIDE),
+            "/ask": lambda text: self._say(text, reply.ANSWER),
             "/draw": lambda text: self._say(text, reply.DRAW),
             "/edit": lambda text: self._say(text, reply.EDIT),
             "/think": self._think,

@@ -6,6 +6,8 @@ import pytest
 
 PICTURES = ["image1", "image2", "image3", "image4"]
 WRITING = ["max_new_tokens", "how", "temperature", "top_p", "beams", "seed"]
+CHATTING = ["action", "reads", "width", "height", "steps", "seed", "max_new_tokens", "scales", "all_cfg", "part_cfg"]
+HISTORY = "INTERNVL_U_HISTORY"
 FROZEN = {
     "InternVLU_LoadModel": (["model_name", "precision", "mllm_name", "vae_name"], ["MODEL", "INTERNVL_U_MLLM", "VAE"]),
     "InternVLU_LoadLoRA": (
@@ -13,8 +15,8 @@ FROZEN = {
         ["MODEL", "INTERNVL_U_MLLM"],
     ),
     "InternVLU_EncodePrompt": (
-        ["mllm", "prompt", "system_prompt", "vae", *PICTURES, "thought"],
-        ["CONDITIONING", "CONDITIONING", "LATENT"],
+        ["mllm", "prompt", "system_prompt", "vae", *PICTURES, "thought", "history"],
+        ["CONDITIONING", "CONDITIONING", "LATENT", HISTORY],
     ),
     "InternVLU_CreateLatent": (["preset", "width", "height", "batch_size"], ["LATENT"]),
     "InternVLU_SampleLatent": (
@@ -25,8 +27,19 @@ FROZEN = {
     "InternVLU_SelectSampler": ([], ["SAMPLER"]),
     "InternVLU_ScheduleSteps": (["steps", "denoise"], ["SIGMAS"]),
     "InternVLU_DecodeLatent": (["vae", "samples", "width", "height"], ["IMAGE"]),
-    "InternVLU_WriteThought": (["mllm", "prompt", *WRITING, "system_prompt", *PICTURES], ["STRING"]),
-    "InternVLU_AnswerQuestion": (["mllm", "question", *WRITING, "system_prompt", *PICTURES], ["STRING"]),
+    "InternVLU_WriteThought": (
+        ["mllm", "prompt", *WRITING, "system_prompt", *PICTURES, "history"],
+        ["STRING", HISTORY],
+    ),
+    "InternVLU_AnswerQuestion": (
+        ["mllm", "question", *WRITING, "system_prompt", *PICTURES, "history"],
+        ["STRING", HISTORY],
+    ),
+    "InternVLU_Chat": (
+        ["mllm", *CHATTING, "message", "model", "vae", *PICTURES, "history", "conversation"],
+        ["STRING", "IMAGE", HISTORY],
+    ),
+    "InternVLU_AddToHistory": (["role", "text", "history", "image"], [HISTORY]),
 }
 SOCKETS = {"MODEL", "INTERNVL_U_MLLM", "VAE", "CONDITIONING", "LATENT", "GUIDER", "SAMPLER", "SIGMAS", "IMAGE"}
 
