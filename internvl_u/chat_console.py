@@ -213,7 +213,9 @@ class ConsoleSpeaker:
 
         config = GenerationConfig(self.options.max_new_tokens)
         try:
-            return self.pipeline.generate(text, images, system, config, show, history)
+            written = self.pipeline.generate(text, images, system, config, show, history)
+            print(self.tokenizer.decode(written).removeprefix(told), end="", file=stream)
+            return written
         finally:
             print(file=stream, flush=True)
 

@@ -40,7 +40,6 @@ class Chat(io.ComfyNode):
                     "conversation",
                     default="",
                     optional=True,
-                    socketless=True,
                     tooltip="The turns in the box, as JSON; the page keeps it. Over the API give the one of the last "
                     "run, or nothing for a new conversation.",
                 ),
