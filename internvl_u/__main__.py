@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__
+from . import __version__, chat_console
 from .console import check_model_name, shown_name, text_argument, usable_streams
 from .defaults import (
     ANSWER_TOKENS,
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_draw(commands.add_parser("draw", help="draw a picture from a text, or edit pictures"))
+    _add_chat(commands.add_parser("chat", help="a conversation: questions, answers, pictures and changes of them"))
     _add_ask(commands.add_parser("ask", help="ask about pictures, or chat without any"))
     _add_convert(commands.add_parser("convert", help="write single files for ComfyUI's model folders"))
     _add_merge(commands.add_parser("merge", help="write a checkpoint folder with LoRAs merged into its weights"))
@@ -138,6 +139,12 @@ def _add_ask(parser: argparse.ArgumentParser) -> None:
     _add_max_new_tokens(parser, ANSWER_TOKENS, "longest answer")
     parser.add_argument("--beams", type=int, default=1, metavar="N", help="beams of the search (default %(default)s)")
     parser.set_defaults(run=_ask)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    chat_console.add_arguments(parser)
+    parser.set_defaults(run=lambda options: chat_console.run(options, _open(options)))
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

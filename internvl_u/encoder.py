@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
+from .chat import History
 from .checkpoint import WeightFormat
 from .images import ReferenceSizes, vision_pixels
 from .mllm import MLLM
@@ -51,6 +52,26 @@ def check_layers(layers: Sequence[int], model: MLLM) -> None:
     wrong = [layer for layer in layers if not -count - 1 <= layer <= count]
     if wrong:
         raise RuntimeError(f"vlm_select_layer {wrong[0]} found, {-count - 1} to {count} expected for {count} layers")
+
+
+def fit_history(
+    model: MLLM, history: History, build: Callable[[History], TokenizedPrompt], new_tokens: int = 0
+) -> tuple[History, str]:
+    """Returns the turns of a conversation that fit before a prompt, and what to tell of those that do not: "" of none.
+
+    `build(history)` returns the prompt. The oldest messages go first, each with its answer. Room is kept for
+    `new_tokens`, up to a quarter of the model's context.
+    """
+    allowed = model.language_model.config.max_position_embeddings
+    allowed -= min(new_tokens, allowed // 4)
+    fitting = history.fit(lambda some: len(build(some).ids), allowed)
+    missing = len(history) - len(fitting)
+    if not missing:
+        return history, ""
+    return fitting, (
+        f"the first {missing} of {len(history)} turns of the conversation were left out: with them the prompt has "
+        f"{len(build(history).ids)} tokens, and {allowed} fit"
+    )
 
 
 @dataclass(frozen=True)
@@ -138,23 +159,24 @@ class Encoder:
         device: torch.device,
         dtype: torch.dtype,
     ) -> list[torch.Tensor]:
-        """Returns the context [tokens, len(layers) * width] of each prompt: its user's turn to its end.
+        """Returns the context [tokens, len(layers) * width] of each prompt: its user's last turn to its end.
 
-        A prompt comes with the features of its images. The prompts share their system turn, which is seen by the
-        attention but not handed on: each is read once. The same prompt gives the same bits whatever it comes with.
-        `device` and `dtype` are the arithmetic's.
+        A prompt comes with the features of its images. What is before that turn (the system message, and the turns of
+        a conversation) is seen by the attention but not handed on; prompts that share it read it once. The same prompt
+        gives the same bits whatever it comes with. `device` and `dtype` are the arithmetic's.
         """
         check_length(model, *(prompt for prompt, _ in prompts))
         check_layers(self.layers, model)
-        caches: dict[tuple[int, ...], object] = {}
+        caches: dict[tuple[tuple[int, ...], tuple[int, ...]], object] = {}
         contexts = []
         for prompt, features in prompts:
             embedded = self.embed(model, prompt, features, device=device, dtype=dtype)
-            system_turn = prompt.ids[: prompt.user_start]
-            if system_turn not in caches:
-                caches[system_turn] = model.prefill(embedded[:, : prompt.user_start])
+            seen = sum(image.start < prompt.user_start for image in prompt.images)
+            before = prompt.ids[: prompt.user_start], tuple(map(id, features[:seen]))
+            if before not in caches:
+                caches[before] = model.prefill(embedded[:, : prompt.user_start])
             rest = embedded[:, prompt.user_start :]
-            contexts.append(model.hidden_states(rest, self.layers, caches[system_turn])[0])
+            contexts.append(model.hidden_states(rest, self.layers, caches[before])[0])
             check_finite(contexts[-1], "the hidden states", "the language model, or a LoRA on it")
         return contexts
 
@@ -167,12 +189,15 @@ class Encoder:
         device: torch.device,
         dtype: torch.dtype,
         unconditional: torch.Tensor | None = None,
+        earlier: Sequence[torch.Tensor] = (),
     ) -> BranchContexts:
         """Returns the contexts of an image's branches; `features` are those of its input images.
 
-        An `unconditional` context that is known already is not computed again.
+        `earlier` are those of the images of the conversation before. An `unconditional` context that is known already
+        is not computed again.
         """
-        wanted = [(prompts.conditional, features)]
+        wanted: list[tuple[TokenizedPrompt, Sequence[torch.Tensor]]]
+        wanted = [(prompts.conditional, (*earlier, *features))]
         if features:
             wanted.append((prompts.partial, features))
         if unconditional is None:

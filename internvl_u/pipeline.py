@@ -6,16 +6,17 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from PIL import Image
 
 from . import images as image_module
 from . import sampling
+from .chat import History
 from .checkpoint import check_folder, open_checkpoint
 from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, LONGEST_SCHEDULE, STEPS, Guidance
-from .encoder import Encoder, check_length
+from .encoder import Encoder, check_length, fit_history
 from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .images import ReferenceSizes
@@ -23,7 +24,14 @@ from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
 from .numbers import check_real, check_whole
 from .places import locate
-from .prompt import SYSTEM_ANSWER, branch_prompts, drawing_system, generation_prompt
+from .prompt import (
+    SYSTEM_ANSWER,
+    BranchPrompts,
+    TokenizedPrompt,
+    branch_prompts,
+    drawing_system,
+    generation_prompt,
+)
 from .rope import grid_of
 from .sampling import Denoiser, DrawingContexts
 from .tokenizer import Thought, has_thought
@@ -39,7 +47,8 @@ class ImageRequest:
 
     With `images` (RGB) the prompt edits them; `thought` is a chain of thought that the drawing follows.
     `negative_prompt` is what to keep away from, which is not official; `reference_size` the most that the transformer
-    sees of each image, as the side in pixels of a square of equal area, None for the official size.
+    sees of each image, as the side in pixels of a square of equal area, None for the official size. `history` is the
+    conversation before, as far as it fits.
     """
 
     prompt: str
@@ -54,6 +63,7 @@ class ImageRequest:
     thought: str = ""
     negative_prompt: str = ""
     reference_size: int | None = None
+    history: History = History()
 
     def __post_init__(self):
         check_whole("seed", self.seed, -(2**63), 2**64 - 1)
@@ -145,13 +155,28 @@ class Pipeline:
         system: str = SYSTEM_ANSWER,
         config: GenerationConfig | None = None,
         on_token: OnToken | None = None,
+        history: History | None = None,
     ) -> list[int]:
-        """Returns the ids that the model writes after the prompt; see `generation.generate`."""
+        """Returns the ids that the model writes after the prompt; see `generation.generate`.
+
+        `history` is the conversation before; turns that do not fit are left out, which is logged.
+        """
         model, where = self._mllm(), {"device": self.device, "dtype": self.dtype}
-        grid = model.vision.grid
-        prompt = generation_prompt(self.encoder.tokenizer, text, system=system, images=len(images), grid=grid)
+        config = config or GenerationConfig()
+
+        def build(some: History) -> TokenizedPrompt:
+            given: dict[str, Any] = {
+                "system": system,
+                "images": len(images),
+                "grid": model.vision.grid,
+                "earlier": some.turns,
+            }
+            return generation_prompt(self.encoder.tokenizer, text, **given)
+
+        history = _fitting(model, history or History(), build, config.max_new_tokens)
+        prompt = build(history)
         check_length(model, prompt)
-        features = self.encoder.image_features(model, images, **where)
+        features = self.encoder.image_features(model, (*history.images, *images), **where)
 
         def report(ids: list[int]) -> None:
             check_unchanged(model.mapped)
@@ -170,17 +195,18 @@ class Pipeline:
         system: str | None = None,
         config: GenerationConfig | None = None,
         on_token: OnToken | None = None,
+        history: History | None = None,
     ) -> str:
-        """Returns the model's answer to a question about any number of images."""
+        """Returns the model's answer to a question about any number of images, and about those of `history`."""
         system = SYSTEM_ANSWER if system is None else system
-        return self.encoder.tokenizer.decode(self.generate(question, images, system, config, on_token))
+        return self.encoder.tokenizer.decode(self.generate(question, images, system, config, on_token, history))
 
     def think(
         self, request: ImageRequest, config: GenerationConfig | None = None, on_token: OnToken | None = None
     ) -> Thought:
         """Returns the thought that the model has before it draws, as far as the official code hands it on."""
         system = drawing_system(len(request.images)) if request.system is None else request.system
-        written = self.generate(request.prompt, request.images, system, config, on_token)
+        written = self.generate(request.prompt, request.images, system, config, on_token, request.history)
         return self.encoder.tokenizer.decode_thought(written)
 
     @torch.inference_mode()
@@ -193,18 +219,25 @@ class Pipeline:
         references = self._references(request.images, self.encoder.sizes.limited(request.reference_size))
         model, where = self._mllm(), {"device": self.device, "dtype": self.dtype}
         tokenizer = self.encoder.tokenizer
-        prompts = branch_prompts(
-            tokenizer,
-            request.prompt,
-            images=len(request.images),
-            grid=model.vision.grid,
-            system=request.system,
-            thought=tokenizer.encode_thought(request.thought),
-            negative=request.negative_prompt,
-        )
+
+        def build(history: History) -> BranchPrompts:
+            return branch_prompts(
+                tokenizer,
+                request.prompt,
+                images=len(request.images),
+                grid=model.vision.grid,
+                system=request.system,
+                thought=tokenizer.encode_thought(request.thought),
+                negative=request.negative_prompt,
+                earlier=history.turns,
+            )
+
+        history = _fitting(model, request.history, lambda some: build(some).conditional)
+        prompts = build(history)
         check_length(model, prompts.conditional, prompts.partial, prompts.unconditional)
-        features = self.encoder.image_features(model, request.images, **where)
-        contexts = self.encoder.encode_branches(model, prompts, features, **where)
+        seen = self.encoder.image_features(model, (*history.images, *request.images), **where)
+        earlier, features = seen[: len(history.images)], seen[len(history.images) :]
+        contexts = self.encoder.encode_branches(model, prompts, features, earlier=earlier, **where)
         return DrawingContexts(contexts.conditional, contexts.partial, contexts.unconditional, references)
 
     @torch.inference_mode()
@@ -257,3 +290,12 @@ class Pipeline:
         network = self._networks[name]
         check_unchanged(getattr(network, "mapped", ()))
         return cast(Network, network).to(self.device)
+
+
+def _fitting(
+    model: MLLM, history: History, build: Callable[[History], TokenizedPrompt], new_tokens: int = 0
+) -> History:
+    fitting, note = fit_history(model, history, build, new_tokens)
+    if note:
+        _logger.warning("InternVL-U: %s", note)
+    return fitting

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .chat import Turn
 from .defaults import IMAGES
 from .rope import Layout, Span
 from .tokenizer import IM_END, IM_START, IMG, IMG_UNCOND, PAD, ImageSlot, Piece, Special, Tokenizer, TokenRange
@@ -27,7 +28,7 @@ SYSTEM_EDIT = (
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt's ids, where its images' features go, and where the user's turn begins.
+    """A prompt's ids, where its images' features go, and where the user's last turn begins.
 
     Each image takes `grid` x `grid` tokens.
     """
@@ -39,9 +40,11 @@ class TokenizedPrompt:
 
     @property
     def layout(self) -> Layout:
-        """The context's spans, from the user's turn to the end."""
+        """The context's spans, from the user's last turn to the end."""
         spans, position = [], self.user_start
         for image in self.images:
+            if image.start < self.user_start:
+                continue  # of a turn before: the language model reads it, the transformer is not handed it
             spans += [Span(image.start - position), Span(image.stop - image.start, self.grid, self.grid)]
             position = image.stop
         return tuple(span for span in (*spans, Span(len(self.ids) - position)) if span.count)
@@ -65,6 +68,7 @@ def branch_prompts(
     system: str | None = None,
     thought: Sequence[int] | None = None,
     negative: str = "",
+    earlier: Sequence[Turn] = (),
 ) -> BranchPrompts:
     """Returns the prompts for an image drawn from `text`, or edited from `images` input images.
 
@@ -73,16 +77,22 @@ def branch_prompts(
     the user's turn is then empty. `negative` is a text that the unconditional branch reads in place of its own, which
     the official code has no way to change; the two other branches stay as they are.
 
+    `earlier` are the turns of a conversation before this one; their images come before the `images` in the conditional
+    prompt. They are words to follow, so the other two prompts are without them. The language model reads them, and only
+    the last turn is handed on to the transformer, so that what it is handed stays as long as in training. (The official
+    code hands on all from the first user's turn on, and draws in no conversation. The nano model, which was trained
+    with none, draws after one turn 18 of 30 things right this way, and 0 of 30 the other way.)
+
     Raises:
         ValueError: a text has more `<image>` placeholders than there are images, or there are more than 64 of these.
     """
     message = drawing_system(images) if system is None else system
 
-    def build(turn: Sequence[Piece]) -> TokenizedPrompt:
-        return _prompt(tokenizer, message, turn, grid, [tokenizer.special[IMG]])
+    def build(turn: Sequence[Piece], earlier: Sequence[Turn] = ()) -> TokenizedPrompt:
+        return _prompt(tokenizer, message, turn, grid, [tokenizer.special[IMG]], earlier)
 
     unconditional = build(["Here is a random image ", Special(IMG_UNCOND), ":"])
-    conditional = build(_user_turn(text, images))
+    conditional = build(_user_turn(text, images), earlier)
     partial = build(_with_images(f"{IMAGE_PLACEHOLDER}\n" * images + PARTIAL_PROMPT)) if images else unconditional
     if thought is not None:
         longest = max(len(prompt.ids) for prompt in (conditional, partial, unconditional))
@@ -111,14 +121,16 @@ def drawing_system(images: int) -> str:
 
 
 def generation_prompt(
-    tokenizer: Tokenizer, text: str, *, system: str, images: int = 0, grid: int = 0
+    tokenizer: Tokenizer, text: str, *, system: str, images: int = 0, grid: int = 0, earlier: Sequence[Turn] = ()
 ) -> TokenizedPrompt:
     """Returns the prompt after which the model writes: an answer, or a thought before it draws.
+
+    `earlier` are the turns of a conversation before this one; their images come before the `images`.
 
     Raises:
         ValueError: the text has more `<image>` placeholders than there are images, or there are more than 64 of these.
     """
-    return _prompt(tokenizer, system, _user_turn(text, images), grid)
+    return _prompt(tokenizer, system, _user_turn(text, images), grid, earlier=earlier)
 
 
 def plain_prompt(tokenizer: Tokenizer, text: str, *, images: int = 0, grid: int = 0) -> TokenizedPrompt:
@@ -150,15 +162,44 @@ def _with_thought(
 
 
 def _prompt(
-    tokenizer: Tokenizer, system: str, turn: Sequence[Piece], grid: int, ending: Sequence[int] = ()
+    tokenizer: Tokenizer,
+    system: str,
+    turn: Sequence[Piece],
+    grid: int,
+    ending: Sequence[int] = (),
+    earlier: Sequence[Turn] = (),
 ) -> TokenizedPrompt:
-    before, _ = tokenizer.encode([Special(IM_START), f"system\n{system}", Special(IM_END), "\n"])
-    first, *rest = turn
-    user = ["user\n" + first, *rest] if isinstance(first, str) else ["user\n", first, *rest]
-    after = [Special(IM_END), "\n", Special(IM_START), "assistant\n"]
-    ids, images = tokenizer.encode([Special(IM_START), *user, *after], grid**2)
+    opening = [Special(IM_START), f"system\n{system}", Special(IM_END), "\n"]
+    for one in earlier:
+        opening += _earlier_turn(one)
+    before, seen = tokenizer.encode(opening, grid**2)
+    ids, images = tokenizer.encode([*_opened("user", turn), Special(IM_START), "assistant\n"], grid**2)
     images = [TokenRange(image.start + len(before), image.stop + len(before)) for image in images]
-    return TokenizedPrompt((*before, *ids, *ending), tuple(images), len(before), grid)
+    return TokenizedPrompt((*before, *ids, *ending), (*seen, *images), len(before), grid)
+
+
+def _opened(role: str, turn: Sequence[Piece]) -> list[Piece]:
+    first, *rest = turn
+    words = [f"{role}\n{first}", *rest] if isinstance(first, str) else [f"{role}\n", first, *rest]
+    return [Special(IM_START), *words, Special(IM_END), "\n"]
+
+
+def _earlier_turn(turn: Turn) -> list[Piece]:
+    """Returns a turn of the conversation as the model read or wrote it.
+
+    A picture that it drew comes after its words, where its own `<img>` stood. What it thought is left out, as the chat
+    template of Qwen3 does for turns that are over.
+    """
+    images = len(turn.pictures)
+    if turn.role == "user":
+        return _opened("user", _user_turn(_fewer_placeholders(turn.text, images), images))
+    words = [turn.text] if turn.text else []
+    return [Special(IM_START), "assistant\n", *words, *[ImageSlot()] * images, Special(IM_END), "\n"]
+
+
+def _fewer_placeholders(text: str, images: int) -> str:
+    """Returns a text with no more placeholders than images: pictures of a turn may be left out."""
+    return text if text.count(IMAGE_PLACEHOLDER) <= images else text.replace(IMAGE_PLACEHOLDER, "")
 
 
 def _user_turn(text: str, images: int, name: str = "prompt") -> list[Piece]:

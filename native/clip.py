@@ -271,7 +271,7 @@ def _drawing_prompt(mllm: NativeMLLM, text: Text) -> TokenizedPrompt:
 
 
 def _writing_prompt(mllm: NativeMLLM, text: Text, images: Sequence[Image.Image]) -> TokenizedPrompt:
-    tokenizer, given = mllm.encoder.tokenizer, {"images": len(images), "grid": mllm.model.vision.grid}
+    tokenizer, grid = mllm.encoder.tokenizer, mllm.model.vision.grid
     if text.template:
-        return generation_prompt(tokenizer, text.text, system=SYSTEM_ANSWER, **given)
-    return plain_prompt(tokenizer, text.text, **given)
+        return generation_prompt(tokenizer, text.text, system=SYSTEM_ANSWER, images=len(images), grid=grid)
+    return plain_prompt(tokenizer, text.text, images=len(images), grid=grid)

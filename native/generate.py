@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from PIL import Image
 
+from ..internvl_u.chat import History, Picture, Turn
 from ..internvl_u.generation import GenerationConfig, cut_warning, ended
 from ..internvl_u.prompt import drawing_system
 from ..internvl_u.tokenizer import Thought
@@ -26,10 +28,14 @@ Images = Sequence[torch.Tensor | None]
 
 
 class Written(NamedTuple):
-    """A text for a node, and what the node tells of it: "" for one that the model has ended itself."""
+    """A text for a node, what the node tells of it, and the conversation after it.
+
+    `cut` is "" for a text that the model has ended itself.
+    """
 
     text: str | Thought
     cut: str
+    history: History = History()
 
     def ui(self) -> dict[str, Any]:
         """Returns what the node shows: it stays with a result from ComfyUI's cache."""
@@ -43,24 +49,36 @@ def no_thought(hidden: HiddenHolder) -> Written:
 
 
 def think(
-    mllm: NativeMLLM, text: str, system: str | None, images: Images, config: GenerationConfig, hidden: HiddenHolder
+    mllm: NativeMLLM,
+    text: str,
+    system: str | None,
+    images: Images,
+    config: GenerationConfig,
+    hidden: HiddenHolder,
+    history: History | None = None,
 ) -> Written:
-    """Returns the thought as far as the official code draws from it.
+    """Returns the thought as far as the official code draws from it; the conversation stays as it is.
 
     Raises:
         ValueError: an input is of another kind, or the text does not fit the model.
     """
-    system = system or drawing_system(sum(image is not None for image in images))
-    ids, cut = _generate(mllm, text, system, images, config, hidden)
-    thought = Written(mllm.encoder.tokenizer.decode_thought(ids), cut)
-    show(hidden, *thought)
+    before, pil_images = _checked(mllm, images, history)
+    ids, cut = write(mllm, text, system or drawing_system(len(pil_images)), pil_images, config, hidden, before)
+    thought = Written(mllm.encoder.tokenizer.decode_thought(ids), cut, before)
+    show(hidden, thought.text, thought.cut)
     return thought
 
 
 def answer(
-    mllm: NativeMLLM, text: str, system: str, images: Images, config: GenerationConfig, hidden: HiddenHolder
+    mllm: NativeMLLM,
+    text: str,
+    system: str,
+    images: Images,
+    config: GenerationConfig,
+    hidden: HiddenHolder,
+    history: History | None = None,
 ) -> Written:
-    """Returns the answer to a question about images.
+    """Returns the answer to a question about images, and the conversation with both.
 
     Raises:
         ValueError: an input is of another kind, or the text does not fit the model.
@@ -71,20 +89,59 @@ def answer(
             hidden,
             f"{count} pictures go in, 64 at most: slow, and much to look at. InternVL-U Frames picks some of them.",
         )
-    ids, cut = _generate(mllm, text, system, images, config, hidden)
-    result = Written(mllm.encoder.tokenizer.decode(ids), cut)
-    show(hidden, *result)
+    before, pil_images = _checked(mllm, images, history)
+    ids, cut = write(mllm, text, system, pil_images, config, hidden, before)
+    said = mllm.encoder.tokenizer.decode(ids)
+    asked = Turn("user", text, tuple(map(Picture, pil_images)))
+    result = Written(said, cut, before.add(asked, Turn("assistant", said)))
+    show(hidden, result.text, result.cut)
     return result
 
 
-def _generate(
-    mllm: NativeMLLM, text: str, system: str, images: Images, config: GenerationConfig, hidden: HiddenHolder
-) -> tuple[list[int], str]:
+def check_history(history: object) -> History:
+    """Returns a history; None is an empty one.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if history is None:
+        return History()
+    if not isinstance(history, History):
+        raise ValueError(
+            f"history: a value of type {type(history).__name__} found, a history expected: of InternVL-U Chat, Answer, "
+            "Think, Encode or Add to History"
+        )
+    return history
+
+
+def _checked(mllm: object, images: Images, history: object) -> tuple[History, list[Image.Image]]:
     check_mllm(mllm)
-    pil_images = to_pil_images(images, mllm.encoder.sizes)
+    return check_history(history), to_pil_images(images, cast(NativeMLLM, mllm).encoder.sizes)
+
+
+def write(
+    mllm: NativeMLLM,
+    text: str,
+    system: str,
+    images: Sequence[Image.Image],
+    config: GenerationConfig,
+    hidden: HiddenHolder,
+    history: History | None = None,
+) -> tuple[list[int], str]:
+    """Returns the ids that the model writes, shown on the node meanwhile, and that a limit has cut them, or "".
+
+    Raises:
+        ValueError: the text does not fit the model.
+    """
     tokenizer = mllm.encoder.tokenizer
     live = LiveText(hidden, config.max_new_tokens, tokenizer.decode)
-    written = mllm.generate(text, system=system, images=pil_images, config=config, on_token=live)
+
+    def note(sentence: str) -> None:
+        show_note(hidden, sentence)
+
+    written = mllm.generate(
+        text, system=system, images=images, config=config, on_token=live, history=history, on_note=note
+    )
     live.end()
     if ended(written, tokenizer.stops):
         return written, ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,15 +16,16 @@ import comfy.sd
 import torch
 from PIL import Image
 
+from ..internvl_u.chat import History
 from ..internvl_u.checkpoint import Part
 from ..internvl_u.config import mllm_config
-from ..internvl_u.encoder import Encoder, check_length
+from ..internvl_u.encoder import Encoder, check_length, fit_history
 from ..internvl_u.files import check_unchanged
 from ..internvl_u.generation import GenerationConfig, OnToken, generate
 from ..internvl_u.images import ReferenceSizes, drawn_size, reference_pixels
 from ..internvl_u.load import check_part
 from ..internvl_u.mllm import MLLM
-from ..internvl_u.prompt import TokenizedPrompt, branch_prompts, generation_prompt
+from ..internvl_u.prompt import BranchPrompts, TokenizedPrompt, branch_prompts, generation_prompt
 from ..internvl_u.rope import Layout
 from ..internvl_u.sampling import check_finite
 from . import compat
@@ -37,6 +39,8 @@ from .model import LAYOUT
 from .quantized import quantize_layers
 from .sampler import empty_latent
 
+_logger = logging.getLogger("internvl_u")
+OnNote = Callable[[str], object]
 Execution = dict[str, Any]
 """The `device` and the `dtype` of the arithmetic, as keywords."""
 
@@ -79,13 +83,16 @@ class NativeMLLM:
         thought: str = "",
         negative_prompt: str = "",
         reference_size: int | None = None,
+        history: History | None = None,
+        on_note: OnNote | None = None,
     ) -> tuple[Conditioning, Conditioning, Latent]:
         """Returns positive and negative CONDITIONING and a latent of the size to draw.
 
         `images` are RGB images to edit; they need the `vae`. `thought` is a chain of thought to draw from,
         `negative_prompt` a text in place of the model's own empty prompt. `reference_size` is the most that the
         transformer sees of each image, as the side in pixels of a square of equal area; None for the official size.
-        The latent remembers the first image's own size; see `latents.edited_size`.
+        `history` is the conversation before, as far as it fits; `on_note(sentence)` is told of what does not. The
+        latent remembers the first image's own size; see `latents.edited_size`.
 
         Raises:
             ValueError: images without a VAE, or more placeholders in the text than images.
@@ -96,23 +103,32 @@ class NativeMLLM:
             check_vae(vae)
         tokenizer = self.encoder.tokenizer
         thinking = tokenizer.encode_thought(thought)
-        prompts = branch_prompts(
-            tokenizer,
-            text,
-            images=len(images),
-            grid=self.model.vision.grid,
-            system=system,
-            thought=thinking,
-            negative=negative_prompt,
-        )
+
+        def build(history: History) -> BranchPrompts:
+            return branch_prompts(
+                tokenizer,
+                text,
+                images=len(images),
+                grid=self.model.vision.grid,
+                system=system,
+                thought=thinking,
+                negative=negative_prompt,
+                earlier=history.turns,
+            )
+
+        history = self._fitting(history, lambda some: build(some).conditional, 0, on_note)
+        prompts = build(history)
         every = (prompts.conditional, prompts.partial, prompts.unconditional)
         check_length(self.model, *every)
         sizes = self.encoder.sizes.limited(reference_size)
         references = {"reference_latents": self._references(vae, images, sizes)} if images and vae is not None else {}
         known = self._empty_context if self._empty_prompt == prompts.unconditional else None
         with self._ready(max(len(prompt.ids) for prompt in every)) as where:
-            features = self.encoder.image_features(self.model, images, **where)
-            contexts = self.encoder.encode_branches(self.model, prompts, features, unconditional=known, **where)
+            seen = self.encoder.image_features(self.model, (*history.images, *images), **where)
+            earlier, features = seen[: len(history.images)], seen[len(history.images) :]
+            contexts = self.encoder.encode_branches(
+                self.model, prompts, features, unconditional=known, earlier=earlier, **where
+            )
         positive = self._conditioning(*contexts.conditional, references)
         negative = self._conditioning(*contexts.unconditional, {})
         self._empty_prompt, self._empty_context = prompts.unconditional, negative[0][0][0]
@@ -130,15 +146,23 @@ class NativeMLLM:
         images: Sequence[Image.Image] = (),
         config: GenerationConfig,
         on_token: OnToken | None = None,
+        history: History | None = None,
+        on_note: OnNote | None = None,
     ) -> list[int]:
         """Returns the ids that the model writes after a prompt; `on_token(ids)` is called after each token.
+
+        `history` is the conversation before, as far as it fits; `on_note(sentence)` is told of what does not.
 
         Raises:
             ValueError: more placeholders in the text than images.
         """
-        grid = self.model.vision.grid
-        prompt = generation_prompt(self.encoder.tokenizer, text, system=system, images=len(images), grid=grid)
-        return self.write(prompt, images, config, on_token)
+        given: dict[str, Any] = {"system": system, "images": len(images), "grid": self.model.vision.grid}
+
+        def build(history: History) -> TokenizedPrompt:
+            return generation_prompt(self.encoder.tokenizer, text, earlier=history.turns, **given)
+
+        history = self._fitting(history, build, config.max_new_tokens, on_note)
+        return self.write(build(history), (*history.images, *images), config, on_token)
 
     def write(
         self,
@@ -162,6 +186,20 @@ class NativeMLLM:
         with self._ready(len(prompt.ids), config) as where:
             features = self.encoder.image_features(self.model, images, **where)
             return generate(self.encoder, self.model, prompt, features, config, on_token=report, **where)
+
+    def _fitting(
+        self,
+        history: History | None,
+        build: Callable[[History], TokenizedPrompt],
+        new_tokens: int,
+        on_note: OnNote | None,
+    ) -> History:
+        fitting, note = fit_history(self.model, history or History(), build, new_tokens)
+        if note:
+            _logger.warning("InternVL-U: %s", note)
+            if on_note is not None:
+                on_note(note)
+        return fitting
 
     def load(self, tokens: int, config: GenerationConfig | None = None) -> None:
         """Loads the weights as far as there is room for them beside a prompt's values, and for those of writing."""

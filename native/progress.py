@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from comfy_api.latest._io import HiddenHolder
 
 EVENT = "internvl_u.text"
+CHAT_EVENT = "internvl_u.chat"
 SECONDS_BETWEEN = 0.1
 USUAL_TOKENS = 100
 """After so many tokens the bar is at half of its way, unless the limit is nearer: nobody knows where the text ends."""
@@ -128,6 +129,14 @@ def _send(hidden: HiddenHolder, text: str | None, **more: object) -> None:
         return  # a job that came from no page: the text would go to all of them
     sent = {"node": _shown_node(hidden), "workflow": _workflow_id(hidden.extra_pnginfo), "text": text, "cut": ""}
     server.send_sync(EVENT, sent | more, server.client_id)
+
+
+def show_chat(hidden: HiddenHolder, said: dict[str, Any]) -> None:
+    """Tells the node, in the browser that queued the job, which turns came to its conversation; see `show`."""
+    server = PromptServer.instance
+    if server.client_id is not None:
+        where = {"node": _shown_node(hidden), "workflow": _workflow_id(hidden.extra_pnginfo)}
+        server.send_sync(CHAT_EVENT, where | said, server.client_id)
 
 
 def show_note(hidden: HiddenHolder, text: str, log: bool = False) -> None:

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..native.copies import is_second_copy
 from . import model_folders
+from .chat import AddToHistory, Chat
 from .decode import DecodeLatent
 from .encode import EncodePrompt
 from .latent import CreateLatent
@@ -29,6 +30,8 @@ NODES = [
     ListScales,
     PickFrames,
     JudgePicture,
+    Chat,
+    AddToHistory,
 ]
 
 model_folders.register()

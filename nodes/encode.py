@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
+from ..internvl_u.chat import Picture, Turn
 from ..native import compat
+from ..native.generate import check_history
 from ..native.images import to_pil_images
 from ..native.mllm import NativeMLLM, check_mllm
 from ..native.workflow import tell_unheard
-from .inputs import IMAGES, LATER, check_choice, checked, image_inputs, system_input
+from .inputs import (
+    IMAGES,
+    LATER,
+    check_choice,
+    checked,
+    history_input,
+    history_output,
+    image_inputs,
+    system_input,
+)
 from .load import MLLM
 
 OFFICIAL = "official"
@@ -67,6 +80,7 @@ class EncodePrompt(io.ComfyNode):
                     "4096 tokens in every step, as many as the drawn one; 512 x 512 are 1024 and 256 x 256 are 256. "
                     "Fewer are faster and take less memory, but lose details; 256 x 256 is below the trained range.",
                 ),
+                history_input("The conversation before this picture, as far as it fits; the words follow it."),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -79,6 +93,7 @@ class EncodePrompt(io.ComfyNode):
                     display_name="latent",
                     tooltip="Empty, of the first picture's size (within the trained range), else the model's own size.",
                 ),
+                history_output("The conversation with this prompt. Add the picture with InternVL-U Add to History."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             **compat.search_aliases(
@@ -110,9 +125,11 @@ class EncodePrompt(io.ComfyNode):
         thought: str = "",
         negative_prompt: str = "",
         reference_size: str = OFFICIAL,
+        history: Any = None,
         **images: io.Image.Type,
     ) -> io.NodeOutput:
         check_mllm(mllm)
+        before = check_history(history)
         tell_unheard(cls.hidden, [name for name in IMAGES if images.get(name) is None])
         check_choice("reference_size", reference_size, tuple(REFERENCE_SIZES))
         if type(thought) is str and thought.strip() == prompt.strip():
@@ -120,4 +137,5 @@ class EncodePrompt(io.ComfyNode):
         given = to_pil_images([images.get(name) for name in IMAGES], mllm.encoder.sizes)
         settings = {"negative_prompt": negative_prompt, "reference_size": REFERENCE_SIZES[reference_size]}
         settings |= {"system": system_prompt or None, "images": given, "vae": vae, "thought": thought}
-        return io.NodeOutput(*mllm.encode(prompt, **settings))
+        encoded = mllm.encode(prompt, **settings, history=before)
+        return io.NodeOutput(*encoded, before.add(Turn("user", prompt, tuple(map(Picture, given)))))

@@ -19,6 +19,7 @@ from ..native.progress import show_note
 IMAGES = tuple(f"image{i}" for i in range(1, 9))
 FIRST, LATER = IMAGES[:4], IMAGES[4:]
 """The later four came after other inputs, whose order in saved workflows stays."""
+HISTORY = io.Custom("INTERNVL_U_HISTORY")
 HOW = ("greedy", "sampling", "beams")
 CUSTOM = "custom"
 BUDGETS = {"official: 200": 200, "long: 1024": 1024}
@@ -200,3 +201,13 @@ def chosen_tokens(budget: str, max_new_tokens: int, hidden: Any) -> int:
         told = f"budget {budget!r} counts, max_new_tokens {max_new_tokens} does not: choose custom for it"
         show_note(hidden, told, log=True)
     return BUDGETS[budget]
+
+
+def history_input(tooltip: str) -> io.Input:
+    """Returns the optional conversation before."""
+    return HISTORY.Input("history", optional=True, tooltip=tooltip)
+
+
+def history_output(tooltip: str) -> io.Output:
+    """Returns the conversation after."""
+    return HISTORY.Output(display_name="history", tooltip=tooltip)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..internvl_u.defaults import ANSWER_TOKENS, THOUGHT_TOKENS
@@ -18,6 +20,8 @@ from .inputs import (
     chosen_tokens,
     generation_config,
     generation_inputs,
+    history_input,
+    history_output,
     image_inputs,
     system_input,
 )
@@ -54,12 +58,14 @@ class WriteThought(io.ComfyNode):
                     tooltip="Off: the thought is empty, no time is spent on it, and the same graph draws plainly.",
                 ),
                 budget_input(),
+                history_input("The conversation before this thought, as far as it fits."),
             ],
             outputs=[
                 io.String.Output(
                     display_name="thought",
                     tooltip="The chain of thought, for InternVL-U Encode. Empty where think is off.",
-                )
+                ),
+                history_output("The same conversation, for InternVL-U Encode, which adds the prompt to it."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             is_output_node=True,
@@ -98,6 +104,7 @@ class WriteThought(io.ComfyNode):
         system_prompt: str = "",
         think: bool = True,
         budget: str = CUSTOM,
+        history: Any = None,
         **images: io.Image.Type,
     ) -> io.NodeOutput:
         if not think:
@@ -106,8 +113,8 @@ class WriteThought(io.ComfyNode):
         tokens = chosen_tokens(budget, max_new_tokens, cls.hidden)
         config = generation_config(tokens, how, temperature, top_p, beams, seed)
         given = [images.get(name) for name in IMAGES]
-        thought = generate.think(mllm, prompt, system_prompt or None, given, config, cls.hidden)
-        return io.NodeOutput(thought.text, ui=thought.ui())
+        thought = generate.think(mllm, prompt, system_prompt or None, given, config, cls.hidden, history)
+        return io.NodeOutput(thought.text, thought.history, ui=thought.ui())
 
 
 class AnswerQuestion(io.ComfyNode):
@@ -120,7 +127,8 @@ class AnswerQuestion(io.ComfyNode):
             display_name="InternVL-U Answer",
             category="InternVL-U",
             description="Answers a question about up to eight pictures (batches count as several, 64 at most), or "
-            "chats without any. Each question stands for itself: the model does not remember the last one.",
+            "chats without any. Without a history each question stands for itself: the model does not remember the "
+            "last one.",
             inputs=[
                 MLLM.Input("mllm", tooltip="From Load InternVL-U."),
                 io.String.Input(
@@ -141,8 +149,12 @@ class AnswerQuestion(io.ComfyNode):
                     tooltip="A ready question. What is written above is added to it: what a caption is to mention, "
                     "or the idea that becomes a better prompt. as written: your question alone.",
                 ),
+                history_input("The conversation before this question, as far as it fits."),
             ],
-            outputs=[io.String.Output(display_name="answer", tooltip="What the model says, as text.")],
+            outputs=[
+                io.String.Output(display_name="answer", tooltip="What the model says, as text."),
+                history_output("The conversation with this question and its answer."),
+            ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             is_output_node=True,
             **compat.search_aliases(
@@ -181,10 +193,11 @@ class AnswerQuestion(io.ComfyNode):
         seed: int,
         system_prompt: str = "",
         task: str = AS_WRITTEN,
+        history: Any = None,
         **images: io.Image.Type,
     ) -> io.NodeOutput:
         config = generation_config(max_new_tokens, how, temperature, top_p, beams, seed)
         given = [images.get(name) for name in IMAGES]
         question = question_for(task, question)
-        text = generate.answer(mllm, question, system_prompt or SYSTEM_ANSWER, given, config, cls.hidden)
-        return io.NodeOutput(text.text, ui=text.ui())
+        text = generate.answer(mllm, question, system_prompt or SYSTEM_ANSWER, given, config, cls.hidden, history)
+        return io.NodeOutput(text.text, text.history, ui=text.ui())

@@ -8,6 +8,8 @@ from pack.internvl_u.defaults import NANO_CHOICE
 PICTURES = ["image1", "image2", "image3", "image4"]
 MORE_PICTURES = ["image5", "image6", "image7", "image8"]
 WRITING = ["max_new_tokens", "how", "temperature", "top_p", "beams", "seed"]
+CHATTING = ["action", "reads", "width", "height", "steps", "seed", "max_new_tokens", "scales", "all_cfg", "part_cfg"]
+HISTORY = "INTERNVL_U_HISTORY"
 FROZEN = {
     "InternVLU_LoadModel": (
         ["model_name", "precision", "mllm_name", "vae_name"],
@@ -28,8 +30,9 @@ FROZEN = {
             *MORE_PICTURES,
             "negative_prompt",
             "reference_size",
+            "history",
         ],
-        ["CONDITIONING", "CONDITIONING", "LATENT"],
+        ["CONDITIONING", "CONDITIONING", "LATENT", HISTORY],
     ),
     "InternVLU_CreateLatent": (["preset", "width", "height", "batch_size"], ["LATENT"]),
     "InternVLU_SampleLatent": (
@@ -41,17 +44,22 @@ FROZEN = {
     "InternVLU_ScheduleSteps": (["steps", "denoise"], ["SIGMAS"]),
     "InternVLU_DecodeLatent": (["vae", "samples", "width", "height", "size"], ["IMAGE"]),
     "InternVLU_WriteThought": (
-        ["mllm", "prompt", *WRITING, "system_prompt", *PICTURES, *MORE_PICTURES, "think", "budget"],
-        ["STRING"],
+        ["mllm", "prompt", *WRITING, "system_prompt", *PICTURES, *MORE_PICTURES, "think", "budget", "history"],
+        ["STRING", HISTORY],
     ),
     "InternVLU_AnswerQuestion": (
-        ["mllm", "question", *WRITING, "system_prompt", *PICTURES, *MORE_PICTURES, "task"],
-        ["STRING"],
+        ["mllm", "question", *WRITING, "system_prompt", *PICTURES, *MORE_PICTURES, "task", "history"],
+        ["STRING", HISTORY],
     ),
     "InternVLU_ListPrompts": (["text"], ["STRING", "STRING", "INT", "INT"]),
     "InternVLU_ListScales": (["all_cfg", "part_cfg"], ["FLOAT", "FLOAT", "STRING", "INT"]),
     "InternVLU_PickFrames": (["images", "count"], ["IMAGE"]),
     "InternVLU_JudgePicture": (["mllm", "image", "question", "otherwise"], ["IMAGE", "BOOLEAN", "STRING"]),
+    "InternVLU_Chat": (
+        ["mllm", *CHATTING, "message", "model", "vae", *PICTURES, "history", "conversation"],
+        ["STRING", "IMAGE", HISTORY],
+    ),
+    "InternVLU_AddToHistory": (["role", "text", "history", "image"], [HISTORY]),
 }
 
 

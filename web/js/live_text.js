@@ -9,7 +9,7 @@ const EVENT = "internvl_u.text"; // native/progress.py
 const WIDGET = "live_text";
 const MIN_HEIGHT = 120;
 
-const BORDER = "border: 1px solid var(--border-color, #4e4e4e); border-radius: 4px;";
+export const BORDER = "border: 1px solid var(--border-color, #4e4e4e); border-radius: 4px;";
 const BOX_STYLE = `position: relative; display: flex; flex-direction: column; box-sizing: border-box; width: 100%; height: 100%; ${BORDER}
   min-height: ${MIN_HEIGHT - 20}px; background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd);`;
 const AREA_STYLE = `flex: 1; min-height: 0; padding: 4px 6px 24px; border: 0; outline: 0; resize: none; color: inherit;
@@ -24,7 +24,7 @@ const BUTTON_STYLE = `position: absolute; right: 16px; bottom: 4px; padding: 1px
 const liveNodes = new Set(); // ids of the nodes that wrote in the running job
 const pendingByWorkflow = new Map(); // newest texts for workflows that are open in other tabs
 
-const element = (tag, style, fields) => Object.assign(document.createElement(tag), fields, { style });
+export const element = (tag, style, fields) => Object.assign(document.createElement(tag), fields, { style });
 
 function addWidget(node) {
   const box = element("div", BOX_STYLE, { className: "internvlu-text widget-expands" });
@@ -65,7 +65,7 @@ function takeWheel(event) {
 }
 
 // The left button selects text, the middle one moves the canvas; Nodes 2.0 sees to the latter by itself.
-function leaveRestToCanvas(box) {
+export function leaveRestToCanvas(box) {
   box.addEventListener("wheel", (event) => {
     event.preventDefault();
     app.canvas?.processMouseWheel?.(event);
@@ -106,7 +106,7 @@ function showState(node, said, isOld) {
   cut.hidden = !!said || !cut.textContent;
 }
 
-const rootGraph = () => app.rootGraph ?? app.graph;
+export const rootGraph = () => app.rootGraph ?? app.graph;
 
 // In subgraphs an id is a path: 5:12 is node 12 in the subgraph of node 5.
 function nodeOf(path) {
@@ -126,7 +126,7 @@ function write(path, text, cut, key, state) {
   showState(node, state, typeof text !== "string");
 }
 
-const isOpen = (workflow) => !workflow || workflow === rootGraph()?.id;
+export const isOpen = (workflow) => !workflow || workflow === rootGraph()?.id;
 
 function onLiveText({ detail }) {
   liveNodes.add(detail.node);
