@@ -79,7 +79,7 @@ _KINDS = {
     "InternVLU_DecodeLatent": _Kind(
         (("vae", "VAE"), ("samples", "LATENT")), (("IMAGE", "IMAGE"),), ("width", "height"), 3, (300, 102)
     ),
-    "SaveImage": _Kind((("images", "IMAGE"),), (), ("filename_prefix",), 3, (300, 340)),
+    "SaveImage": _Kind((("images", "IMAGE"),), (), ("filename_prefix",), 4, (300, 340)),
 }
 _OLD_SLOTS = len(_KINDS["InternVLU_EncodePrompt"].slots) - len(_IMAGES[4:])
 
@@ -140,7 +140,7 @@ def api_graph(drawing: Drawing) -> Nodes:
 def page_graph(nodes: Nodes) -> dict[str, Any]:
     """Returns a graph of `api_graph` as ComfyUI's page opens it: nodes at places, and links."""
     links: list[list[Any]] = []
-    bottoms = [0] * 4
+    bottoms = [0] * 5
     made = []
     for order, (name, node) in enumerate(nodes.items()):
         kind = _KINDS[node["class_type"]]

@@ -13,8 +13,10 @@ from pack.internvl_u.checkpoint import check_folder
 from pack.internvl_u.convert import convert
 from pack.internvl_u.defaults import FILE_DTYPES, GGUF_DTYPES
 from pack.internvl_u.generation import GenerationConfig
+from pack.internvl_u.load import load_mmdit
 from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 from ..hub_cache import in_hub_cache
 
@@ -142,6 +144,24 @@ def test_the_command_line_takes_files_and_names_what_is_missing(tmp_path, told, 
     assert status == 1 and "tokenizer" in said
     assert told("ask", "--model", model, "--mllm", elsewhere, "--prompt", "hi", "--max-new-tokens", 2)[0] == 1
     assert told("ask", "--model", model, "--mllm", elsewhere, "--vae", qwen, "--prompt", "hi")[0] == 0
+
+
+@links
+def test_converting_and_merging_take_a_folder_of_the_hubs_cache(checkpoint, tmp_path, told):
+    cache = in_hub_cache(checkpoint, tmp_path)
+    status, said = told("convert", "--model", cache, "--out", tmp_path / "converted")
+    assert status == 0, said
+    for file in convert(checkpoint, tmp_path / "plain"):
+        assert file.read_bytes() == (tmp_path / "converted" / file.relative_to(tmp_path / "plain")).read_bytes()
+    lora = tmp_path / "lora.safetensors"
+    rows, columns = load_mmdit(checkpoint).transformer_blocks[0].attn.to_q.weight.shape
+    name = "transformer_blocks.0.attn.to_q"
+    halves = {f"{name}.lora_A.weight": torch.ones(1, columns), f"{name}.lora_B.weight": torch.ones(rows, 1)}
+    save_file(halves, lora)
+    status, said = told("merge", "--model", cache, "--lora", lora, "--out", tmp_path / "merged")
+    assert status == 0, said
+    assert places.checkpoint_folder(tmp_path / "merged") == tmp_path / "merged"
+    assert not [file for file in (tmp_path / "merged").rglob("*") if file.is_symlink()]
 
 
 def test_merging_and_converting_want_a_folder(tmp_path, told):
