@@ -79,6 +79,30 @@ def test_cores_loader_and_ours_make_the_same_of_a_lora(clips, tmp_path, near):
     near(scheduled(clips.module.CLIP(mllm), TEXT)[0][0], mllm.encode(TEXT)[0][0][0], 1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["Q8_0", "int8", "fp8_scaled"])
+def test_a_lora_of_cores_loader_works_on_smaller_files_as_with_ours(clips, checkpoint, tmp_path, near, dtype):
+    import comfy.sd
+
+    if dtype.startswith("Q"):
+        pytest.importorskip("gguf")
+    convert = importlib.import_module("pack.internvl_u.convert").convert
+    _, language, _ = convert(checkpoint, tmp_path, dtype)
+    mllm = importlib.import_module("pack.native.mllm").load_mllm(str(language), None)
+    clip = clips.module.CLIP(mllm)
+    before = scheduled(clip, TEXT)[0][0]
+    assert torch.equal(before, mllm.encode(TEXT)[0][0][0])
+    file = lora(clips.mllm)
+    save_file(file, tmp_path / "lora.safetensors")
+    _, changed = comfy.sd.load_lora_for_models(None, clip, file, 1.0, 0.5)
+    after = scheduled(changed, TEXT)[0][0]
+    _, ours, _ = importlib.import_module("pack.native.lora").apply_lora(
+        None, mllm, tmp_path / "lora.safetensors", 1.0, 0.5
+    )
+    expected = ours.encode(TEXT)[0][0][0]
+    near(after - before, expected - before, 1e-5)
+    assert torch.equal(scheduled(clip, TEXT)[0][0], before)
+
+
 def test_a_lora_beside_the_weights_changes_its_own_clip_alone(clips, near):
     import comfy.sd
 
