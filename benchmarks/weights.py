@@ -62,9 +62,9 @@ class NativePipeline:
         return Image.fromarray((pixels * 255).to(torch.uint8).cpu().numpy())
 
     @torch.inference_mode()
-    def think(self, prompt: str) -> str:
+    def think(self, prompt: str, tokens: int = 32) -> str:
         """Returns the thought before a drawing, after drawing from it."""
-        config = self.generation.GenerationConfig(32)
+        config = self.generation.GenerationConfig(tokens)
         system = self.prompt.drawing_system(0)
         written = self.mllm.generate(prompt, system=system, config=config)
         thought = self.mllm.encoder.tokenizer.decode_thought(written)
@@ -90,8 +90,10 @@ def measure(files: list[Path], arguments: argparse.Namespace) -> dict:
     loaded, peak = time.perf_counter() - start, _memory()
     prompts = enumerate(PROMPTS[: arguments.pictures])
     pictures = [pipeline.latent(prompt, seed=i, steps=arguments.steps)["samples"] for i, prompt in prompts]
-    step = _step(pipeline)
-    pipeline.think(PROMPTS[0])  # so that all four uses have worked
+    step = torch.zeros(1)
+    if pictures:
+        step = _step(pipeline)
+        pipeline.think(PROMPTS[0], arguments.tokens)  # so that all four uses have worked
     start = time.perf_counter()
     config = pipeline.generation.GenerationConfig(arguments.tokens)
     with torch.inference_mode():
@@ -163,9 +165,10 @@ def compare(arguments: argparse.Namespace) -> list[dict]:
                 continue
             found = torch.load(result, weights_only=True)
             reference = reference or found
-            error = (found["step"] - reference["step"]).norm() / reference["step"].norm()
-            psnr = _psnr(found["pictures"], reference["pictures"])
-            rows.append({"format": dtype, "step error": float(error), "PSNR dB": psnr, **found["row"]})
+            rows.append({"format": dtype, **found["row"]})
+            if found["pictures"]:
+                error = (found["step"] - reference["step"]).norm() / reference["step"].norm()
+                rows[-1] |= {"step error": float(error), "PSNR dB": _psnr(found["pictures"], reference["pictures"])}
             print(json.dumps(rows[-1]), file=sys.stderr)
     return rows
 
@@ -181,7 +184,9 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=0, help="scenes for the judge; 0: none. The nano model alone")
     parser.add_argument("--steps", type=int, default=20, help="of the compared pictures")
     parser.add_argument("--size", type=int, default=0, help="pixels a side; 0: the model's own")
-    parser.add_argument("--pictures", type=int, default=len(PROMPTS), help="how many are compared")
+    parser.add_argument(
+        "--pictures", type=int, default=len(PROMPTS), help="how many are compared; 0: only loading and writing"
+    )
     parser.add_argument("--tokens", type=int, default=32, help="that are written")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--files", type=Path, nargs=3, help=argparse.SUPPRESS)

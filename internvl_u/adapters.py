@@ -72,7 +72,9 @@ def can_be_merged(adapter: Adapter) -> bool:
 
 def rank_of(adapter: Adapter) -> int | None:
     """Returns what alpha is divided by; None where it does not count."""
-    return _product(adapter)[1] if any(name in adapter for name in ADDITIVE) else None
+    if not any(name in adapter for name in ADDITIVE):
+        return None
+    return _product(_sizes(adapter))[1]
 
 
 def problem_of(adapter: Adapter, weight: tuple[int, ...] | None, bias: tuple[int, ...] | None) -> str:
@@ -93,22 +95,30 @@ def problem_of(adapter: Adapter, weight: tuple[int, ...] | None, bias: tuple[int
         return f"{', '.join(sorted(adapter))} found, one kind of change expected"
     if "diff" in adapter and tuple(adapter["diff"].shape) != weight:
         return f"{list(adapter['diff'].shape)} found, {list(weight)} expected"
+    if empty := [name for name, tensor in adapter.items() if 0 in tensor.shape]:
+        return f"{empty[0]} {list(adapter[empty[0]].shape)} found, which is empty"
+    rows, columns = weight[0], math.prod(weight[1:])
+    magnitude = adapter.get("dora_scale")
+    if magnitude is not None and tuple(magnitude.flatten(1).shape) not in ((rows, 1), (1, columns)):
+        return f"dora_scale {list(magnitude.shape)} found, {[rows, 1]} or {[1, columns]} expected"
+    blocks = adapter.get("oft_blocks")
+    if blocks is not None:
+        fits = blocks.ndim == 3 and blocks.shape[1] == blocks.shape[2] and blocks.shape[0] * blocks.shape[1] == rows
+        return "" if fits else f"oft_blocks {list(blocks.shape)} found, square blocks of {rows} rows together expected"
     if not any(name in adapter for name in ADDITIVE):
-        return "" if "oft_blocks" in adapter else f"{', '.join(sorted(adapter))} found and nothing that they belong to"
+        return f"{', '.join(sorted(adapter))} found and nothing that they belong to"
     try:
-        found = _product({name: tensor.to("meta") for name, tensor in adapter.items()})[0].shape
+        found = _product(_sizes(adapter))[0].shape
     except KeyError as error:
         return f"{error.args[0]} is missing beside {', '.join(sorted(adapter))}"
     except (RuntimeError, IndexError):
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(adapter.items()))
         return f"{shapes} found, which do not go together"
-    expected = (weight[0], math.prod(weight[1:]))
-    if tuple(found) != expected:
-        return f"{list(found)} found, {list(expected)} expected"
-    magnitude = adapter.get("dora_scale")
-    if magnitude is not None and tuple(magnitude.flatten(1).shape) not in ((expected[0], 1), (1, expected[1])):
-        return f"dora_scale {list(magnitude.shape)} found, {[expected[0], 1]} or {[1, expected[1]]} expected"
-    return ""
+    return "" if tuple(found) == (rows, columns) else f"{list(found)} found, {[rows, columns]} expected"
+
+
+def _sizes(adapter: Adapter) -> Adapter:
+    return {name: tensor.to("meta") for name, tensor in adapter.items()}
 
 
 def _product(adapter: Adapter) -> tuple[torch.Tensor, int | None]:

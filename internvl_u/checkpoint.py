@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 import torch
 
 from .defaults import HOW_TO_GET, PARTS
-from .dequantize import Packing
+from .dequantize import PackedMatrix
 from .files import FileState
 from .header import header_bytes, metadata_of, read_header
 from .lora import check_merged
-from .quantization import QuantizedLayer, split_layers
+from .quantization import QuantizedLayer, joined, split_layers
 from .schema import Description, ModelIndex, checked, parse, read_json
 from .weights import OpenFile, Weights, check_dtypes, open_file, open_files, shapes_of, weight_files
 
@@ -49,13 +49,12 @@ class Part:
     config: dict
     layers: dict[str, QuantizedLayer]
     mapped: tuple[FileState, ...] = ()
-    packed: Mapping[str, Packing] = field(default_factory=dict)
+    packed: Mapping[str, PackedMatrix] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
         """Where the configuration stands, for errors."""
-        place = self.checkpoint.path
-        return str(place / self.name / "config.json") if place.is_dir() else f"{place}, {METADATA} in its metadata"
+        return self.checkpoint.config_place(self.name)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -97,6 +96,10 @@ class WeightFormat(Protocol):
         """
         ...
 
+    def config_place(self, part: str) -> str:
+        """Returns where the configuration of a part stands, for errors."""
+        ...
+
     def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, tuple[FileState, ...]]:
         """Returns the tensors of a part as they are stored, and the files that they are mapped from.
 
@@ -108,13 +111,12 @@ class WeightFormat(Protocol):
         ...
 
     @property
-    def packed(self) -> Mapping[str, Packing]:
+    def packed(self) -> Mapping[str, PackedMatrix]:
         """How tensors of `weights` are packed, by name; those that it does not name are numbers as they are."""
         ...
 
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """What stands beside the tensors, as safetensors has it.
+    def metadata(self, part: str) -> Mapping[str, str]:
+        """Returns what stands beside the tensors of a part, as safetensors has it.
 
         Raises:
             RuntimeError: the file is unreadable.
@@ -151,6 +153,9 @@ class Folder:
     def config(self, part: str) -> dict:
         return read_json(self.path / part / "config.json")
 
+    def config_place(self, part: str) -> str:
+        return str(self.path / part / "config.json")
+
     def weight_files(self, part: str) -> list[Path]:
         """Returns the files of a part's weights; see `weights.weight_files`."""
         return weight_files(self.path / part)
@@ -158,12 +163,11 @@ class Folder:
     def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, tuple[FileState, ...]]:
         return open_files(self.weight_files(part), open_file)
 
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        return {}
+    def metadata(self, part: str) -> Mapping[str, str]:
+        return joined([metadata_of(file) for file in self.weight_files(part)], self.path / part)
 
     @property
-    def packed(self) -> Mapping[str, Packing]:
+    def packed(self) -> Mapping[str, PackedMatrix]:
         return {}
 
     def files(self) -> list[Path]:
@@ -193,24 +197,30 @@ class SingleFile:
     """A part in a safetensors file of its own, with what the folder's JSON files say in its metadata."""
 
     path: Path
+    key: ClassVar[str] = METADATA
 
     @cached_property
     def _metadata(self) -> dict[str, str]:
         return metadata_of(self.path)
 
-    @property
-    def metadata(self) -> Mapping[str, str]:
+    def metadata(self, part: str) -> Mapping[str, str]:
         return self._metadata
 
     @property
-    def packed(self) -> Mapping[str, Packing]:
+    def packed(self) -> Mapping[str, PackedMatrix]:
         return {}
 
     @cached_property
     def description(self) -> Description:
         """What `convert` wrote of the part; empty in a file that is not ours."""
-        source = f"{self.path}, {METADATA} in its metadata"
-        return checked(Description, parse(self.metadata.get(METADATA, "{}"), source), source)
+        return self._described(self._metadata.get(METADATA, "{}"))
+
+    def _described(self, text: str) -> Description:
+        source = self.config_place("")
+        return checked(Description, parse(text, source), source)
+
+    def config_place(self, part: str) -> str:
+        return f"{self.path}, {self.key} in its metadata"
 
     def config(self, part: str) -> dict:
         found = self.description
@@ -258,15 +268,23 @@ def open_part(source: Path, part: str, open_file: OpenFile = open_file) -> Part:
     config = checkpoint.config(part)
     stored, mapped = checkpoint.weights(part, open_file)
     check_merged(stored, source)
-    for prefix in _PREFIXES.get(part, ()):
-        stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+    # By their stored names, which a list of quantised layers has as well.
+    weights, layers = split_layers(stored, checkpoint.metadata(part), source)
+    weights = {own_name(name, part): tensor for name, tensor in weights.items()}
+    layers = {own_name(name, part): layer for name, layer in layers.items()}
     if part == "generation_decoder":
-        stored.pop(PADDING, None)
-    weights, layers = split_layers(stored, checkpoint.metadata, source)
+        weights.pop(PADDING, None)
     packed = {name: packing for name, packing in checkpoint.packed.items() if name in weights}
     opened = Part(checkpoint, part, weights, config, layers, mapped, packed)
     check_dtypes(opened.plain, part, source)
     return opened
+
+
+def own_name(stored: str, part: str) -> str:
+    """Returns the name in our modules of a tensor or layer of a part, by its name in a file."""
+    for prefix in _PREFIXES.get(part, ()):
+        stored = stored.removeprefix(prefix)
+    return stored
 
 
 def is_checkpoint(root: Path) -> bool:

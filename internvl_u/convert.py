@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from . import __version__, fp8, int8, quantization
-from .checkpoint import METADATA, Folder, check_folder, open_part
+from .checkpoint import METADATA, Folder, check_folder, open_part, own_name
 from .defaults import FILE_DTYPES, GGUF_DTYPES, PARTS
-from .files import check_unchanged, state_of
+from .files import check_same, digest_of, state_of
 from .gguf_convert import check_writer, write_gguf
 from .header import read_header
 from .load import check_part
@@ -107,8 +107,7 @@ def _bytes_of(values: torch.Tensor, dtype: torch.dtype, name: str) -> bytes:
     if dtype == torch.int8:
         values = values.round().clamp(-int8.LARGEST, int8.LARGEST)
     elif dtype.itemsize == 1 and dtype.is_floating_point:
-        largest = torch.finfo(dtype).max
-        values = values.float().clamp(-largest, largest)
+        values = fp8.cast(values, dtype)
     elif dtype == torch.float16 and values.numel() and values.abs().max() > torch.finfo(dtype).max:
         raise RuntimeError(
             f"{name} holds values up to {float(values.abs().max()):.3g}, 65504 at most expected for float16: convert "
@@ -127,12 +126,13 @@ def convert(
     """Writes the three files of a checkpoint folder below `out` and returns them.
 
     They go to `diffusion_models`, `text_encoders` and `vae`. Each appears under its name only when it is whole, with
-    its SHA-256 in a file beside it. `on_bytes(n)` is called after each n bytes written.
+    its SHA-256 in a file beside it. The VAE is the same in every dtype: the file of an earlier conversion is kept.
+    `on_bytes(n)` is called after each n bytes written.
 
     Raises:
         ValueError: the dtype is unknown.
         ModuleNotFoundError: GGUF is wanted, and the package that writes it is not installed.
-        FileExistsError: a file is there already.
+        FileExistsError: a file is there already, other than this VAE.
         FileNotFoundError, RuntimeError: the folder is incomplete or of another model, its weights do not fit its
             configuration or are no numbers, or a file of it was written to meanwhile.
     """
@@ -150,7 +150,8 @@ def convert(
     ]
     if any(model.resolve() in file.resolve().parents for file in files):
         raise ValueError(f"--out {out} lies in the checkpoint folder {model}: choose another folder")
-    there = [str(file) for file in files if file.exists()]
+    *named_by_dtype, vae = files
+    there = [str(file) for file in named_by_dtype if file.exists()]
     if there:
         raise FileExistsError(f"{', '.join(there)} exist already: remove them or choose another folder")
     folder = Folder(model)
@@ -166,16 +167,41 @@ def convert(
     # Names of this process's own: two conversions at once do not mix.
     partial = [file.with_name(f"{file.name}.{os.getpid()}.part") for file in files]
     writers = [partial_of(write_gguf, dtype=dtype) if file.suffix == ".gguf" else write_file for file in files]
+    sums: dict[Path, str] = {}
     try:
-        sums = [write(file, *plan, on_bytes) for write, file, plan in zip(writers, partial, plans, strict=True)]
-        check_unchanged(before)
-        put_all(partial, files)
+        # The VAE first: if another one is there, that is said before hours of work.
+        for file, part, plan, write in reversed([*zip(files, partial, plans, writers, strict=True)]):
+            sums[file] = write(part, *plan, on_bytes)
+            if file == vae:
+                _is_kept(vae, part)
+        check_same(before)
+        made = len(files) - _is_kept(vae, partial[-1])
+        put_all(partial[:made], files[:made])
     finally:
         for file in partial:
             file.unlink(missing_ok=True)
-    for file, digest in zip(files, sums, strict=True):
-        file.with_name(file.name + ".sha256").write_text(f"{digest}  {file.name}\n")
+    for file in files[:made]:
+        file.with_name(file.name + ".sha256").write_text(f"{sums[file]}  {file.name}\n")
     return files
+
+
+def _is_kept(vae: Path, made: Path) -> bool:
+    """Returns whether the VAE's weights are there already, of an earlier conversion.
+
+    Only weights are compared: what stands beside them names the version of this package.
+
+    Raises:
+        FileExistsError: what is there is another one.
+        RuntimeError: it is no safetensors file.
+    """
+    if not vae.exists():
+        return False
+    (there, start), (ours, begin) = read_header(vae), read_header(made)
+    for header in (there, ours):
+        header.pop("__metadata__", None)
+    if there != ours or digest_of(vae, start=start) != digest_of(made, start=begin):
+        raise FileExistsError(f"{vae} is there already and holds another VAE: rename it or choose another folder")
+    return True
 
 
 def write_file(
@@ -291,7 +317,7 @@ def _plan_tensors(sources: dict[str, SourceTensor], dtype: str, description: dic
     if layers and dtype == "fp8_scaled_old":
         outputs.append(OutputTensor(quantization.OLD_MARKER, fp8.DTYPE, (0,), None))
     elif layers:
-        metadata |= quantization.metadata_of(layers)
+        metadata |= quantization.layers_entry(layers)
     return outputs, metadata
 
 
@@ -328,10 +354,9 @@ def list_tensors(folder: Folder, part: str) -> dict[str, SourceTensor]:
     for file in folder.weight_files(part):
         header, start = read_header(file)
         for stored, entry in header.items():
-            name = stored.removeprefix("decoder.") if part == "generation_decoder" else stored
-            if name not in opened.weights:
-                continue
-            result[name] = source_tensor(file, start, stored, entry)
+            name = own_name(stored, part)
+            if name in opened.weights:
+                result[name] = source_tensor(file, start, stored, entry)
     return result
 
 

@@ -28,7 +28,7 @@ class BlockFormat(NamedTuple):
     unpack: Callable[[torch.Tensor], torch.Tensor]
 
 
-class Packing(NamedTuple):
+class PackedMatrix(NamedTuple):
     """How a matrix is packed: the name of its format in `FORMATS`, and the shape that it stands for."""
 
     format: str
@@ -87,7 +87,7 @@ def packed_linear(
 class PackedLinear(nn.Linear):
     """A linear layer whose matrix is packed; layers become it by a change of class."""
 
-    packing: Packing
+    packing: PackedMatrix
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -97,7 +97,7 @@ class PackedLinear(nn.Linear):
 class PackedEmbedding(nn.Embedding):
     """An embedding whose table is packed; of it only the rows that are looked up become numbers."""
 
-    packing: Packing
+    packing: PackedMatrix
     out_dtype: torch.dtype
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def packed_rows(packed: torch.Tensor, ids: torch.Tensor, form: str, dtype: torch
 
 def pack_layers(
     model: nn.Module,
-    packed: Mapping[str, Packing],
+    packed: Mapping[str, PackedMatrix],
     dtype: torch.dtype,
     linear: type[nn.Linear] = PackedLinear,
     embedding: type[nn.Embedding] = PackedEmbedding,

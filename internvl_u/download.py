@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from . import transfer
 from .defaults import FOLDERS, MODELSCOPE_REPOSITORY, PARTS, REPOSITORY
-from .files import shown
+from .files import digest_of, shown
 from .schema import Section, checked, parse
 
 if TYPE_CHECKING:
@@ -257,11 +257,11 @@ def _take(file: RemoteFile, headers: dict[str, str], work: Path, report: Callabl
     """Has a file in `files`, whole and checked."""
     place, part = work / "files" / file.path, work / "parts" / file.digest
     if place.is_file():
-        if transfer.digest_of(place, file.algorithm, lambda: report(0)) == file.digest:
+        if digest_of(place, file.algorithm, lambda: report(0)) == file.digest:
             return
         place.unlink()
     transfer.fetch(file.url, headers, part, file.size, report)
-    found = transfer.digest_of(part, file.algorithm, lambda: report(file.size))
+    found = digest_of(part, file.algorithm, lambda: report(file.size))
     if found != file.digest:
         part.unlink()
         raise RuntimeError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import reprlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,23 @@ def state_of(path: Path) -> FileState:
     return FileState(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
+def digest_of(file: Path, algorithm: str = "sha256", pause: Callable[[], object] = lambda: None, start: int = 0) -> str:
+    """Returns a file's hash as hex digits, from byte `start` on: "sha256", or git's own ("git").
+
+    `pause` may raise to end it.
+    """
+    name = "sha1" if algorithm == "git" else algorithm
+    found = hashlib.new(name, usedforsecurity=False)
+    if algorithm == "git":
+        found.update(b"blob %d\0" % file.stat().st_size)
+    with file.open("rb") as source:
+        source.seek(start)
+        while chunk := source.read(1 << 20):
+            found.update(chunk)
+            pause()
+    return found.hexdigest()
+
+
 def check_unchanged(opened: Iterable[FileState]) -> None:
     """Makes sure that files from which weights are mapped have not been written to since they were opened.
 
@@ -59,6 +77,24 @@ def check_unchanged(opened: Iterable[FileState]) -> None:
                 f"{before.path} has been written to since it was loaded ({now.size} bytes found, {before.size} "
                 "before): its weights would be of two files. Run again when it is whole, to load it anew; put new "
                 "weights in place by renaming them, not by writing over the old ones."
+            )
+
+
+def check_same(read: Iterable[FileState]) -> None:
+    """Makes sure that files that are read by their names, more than once, are still the same ones.
+
+    Raises:
+        RuntimeError: one has been written to, replaced or removed; names it.
+    """
+    for before in read:
+        try:
+            same = state_of(before.path) == before
+        except OSError:
+            same = False
+        if not same:
+            raise RuntimeError(
+                f"{before.path} has been written to, replaced or removed meanwhile: nothing is kept of what was made "
+                "from it. Run again when it is whole."
             )
 
 
@@ -108,8 +144,7 @@ def listed(folder: Path, endings: Sequence[str]) -> list[Path]:
         return []
     except OSError as error:
         raise RuntimeError(f"{folder} cannot be listed ({error.strerror}): change its rights") from error
-    wanted = (folder / name for name in names if not name.startswith(".") and name.endswith(tuple(endings)))
-    return [file for file in wanted if file.is_file()]
+    return [file for name in names if (file := folder / name).is_file()]
 
 
 def in_short(error: BaseException) -> str:

@@ -16,6 +16,12 @@ def shrinks(name: str, shape: tuple[int, ...]) -> bool:
     return name.endswith(".weight") and len(shape) == 2 and not any(kept in name for kept in _KEPT)
 
 
+def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns values in a dtype of float8, those beyond its range cut off: torch makes NaN or infinity of them."""
+    largest = torch.finfo(dtype).max
+    return values.float().clamp(-largest, largest).to(dtype)
+
+
 def scale_for(largest: float) -> float:
     """Returns the scale of a matrix whose largest absolute value is `largest`, rounded to fp32."""
     return float(torch.tensor(largest / LARGEST, dtype=torch.float32)) or 1.0

@@ -7,7 +7,6 @@ little finer than the rest: their errors are those of whole tokens. llama.cpp do
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,8 @@ import numpy
 import torch
 
 from .checkpoint import METADATA
-from .dequantize import FORMATS, Packing
+from .dequantize import FORMATS, PackedMatrix
+from .files import digest_of
 from .gguf_header import ARCHITECTURE, DESCRIPTION
 from .quantize import quantize
 
@@ -29,7 +29,6 @@ FILE_TYPES = {"Q8_0": 7, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18}
 """llama.cpp's numbers of a file's usual dtype."""
 TOKEN_MATRICES = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 _KEPT = ("img_in.", "txt_in.", "time_text_embed.", "proj_out.", "norm_out.", "embedding")
-_READ_AT_ONCE = 16 << 20
 
 
 def check_writer() -> None:
@@ -80,7 +79,7 @@ def write_gguf(
     planned: list[tuple[OutputTensor, str, int]] = []
     for tensor in tensors:
         form = form_of(tensor.name, tensor.shape, dtype)
-        size = math.prod((*tensor.shape, 2) if form == "BF16" else Packing(form, tensor.shape).stored_shape)
+        size = math.prod((*tensor.shape, 2) if form == "BF16" else PackedMatrix(form, tensor.shape).stored_shape)
         planned.append((tensor, form, size))
         kind = gguf.GGMLQuantizationType[form]
         writer.add_tensor_info(tensor.name, tensor.shape, numpy.dtype("float32"), size, raw_dtype=kind)
@@ -95,7 +94,9 @@ def write_gguf(
         writer.flush()
     finally:
         writer.close()
-    return _sha256(file)
+    with file.open("rb+") as written:
+        os.fsync(written.fileno())
+    return digest_of(file)
 
 
 def _packed(tensor: OutputTensor, form: str, size: int) -> numpy.ndarray:
@@ -116,12 +117,3 @@ def _blocks(values: torch.Tensor, form: str) -> numpy.ndarray:
     if form == "Q8_0":
         return gguf.quants.quantize(values.float().numpy().reshape(1, -1), gguf.GGMLQuantizationType.Q8_0).reshape(-1)
     return quantize(values, form).numpy()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb+") as written:
-        os.fsync(written.fileno())
-        while data := written.read(_READ_AT_ONCE):
-            digest.update(data)
-    return digest.hexdigest()

@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 
 from .checkpoint import SingleFile
-from .dequantize import FORMATS, Packing
+from .dequantize import FORMATS, PackedMatrix
 from .files import FileState, check_unchanged, in_short, state_of
 from .gguf_header import ARCHITECTURE, DESCRIPTION, Header, read_header
-from .schema import Description, checked, parse
+from .schema import Description
 from .weights import SMALL, OpenFile, Weights
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -22,6 +22,8 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "
 @dataclass(frozen=True)
 class GGUF(SingleFile):
     """A part in a GGUF file of its own."""
+
+    key = DESCRIPTION
 
     @cached_property
     def header(self) -> Header:
@@ -44,18 +46,18 @@ class GGUF(SingleFile):
             )
         return found
 
-    @property
-    def metadata(self) -> Mapping[str, str]:
+    def metadata(self, part: str) -> Mapping[str, str]:
         return {}  # scales stand in the blocks
 
     @cached_property
     def description(self) -> Description:
-        source = f"{self.path}, {DESCRIPTION} in its metadata"
-        return checked(Description, parse(self.header.description or "", source), source)
+        return self._described(self.header.description or "")
 
     @property
-    def packed(self) -> Mapping[str, Packing]:
-        return {name: Packing(one.form, one.shape) for name, one in self.header.tensors.items() if one.form in FORMATS}
+    def packed(self) -> Mapping[str, PackedMatrix]:
+        return {
+            name: PackedMatrix(one.form, one.shape) for name, one in self.header.tensors.items() if one.form in FORMATS
+        }
 
     def weights(self, part: str, open_file: OpenFile) -> tuple[Weights, tuple[FileState, ...]]:
         tensors = self.header.tensors
@@ -80,7 +82,7 @@ class GGUF(SingleFile):
             if one.form in _DTYPES:
                 weights[name] = stored.view(_DTYPES[one.form]).reshape(one.shape)
             else:
-                weights[name] = stored.reshape(Packing(one.form, one.shape).stored_shape)
+                weights[name] = stored.reshape(PackedMatrix(one.form, one.shape).stored_shape)
         if small:
             check_unchanged([before])
         return weights, () if small else (before,)

@@ -8,14 +8,16 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from . import int8
 from .checkpoint import Part, open_part
 from .config import mllm_config, mmdit_config
 from .dequantize import pack_layers
 from .mllm import MLLM
 from .mmdit import MMDiT
 from .operations import Operations
+from .quantization import OURS
 from .vae import StandaloneVAE, check_vae
-from .weights import check_finite_weights, check_shapes, load_weights, shapes_of
+from .weights import Weights, check_finite_weights, check_shapes, load_weights, shapes_of
 
 Network = TypeVar("Network", MLLM, MMDiT)
 
@@ -69,10 +71,20 @@ def _filled(model: Network, part: Part, dtype: torch.dtype | None, device: torch
     check_shapes(shapes_of(model.state_dict()), part.shapes, part.name)
     kept = dtype or next((tensor.dtype for tensor in part.plain.values()), torch.float32)
     pack_layers(model, part.packed, kept)
-    load_weights(model, part.weights, part.name)
+    load_weights(model, part.weights | _dequantized(part, kept), part.name)
     model.to(device=device, dtype=dtype).eval()
     model.mapped = part.mapped_by(model.state_dict())
     return model
+
+
+def _dequantized(part: Part, dtype: torch.dtype) -> Weights:
+    unknown = sorted({one.format for one in part.layers.values()} - {*OURS})
+    if unknown:
+        raise RuntimeError(f"{part.checkpoint.path}: layers in {', '.join(unknown)} found, {', '.join(OURS)} expected")
+    return {
+        f"{layer}.weight": int8.dequantize(part.weights[f"{layer}.weight"], one.scale, one.group).to(dtype)
+        for layer, one in part.layers.items()
+    }
 
 
 def load_vae(root: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> StandaloneVAE:

@@ -80,13 +80,13 @@ class AdapterConfig(Section):
 
     lora_alpha: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     alpha: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None  # of LoHa and LoKr
-    alpha_pattern: dict[str, float] = {}
+    alpha_pattern: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], float] = {}
     use_rslora: bool = False
 
     def alpha_of(self, layer: str, rank: int) -> float | None:
         """Returns what is divided by the rank; None if it is not stated."""
         patterns = self.alpha_pattern.items()
-        found = next((value for key, value in patterns if re.search(rf"(^|\.){re.escape(key)}$", layer)), None)
+        found = next((value for key, value in patterns if _same_end(key, layer)), None)
         whole = self.alpha if self.lora_alpha is None else self.lora_alpha
         alpha = whole if found is None else found
         return alpha * math.sqrt(rank) if alpha is not None and self.use_rslora else alpha
@@ -111,8 +111,11 @@ class LoRA:
         text = f"{self.file.name}: {', '.join(taken) or 'nothing is changed'}"
         if not self.unknown:
             return f"{text}; all {self.keys} keys fit"
+        other = [name for part, name in PART_NAMES.items() if part not in strengths]
+        where = f" (connect the {other[0]} too if they are its)" if other else ""
         return (
-            f"{text}; {len(self.unknown)} of {self.keys} keys fit nothing here and are left out: {_first(self.unknown)}"
+            f"{text}; {len(self.unknown)} of {self.keys} keys fit nothing here and are left out{where}: "
+            f"{_first(self.unknown)}"
         )
 
 
@@ -267,6 +270,17 @@ def adapter_config(file: Path) -> AdapterConfig:
     return checked(AdapterConfig, read_json(file), str(file))
 
 
+def _same_end(one: str, other: str) -> bool:
+    """Returns whether one of two dotted names is the end of the other: PEFT's begin where the wrapped model does."""
+    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
+
+
+def files_of(file: Path) -> list[Path]:
+    """Returns the files that `read_lora` reads: the LoRA's, and PEFT's configuration beside it."""
+    beside = file.with_name("adapter_config.json")
+    return [file, beside] if file.name.startswith("adapter_model") and beside.is_file() else [file]
+
+
 def _first(names: Sequence[str]) -> str:
     return ", ".join(name[:100] for name in names[:5])
 
@@ -279,9 +293,9 @@ def _every(layers: Mapping[str, Mapping[str, Adapter]]) -> Iterator[tuple[str, s
 
 def _stated_alphas(file: Path) -> dict[str, AdapterConfig]:
     """Returns the configuration that PEFT writes beside a file, or diffusers into its metadata, by part."""
-    beside = file.with_name("adapter_config.json")
-    if file.name.startswith("adapter_model") and beside.is_file():
-        return dict.fromkeys((TRANSFORMER, LANGUAGE), adapter_config(beside))
+    _, *beside = files_of(file)
+    if beside:
+        return dict.fromkeys((TRANSFORMER, LANGUAGE), adapter_config(beside[0]))
     source = f"{file}, lora_adapter_metadata in its metadata"
     stated = parse(metadata_of(file).get("lora_adapter_metadata", "{}"), source)
     found = {}

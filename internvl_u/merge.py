@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 
 from .adapters import Adapter, can_be_merged, changes_weight, merged, merged_bias, rank_of
-from .checkpoint import PADDING, Folder, Part, check_folder, open_part
+from .checkpoint import PADDING, Folder, Part, check_folder, open_part, own_name
 from .convert import CHUNK, OutputTensor, source_tensor, write_file
 from .defaults import FOLDERS, PARTS
-from .files import check_unchanged, state_of
+from .files import check_same, state_of
 from .header import read_header
 from .load import check_part
 from .lora import (
@@ -113,7 +113,7 @@ class StoredPart:
     def _output(self, file: Path, start: int, stored: str, entry: dict) -> OutputTensor:
         source = source_tensor(file, start, stored, entry)
         name = _plain_name(stored)
-        layer, _, last = _own_name(name, self.name).rpartition(".")
+        layer, _, last = own_name(name, self.name).rpartition(".")
         wanted = {"weight": changes_weight, "bias": lambda adapter: "diff_b" in adapter}.get(
             last, lambda adapter: False
         )
@@ -163,7 +163,7 @@ def merge(
         if not reports:
             raise ValueError(f"no --lora given and none found in {model}, one expected: there is nothing to merge")
         written = _write(folder, parts, partial, on_bytes)
-        check_unchanged(before)
+        check_same(before)
         for name in PARTS:
             check_part(open_part(partial, name))
         _put(partial, out)
@@ -184,7 +184,7 @@ def _open(folder: Folder, name: str) -> StoredPart:
     """Returns a part whose plain weights are checked as strictly as loading checks them."""
     stored, _ = folder.weights(name, open_file)
     inside = {key: tensor for key, tensor in stored.items() if split_key(key)[1]}
-    plain = {_own_name(clean, name): tensor for key, tensor in stored.items() if (clean := _plain_name(key))}
+    plain = {own_name(clean, name): tensor for key, tensor in stored.items() if (clean := _plain_name(key))}
     twice = len(stored) - len(inside) - sum(_ORIGINAL in key for key in stored) - len(plain)
     if twice:
         raise RuntimeError(f"{folder.path / name}: {twice} weights stand in it twice, by themselves and as PEFT's")
@@ -325,10 +325,6 @@ def _plain_name(stored: str) -> str:
     for pattern, instead in _WRAPPED:
         stored = pattern.sub(instead, stored)
     return _SAVED.sub(".", stored)
-
-
-def _own_name(name: str, part: str) -> str:
-    return name.removeprefix("decoder.") if part == TRANSFORMER else name
 
 
 def _text(value: object) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from . import int8
 from .schema import LayerFormat, QuantizationMetadata, checked, parse
 
-METADATA = "_quantization_metadata"
+LAYERS_KEY = "_quantization_metadata"
 SCALE, OLD_SCALE = "weight_scale", "scale_weight"
 OLD_MARKER = "scaled_fp8"
 STORED = {
@@ -82,10 +82,10 @@ def split_layers(
         layer, _, last = name.rpartition(".")
         if last in _BESIDE:
             beside.setdefault(layer, {})[SCALE if last == OLD_SCALE else last] = tensor
-        elif name != OLD_MARKER:
+        elif last != OLD_MARKER:
             plain[name] = tensor
-    place = f"{source}, {METADATA} in its metadata"
-    stated = checked(QuantizationMetadata, parse(metadata.get(METADATA, "{}"), place), place).layers
+    place = f"{source}, {LAYERS_KEY} in its metadata"
+    stated = checked(QuantizationMetadata, parse(metadata.get(LAYERS_KEY, "{}"), place), place).layers
     layers = {}
     for layer in {**beside, **dict.fromkeys(layer for layer in stated if f"{layer}.weight" in plain)}:
         tensors = beside.get(layer, {})
@@ -98,9 +98,17 @@ def split_layers(
     return plain, layers
 
 
-def metadata_of(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def joined(metadata: Sequence[Mapping[str, str]], source: object) -> dict[str, str]:
+    """Returns the metadata of a part's files as one, with the lists of all of them."""
+    layers: dict[str, Any] = {}
+    for one in metadata:
+        layers |= parse(one.get(LAYERS_KEY, "{}"), f"{source}, {LAYERS_KEY}").get("layers", {})
+    return {key: value for one in metadata for key, value in one.items()} | (layers_entry(layers) if layers else {})
+
+
+def layers_entry(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Returns the metadata entry that lists the formats of layers by name, in ComfyUI's present spelling."""
-    return {METADATA: json.dumps({"format_version": "1.0", "layers": layers})}
+    return {LAYERS_KEY: json.dumps({"format_version": "1.0", "layers": layers})}
 
 
 def _form(

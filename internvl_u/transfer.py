@@ -10,7 +10,6 @@ Nothing here runs unless `download` is called.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -142,19 +141,6 @@ def read(url: str, pause: Callable[[], object]) -> str:
         return text.decode("utf-8", "replace")
 
     return patiently(attempt, pause)
-
-
-def digest_of(file: Path, algorithm: str, pause: Callable[[], object]) -> str:
-    """Returns a file's hash as hex digits: "sha256", or git's own ("git"). `pause` may raise to end it."""
-    name = "sha1" if algorithm == "git" else algorithm
-    found = hashlib.new(name, usedforsecurity=False)
-    if algorithm == "git":
-        found.update(b"blob %d\0" % file.stat().st_size)
-    with file.open("rb") as source:
-        while chunk := source.read(1 << 20):
-            found.update(chunk)
-            pause()
-    return found.hexdigest()
 
 
 @contextlib.contextmanager

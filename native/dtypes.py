@@ -11,6 +11,7 @@ import comfy.ops
 import comfy.utils
 import torch
 
+from ..internvl_u import fp8
 from ..internvl_u.checkpoint import Part
 from ..internvl_u.operations import Operations
 from ..internvl_u.weights import Weights
@@ -45,7 +46,7 @@ def plan_transformer(
     compute = mm.unet_manual_cast(None if part.layers else storage, device, list(supported))
     if not part.layers and precision is None and storage != stored:
         weights = cast_weights(part, storage)
-    check_device(weights, device, part.name)
+    check_device(weights, device, part)
     return WeightPlan(weights, storage, compute)
 
 
@@ -62,18 +63,22 @@ def cast_weights(part: Part, precision: torch.dtype | None) -> Weights:
         return dict(weights)
     if part.layers:
         kinds = ", ".join(sorted({one.format for one in part.layers.values()}))
-        raise ValueError(f"precision {precision} found for a quantised file ({kinds}), auto expected")
+        raise ValueError(f"precision {_name(precision)} found for a quantised file ({kinds}), auto expected")
     if part.packed and precision in _FP8:
-        raise ValueError(f"precision {precision} found for a GGUF file, auto, fp32, bf16 or fp16 expected")
+        raise ValueError(f"precision {_name(precision)} found for a GGUF file, auto, fp32, bf16 or fp16 expected")
     if precision not in _FP8:
         kept = part.packed
         return {
             name: tensor if name in kept else _narrowed(tensor, precision, name) for name, tensor in weights.items()
         }
     return {
-        name: tensor.to(precision) if tensor.ndim == 2 and "embed" not in name else tensor
+        name: fp8.cast(tensor, precision) if fp8.shrinks(name, tuple(tensor.shape)) else tensor
         for name, tensor in weights.items()
     }
+
+
+def _name(precision: torch.dtype) -> str:
+    return next(name for name, dtype in PRECISIONS.items() if dtype == precision)
 
 
 def _narrowed(tensor: torch.Tensor, precision: torch.dtype, name: str) -> torch.Tensor:
@@ -86,7 +91,7 @@ def _narrowed(tensor: torch.Tensor, precision: torch.dtype, name: str) -> torch.
     return tensor.to(precision)
 
 
-def check_device(weights: Mapping[str, torch.Tensor], device: torch.device, part: str) -> None:
+def check_device(weights: Mapping[str, torch.Tensor], device: torch.device, part: Part) -> None:
     """Makes sure that a device can hold weights: Apple's GPUs have no fp8.
 
     Raises:
@@ -94,10 +99,9 @@ def check_device(weights: Mapping[str, torch.Tensor], device: torch.device, part
     """
     stored = {tensor.dtype for tensor in weights.values()}
     if device.type == "mps" and stored & {*_FP8}:
-        raise ValueError(
-            f"{part}: fp8 weights found, which Apple's GPUs do not have: choose precision bf16 or fp16, or convert the "
-            "folder to int8"
-        )
+        file = "take an int8, GGUF or bf16 file, or the released folder"
+        how = file if part.layers else f"choose precision bf16 or fp16, or {file}"
+        raise ValueError(f"{part.name}: fp8 weights found, which Apple's GPUs do not have: {how}")
 
 
 def storage_dtype(

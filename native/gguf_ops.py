@@ -15,7 +15,7 @@ import comfy.ops
 import torch
 from torch import nn
 
-from ..internvl_u.dequantize import Packing, dequantize, pack_layers, packed_linear, packed_rows
+from ..internvl_u.dequantize import PackedMatrix, dequantize, pack_layers, packed_linear, packed_rows
 from . import compat
 
 
@@ -32,7 +32,7 @@ class Dequantize:
 class CastPackedLinear(comfy.ops.manual_cast.Linear):
     """A linear layer that holds a packed matrix."""
 
-    packing: Packing
+    packing: PackedMatrix
 
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias, stream = compat.cast_packed(self, input.device, input.dtype)
@@ -52,7 +52,7 @@ class CastPackedEmbedding(comfy.ops.manual_cast.Embedding):
     """An embedding that holds a packed table, and unpacks the rows that are looked up, which alone leave its device."""
 
     bias = None
-    packing: Packing
+    packing: PackedMatrix
     out_dtype: torch.dtype
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -122,7 +122,7 @@ class PackedPatcher(comfy.model_patcher.ModelPatcher):
             one.weight_function = functions
 
 
-def cast_packed_layers(model: nn.Module, packed: Mapping[str, Packing], compute: torch.dtype) -> None:
+def cast_packed_layers(model: nn.Module, packed: Mapping[str, PackedMatrix], compute: torch.dtype) -> None:
     """Makes the layers of packed matrices hold bytes, in ComfyUI's classes; see `pack_layers`.
 
     Raises:

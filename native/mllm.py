@@ -202,7 +202,7 @@ def _make_patcher(
     config = mllm_config(part.shapes, part.config, part.source)
     weights = cast_weights(part, precision)
     load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
-    check_device(weights, load_device, part.name)
+    check_device(weights, load_device, part)
     plain = {name: tensor for name, tensor in weights.items() if name not in part.packed}
     compute = compute_dtype(plain, load_device)
     operations = operations_for(plain, compute)

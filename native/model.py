@@ -28,7 +28,7 @@ from .dtypes import plan_transformer
 from .gguf_ops import PackedPatcher, cast_packed_layers, check_plain
 from .latents import check_numbers, reference_samples
 from .mmdit import NativeMMDiT
-from .quantized import check_formats, quantize_layers
+from .quantized import check_formats, check_unscaled, quantize_layers
 
 LAYOUT = "internvl_u_layout"
 """Key in a conditioning entry: the context's spans of words and images."""
@@ -132,9 +132,10 @@ class InternVLU(comfy.model_base.QwenImage, comfy.model_base.HunyuanDiT):
         """Returns the weights for a file.
 
         Raises:
-            ValueError: they are packed, which a safetensors file has no form for.
+            ValueError: they are packed, or quantised by our own arithmetic: ComfyUI would leave their scales away.
         """
         check_plain(self.diffusion_model, "saving the model")
+        check_unscaled(self.diffusion_model, "saving the model")
         return super().state_dict_for_saving(*args, **kwargs)
 
 

@@ -131,6 +131,19 @@ def check_formats(layers: Mapping[str, QuantizedLayer], source: object) -> bool:
     return all(one.format in known for one in layers.values())
 
 
+def check_unscaled(model: nn.Module, what: str) -> None:
+    """Makes sure that no layer of a model has our own arithmetic; `what` is being done with it.
+
+    Raises:
+        ValueError: some have.
+    """
+    if any(isinstance(layer, Quantized) for layer in model.modules()):
+        raise ValueError(
+            f"{what}: a quantised model found in a format that this ComfyUI does not know, and whose scales it would "
+            "leave away. Update ComfyUI, or load the released folder or a bf16 file."
+        )
+
+
 def quantize_layers(
     model: nn.Module, layers: Mapping[str, QuantizedLayer], compute: torch.dtype, source: object
 ) -> None:

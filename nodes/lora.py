@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..internvl_u.lora import files_of
 from ..native import compat
 from ..native.lora import apply_lora
 from ..native.mllm import NativeMLLM
@@ -61,12 +62,11 @@ class LoadLoRA(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None = None, **_: object) -> tuple[str, int, int] | None:
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: object) -> list[tuple[str, int, int]]:
         if lora_name is None:
-            return None  # it comes over a link; what gives it is part of the cache's key
-        file = model_folders.find_lora(lora_name)
-        state = file.stat()
-        return str(file), state.st_mtime_ns, state.st_size
+            return []  # it comes over a link; what gives it is part of the cache's key
+        states = [(file, file.stat()) for file in files_of(model_folders.find_lora(lora_name))]
+        return [(str(file), state.st_mtime_ns, state.st_size) for file, state in states]
 
     @classmethod
     @checked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -219,8 +220,8 @@ def find_lora(name: str) -> Path:
 def _language_of(name: str, wanted: str) -> Path:
     found = language_files()
     if wanted == AUTO:
-        twin = name.replace("internvl_u_", "internvl_u_mllm_")
-        wanted = twin if twin in found else next(iter(found), AUTO)
+        twin = re.sub(r"internvl_u_(?=[^/\\]*$)", "internvl_u_mllm_", name)  # not in the name of a folder
+        wanted = twin if _by_name(found, twin) else next(iter(found), AUTO)
     file = _by_name(found, wanted)
     if file is None:
         searched = ", ".join(folder_paths.get_folder_paths(LANGUAGE_KEY))

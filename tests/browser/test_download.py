@@ -55,3 +55,15 @@ def test_a_newcomer_is_told_of_the_missing_model_chooses_its_download_and_sees_a
     assert len(hub.asked) > 10
     page.evaluate("app.refreshComboInNodes()")
     page.wait_for_function(f"{WIDGET}.options.values.join() === 'InternVL-U'")
+
+
+def test_a_workflow_saved_with_the_download_chosen_opens_without_that_choice(page, hub):
+    open_template(page, "text_to_image")
+    page.evaluate(f"{WIDGET}.value = {json.dumps(CHOICE)}")
+    hub.asked.clear()
+    saved = page.evaluate("app.graph.serialize()")
+    assert CHOICE in json.dumps(saved)
+    page.evaluate("saved => app.loadGraphData(saved)", saved)
+    assert page.evaluate(f"{WIDGET}.value") == "InternVL-U"
+    assert CHOICE not in page.evaluate("app.graphToPrompt().then(made => JSON.stringify(made))")
+    assert hub.asked == []

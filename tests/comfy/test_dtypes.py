@@ -28,7 +28,9 @@ def machine(comfyui, monkeypatch):
 def kept(model):
     """The dtypes of the transformer's matrices, and of its arithmetic."""
     network = model.model.diffusion_model
-    return network.img_in.weight.dtype, model.model.manual_cast_dtype or model.model.get_dtype()
+    return network.transformer_blocks[
+        0
+    ].attn.to_q.weight.dtype, model.model.manual_cast_dtype or model.model.get_dtype()
 
 
 @pytest.mark.parametrize(
@@ -87,15 +89,42 @@ def test_weights_beyond_float16_are_named(native, broken):
         native.load(broken, "fp16")
 
 
-def test_fp8_is_refused_on_apples_gpus_and_the_others_are_not(comfyui):
-    dtypes = importlib.import_module("pack.native.dtypes")
-    apple = torch.device("mps")
+def test_fp8_is_refused_on_apples_gpus_and_the_others_are_not(comfyui, checkpoint, tmp_path):
+    dtypes, parts = (importlib.import_module(f"pack.{name}") for name in ("native.dtypes", "internvl_u.checkpoint"))
+    converting = importlib.import_module("pack.internvl_u.convert")
+    apple, part = torch.device("mps"), parts.open_part(checkpoint, "vlm")
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        with pytest.raises(ValueError, match="fp8 weights found, which Apple's GPUs do not have"):
-            dtypes.check_device({"x": torch.zeros(1).to(dtype)}, apple, "vlm")
-        dtypes.check_device({"x": torch.zeros(1).to(dtype)}, torch.device("cpu"), "vlm")
+        with pytest.raises(ValueError, match="do not have: choose precision bf16 or fp16, or take an int8"):
+            dtypes.check_device({"x": torch.zeros(1).to(dtype)}, apple, part)
+        dtypes.check_device({"x": torch.zeros(1).to(dtype)}, torch.device("cpu"), part)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
-        dtypes.check_device({"x": torch.zeros(1, dtype=dtype)}, apple, "vlm")
+        dtypes.check_device({"x": torch.zeros(1, dtype=dtype)}, apple, part)
+    scaled = parts.open_part(converting.convert(checkpoint, tmp_path, "fp8_scaled")[1], "vlm")
+    with pytest.raises(ValueError, match="do not have: take an int8, GGUF or bf16 file"):  # no precision fits those
+        dtypes.check_device(scaled.weights, apple, scaled)
+    with pytest.raises(ValueError, match=r"precision bf16 found for a quantised file \(float8_e4m3fn\), auto expected"):
+        dtypes.cast_weights(scaled, torch.bfloat16)
+
+
+def test_fp8_by_precision_is_what_convert_writes(comfyui, broken, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    native = importlib.import_module("pack.native.load")
+    converting = importlib.import_module("pack.internvl_u.convert")
+    file = broken / "generation_decoder" / "model.safetensors"
+    weights = load_file(file)
+    weights["decoder.transformer_blocks.0.attn.to_q.weight"][0, 0] = 1e6  # beyond fp8, which would make a NaN of it
+    save_file(weights, file)
+    files = converting.convert(broken, tmp_path, "fp8_e4m3fn")
+    chosen, converted = native.load(broken, "fp8_e4m3fn"), native.load(files[0], "auto", files[1], files[2])
+    for one, other in zip(chosen[:2], converted[:2]):
+        found, expected = ((getattr(x, "patcher", x).model.state_dict()) for x in (one, other))
+        assert found.keys() == expected.keys()
+        shrunk = {name for name, tensor in expected.items() if tensor.dtype == torch.float8_e4m3fn}
+        assert shrunk == {name for name, tensor in found.items() if tensor.dtype == torch.float8_e4m3fn}
+        assert len(shrunk) > 20
+        for name in shrunk:
+            assert torch.equal(found[name].float(), expected[name].float()), name
 
 
 class Without(TorchDispatchMode):

@@ -312,7 +312,8 @@ def test_keys_that_fit_nothing_are_counted_and_named(loaded, apply_lora, save, c
     tensors = written(change, SPELLINGS["bare"], weights_of(loaded.model.model.diffusion_model))
     foreign = {f"controlnet.{i}.lora_A.weight": torch.zeros(1) for i in range(7)}
     *_, report = apply_lora(loaded.model, None, save(tensors | foreign), 1.0, 1.0)
-    assert "7 of 15 keys fit nothing here and are left out: controlnet.0.lora_A.weight, " in report
+    assert "7 of 15 keys fit nothing here and are left out (connect the MLLM too if they are its): " in report
+    assert "controlnet.0.lora_A.weight, " in report
     assert report.count("controlnet") == 5 and report in caplog.text
 
 

@@ -53,7 +53,7 @@ def rewritten(source, target, quantize):
         tensors, form = quantize(tensor.float())
         weights |= {f"{layer}.{end}": one.contiguous() for end, one in tensors.items()}
         weights[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(form).encode()), dtype=torch.uint8)
-    save_file(weights, target, part.checkpoint.metadata)
+    save_file(weights, target, part.checkpoint.metadata(part.name))
     return target
 
 
@@ -102,7 +102,7 @@ def test_the_language_model_in_a_format_of_comfyuis_is_refused_by_name(native, p
     matrix = weights[f"{layer}.weight"]
     weights[f"{layer}.weight"] = torch.zeros(len(matrix), matrix.shape[1] // 2, dtype=torch.uint8)
     weights[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
-    save_file(weights, file, open_part(plain[1], "vlm").checkpoint.metadata)
+    save_file(weights, file, open_part(plain[1], "vlm").checkpoint.metadata("vlm"))
     with pytest.raises(RuntimeError, match="q_proj is a Linear in nvfp4, linear layers and .* expected here"):
         native.load(plain[0], "auto", file, plain[2])
 
@@ -181,10 +181,27 @@ def test_a_table_of_embeddings_that_a_tool_has_quantised_is_read(native, plain, 
         (name,) = (name for name, stored in FORMATS.items() if stored == dtype)
         form = {"format": name, **({"convrot": True, "convrot_groupsize": group} if group else {})}
         weights[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(form).encode()), dtype=torch.uint8)
-    save_file(weights, file, open_part(plain[1], "vlm").checkpoint.metadata)
+    save_file(weights, file, open_part(plain[1], "vlm").checkpoint.metadata("vlm"))
     mllms = [native.load(plain[0], "auto", one, plain[2])[1] for one in (file, plain[1])]
     found, expected = (one.encode("a cat")[0][0][0] for one in mllms)
     near(found, expected, 0.15 if dtype == torch.float8_e5m2 else 0.08)
 
 
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
+
+
+def test_a_model_whose_scales_comfyui_would_leave_away_is_not_saved(checkpoint, comfyui, tmp_path):
+    import comfy.sd
+    from pack.internvl_u.convert import convert
+    from pack.native import load as native
+
+    model, *_ = native.load(convert(checkpoint, tmp_path, "fp8_e5m2")[0], "auto", *[checkpoint] * 2)
+    comfy.sd.save_checkpoint(str(tmp_path / "plain.safetensors"), model)  # without scales: nothing is lost
+    for dtype in ("int8", "int8_convrot"):
+        files = convert(checkpoint, tmp_path / dtype, dtype)
+        model, *_ = native.load(files[0], "auto", files[1], files[2])
+        if not any(type(layer).__name__ == "QuantizedLinear" for layer in model.model.modules()):
+            continue
+        with pytest.raises(ValueError, match="saving the model: a quantised model found"):
+            comfy.sd.save_checkpoint(str(tmp_path / "never.safetensors"), model)
+        assert not (tmp_path / "never.safetensors").exists()

@@ -152,3 +152,26 @@ def test_every_folder_is_littered(littered):
     """So that the tests above do not pass for want of litter."""
     for key in FOLDERS:
         assert len(os.listdir(littered.base / "models" / key)) > len(ODD_FILES)
+
+
+def test_the_twin_of_a_name_from_windows_is_found(comfyui, checkpoint, tmp_path, monkeypatch):
+    import folder_paths
+    from pack.internvl_u.convert import convert
+    from pack.nodes import model_folders
+
+    kinds = {"diffusion_models": {".safetensors"}, "text_encoders": {".safetensors"}, "vae": {".safetensors"}}
+    for kind, endings in kinds.items():
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], endings))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    for dtype in ("bfloat16", "int8"):
+        for file in convert(checkpoint, tmp_path / "made", dtype)[:2]:
+            place = tmp_path / file.parent.name / "internvl_u_mine" / file.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(place)
+    (tmp_path / "vae").mkdir()
+    vae = "internvl_u_vae_bf16.safetensors"
+    (tmp_path / "made" / "vae" / vae).rename(tmp_path / "vae" / vae)
+    for name in (r"internvl_u_mine\internvl_u_int8.safetensors", "internvl_u_mine/internvl_u_int8.safetensors"):
+        found = model_folders.find(name)
+        assert found.transformer.name == "internvl_u_int8.safetensors"
+        assert found.language.name == "internvl_u_mllm_int8.safetensors"

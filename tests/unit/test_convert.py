@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from pack.internvl_u.__main__ import main
 from pack.internvl_u.checkpoint import SingleFile, open_checkpoint, open_part
 from pack.internvl_u.defaults import FILE_DTYPES
 from pack.internvl_u.encoder import Encoder
+from pack.internvl_u.files import state_of
+from pack.internvl_u.load import load_mmdit
 from pack.internvl_u.prompt import branch_prompts
 from pack.internvl_u.vae import to_wan, wan_name
 from safetensors import safe_open
@@ -41,7 +45,7 @@ def originals(checkpoint):
 
 def stored(file, part):
     """The tensors of a file and its quantised layers."""
-    return quantization.split_layers(load_file(file), SingleFile(file).metadata, part)
+    return quantization.split_layers(load_file(file), SingleFile(file).metadata(part), part)
 
 
 def test_values_are_the_nearest_that_the_dtype_has(checkpoint, converted):
@@ -151,6 +155,94 @@ def test_an_existing_file_is_never_overwritten(checkpoint, tmp_path):
     with pytest.raises(FileExistsError, match="exist already: remove them or choose another folder"):
         module.convert(checkpoint, tmp_path)
     assert first.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("dtype", ["fp8_scaled", "Q8_0"])
+def test_a_second_dtype_keeps_the_vae_of_the_first(checkpoint, tmp_path, dtype):
+    *_, vae = module.convert(checkpoint, tmp_path)
+    before = {state_of(file) for file in vae.parent.iterdir()}
+    files = module.convert(checkpoint, tmp_path, dtype)
+    assert files[2] == vae and all(file.is_file() for file in files)
+    assert {state_of(file) for file in vae.parent.iterdir()} == before
+    assert len([*tmp_path.rglob("internvl_u*")]) == 10  # 5 files, each with its SHA-256
+
+
+def test_the_vae_of_another_version_of_this_package_is_kept(checkpoint, tmp_path, monkeypatch):
+    *_, vae = module.convert(checkpoint, tmp_path)
+    before = vae.read_bytes()
+    monkeypatch.setattr(module, "__version__", "99.0")  # which stands in the metadata
+    module.convert(checkpoint, tmp_path, "int8")
+    assert vae.read_bytes() == before
+
+
+@pytest.mark.parametrize("prefix", ["", "decoder.", "model.diffusion_model."])
+def test_every_prefix_that_loads_is_converted(checkpoint, broken, tmp_path, prefix):
+    file = broken / "generation_decoder" / "model.safetensors"
+    weights = {name.removeprefix("decoder."): tensor for name, tensor in load_file(file).items()}
+    save_file({prefix + name: tensor for name, tensor in weights.items()}, file)
+    found = load_file(module.convert(broken, tmp_path)[0])
+    assert found.keys() == load_file(module.convert(checkpoint, tmp_path / "plain")[0]).keys() and len(found) > 70
+
+
+def test_layers_keep_their_kind_in_a_folder_and_under_a_prefix(checkpoint, broken, tmp_path):
+    """What says that a matrix is rotated stands beside the weights, by their stored names."""
+    made = module.convert(checkpoint, tmp_path, "int8_convrot")[0]
+    expected = open_part(made, "generation_decoder")
+    assert all(layer.group for layer in expected.layers.values())
+    folder = broken / "generation_decoder"
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    shutil.copy(made, folder / "model.safetensors")
+    prefixed = tmp_path / "saved.safetensors"
+    with safe_open(made, framework="pt") as opened:
+        metadata = opened.metadata()
+    key = "_quantization_metadata"
+    stated = json.loads(metadata[key])
+    stated["layers"] = {f"model.diffusion_model.{name}": form for name, form in stated["layers"].items()}
+    weights = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(made).items()}
+    save_file(weights, prefixed, {**metadata, key: json.dumps(stated)})
+    for place in (broken, prefixed):
+        found = open_part(place, "generation_decoder")
+        assert {name: layer.group for name, layer in found.layers.items()} == {
+            name: layer.group for name, layer in expected.layers.items()
+        }
+
+
+@pytest.mark.parametrize("dtype", ["fp8_scaled", "int8", "int8_convrot"])
+def test_quantised_files_load_without_comfyui_as_the_values_that_they_stand_for(checkpoint, tmp_path, dtype):
+    file = module.convert(checkpoint, tmp_path, dtype)[0]
+    expected = load_mmdit(checkpoint, dtype=torch.float32).state_dict()
+    for name, tensor in load_mmdit(file, dtype=torch.float32).state_dict().items():
+        near = (tensor - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)
+        assert near < 0.05, (name, near)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "Q8_0"])
+def test_a_source_that_is_replaced_meanwhile_is_noticed(broken, tmp_path, dtype):
+    file = broken / "generation_decoder" / "model.safetensors"
+    other = tmp_path / "other.safetensors"
+    save_file({name: tensor * 3 for name, tensor in load_file(file).items()}, other)
+    told = []
+
+    def replace(_):
+        if not told:
+            os.replace(other, file)  # under the name, which is opened again for each tensor
+        told.append(1)
+
+    with pytest.raises(RuntimeError, match="model.safetensors"):
+        module.convert(broken, tmp_path / "out", dtype, replace)
+    assert not [one for one in (tmp_path / "out").rglob("*") if one.is_file()]
+
+
+def test_another_vae_is_neither_replaced_nor_taken_for_ours(checkpoint, tmp_path):
+    vae = tmp_path / "vae" / "internvl_u_vae_bf16.safetensors"
+    vae.parent.mkdir()
+    save_file({"another": torch.zeros(2)}, vae)
+    before = vae.read_bytes()
+    with pytest.raises(FileExistsError, match="holds another VAE: rename it or choose another folder"):
+        module.convert(checkpoint, tmp_path)
+    assert vae.read_bytes() == before
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [vae]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "Q8_0"])

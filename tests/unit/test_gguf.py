@@ -281,7 +281,7 @@ def rewritten(source, target, form_for, description=None):
         part = open_part(source, open_checkpoint(source).description.part)
         values = part.weights[name]
         if form != stored.form:
-            values = torch.zeros(blocks.Packing(form, stored.shape).stored_shape, dtype=torch.uint8)
+            values = torch.zeros(blocks.PackedMatrix(form, stored.shape).stored_shape, dtype=torch.uint8)
         data = values.view(torch.uint8).numpy()
         if form == "BF16":
             writer.add_tensor(name, data.reshape(*stored.shape[:-1], -1), raw_dtype=kind(form))

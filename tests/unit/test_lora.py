@@ -159,6 +159,16 @@ BROKEN = {
     ),
     "two kinds": ({"lora_A.weight": DOWN, "lora_B.weight": UP, "diff": torch.zeros(128, 64)}, "one kind of change"),
     "a difference of another size": ({"diff": torch.zeros(64, 128)}, r"\[64, 128\] found, \[128, 64\] expected"),
+    "a rank of nothing": (
+        {"lora_A.weight": torch.zeros(0, 64), "lora_B.weight": torch.zeros(128, 0), "alpha": torch.ones(())},
+        r"lora_down.weight \[0, 64\] found, which is empty|lora_up.weight \[128, 0\] found, which is empty",
+    ),
+    "rotations of another size": ({"oft_blocks": torch.zeros(8, 9, 9)}, r"oft_blocks \[8, 9, 9\] found, square blocks"),
+    "a rotation of two axes": ({"oft_blocks": torch.zeros(128, 128)}, "square blocks of 128 rows together expected"),
+    "rotations with magnitudes of another size": (
+        {"oft_blocks": torch.zeros(8, 16, 16), "dora_scale": torch.ones(5, 1)},
+        r"dora_scale \[5, 1\] found",
+    ),
     "Kronecker factors": ({"lokr_w1": torch.ones(3, 3), "lokr_w2": torch.ones(5, 5)}, r"\[15, 15\] found"),
 }
 
@@ -233,6 +243,28 @@ def test_an_alpha_in_the_file_counts_and_not_what_metadata_says(read):
 def test_patterns_are_of_whole_names():
     config = AdapterConfig(lora_alpha=8, alpha_pattern={"to_q": 2})
     assert config.alpha_of("blocks.0.to_q", 4) == 2 and config.alpha_of("blocks.0.not_to_q", 4) == 8
+    # PEFT's names begin at the model that was wrapped.
+    config = AdapterConfig(lora_alpha=8, alpha_pattern={"decoder.blocks.0.to_q": 2})
+    assert config.alpha_of("blocks.0.to_q", 4) == 2 and config.alpha_of("blocks.10.to_q", 4) == 8
+
+
+def test_a_pattern_that_is_a_regular_expression_is_refused_by_name(tmp_path, shapes):
+    key = "transformer_blocks.0.attn.to_q"
+    save_file({f"{key}.lora_A.weight": DOWN, f"{key}.lora_B.weight": UP}, tmp_path / "adapter_model.safetensors")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"lora_alpha": 8, "alpha_pattern": {r"blocks\\.\\d+\\.to_q": 64}}))
+    with pytest.raises(RuntimeError, match="adapter_config.json.*alpha_pattern"):
+        read_lora(tmp_path / "adapter_model.safetensors", shapes)
+
+
+def test_a_half_that_is_not_connected_is_named(read, shapes):
+    drawing, language = "transformer_blocks.0.attn.to_q", LANGUAGE_LAYERS[0]
+    up, down = random_change(shapes[LANGUAGE], [language])[language]
+    tensors = {f"{drawing}.lora_A.weight": DOWN, f"{drawing}.lora_B.weight": UP}
+    tensors |= {f"{language}.lora_A.weight": down, f"{language}.lora_B.weight": up}
+    told = read(tensors, parts=(TRANSFORMER,)).summary({TRANSFORMER: 1.0})
+    assert "2 of 4 keys fit nothing here and are left out (connect the MLLM too if they are its)" in told
+    assert "all 4 keys fit" in read(tensors).summary({TRANSFORMER: 1.0, LANGUAGE: 1.0})
 
 
 @pytest.mark.parametrize("key", ["img_in.weight", "img_in.bias", "lora_up", "x.lora_B.bias", "", ".", "alpha"])
