@@ -212,6 +212,18 @@ def test_a_copy_of_the_node_and_a_saved_workflow_carry_the_conversation(page, se
     assert copied == kept
 
 
+def test_an_answer_that_comes_while_another_tab_is_open_is_there_on_return(page, server):
+    before = server.get("/history").keys()
+    page.evaluate(SET, {"message": "a red circle", "action": "draw", "steps": 60})
+    page.evaluate("app.queuePrompt(0)")
+    page.wait_for_function(f"document.querySelectorAll('{BUBBLES}').length === 2")
+    page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    wait(page, server, before)
+    page.evaluate("app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    page.wait_for_function(f"!!({CHAT})")
+    assert [turn["text"] for turn in turns(page)] == ["a red circle", ""] and len(texts(page)) == 2
+
+
 def test_nodes_2_shows_the_conversation_and_not_its_json(page, server):
     page.evaluate(SET_NODES_2, True)
     try:
