@@ -37,8 +37,8 @@ CROSSED = """(boxes) => {
     }
     for (const box of boxes) {
       if (box[0] === link.origin_id || box[0] === link.target_id) continue;
-      const at = [(box[2] - left) / 2 + 2, (box[3] - top) / 2 + 2, (box[4] - box[2]) / 2 - 4, (box[5] - box[3]) / 2 - 4];
-      const seen = context.getImageData(...at.map(Math.round)).data;
+      const place = [box[2] - left + 4, box[3] - top + 4, box[4] - box[2] - 8, box[5] - box[3] - 8];
+      const seen = context.getImageData(...place.map(value => Math.round(value / 2))).data;
       if (seen.some((value, i) => i % 4 === 3 && value > 60)) found.push([box[1], link.origin_id, link.target_id]);
     }
   }

@@ -2,11 +2,12 @@
 
     python dev.py nox -s workflows [-- NAME ...]
 
-NAME is a graph of graphs.py or a node; without any, all are made. For each graph: workflows/FILE.json (user interface;
-FILE is what graphs.py says), tests/workflows/NAME.api.json (the same graph in the API's format), demo/workflows/NAME.json
-(with the nano model's values) and workflows/FILE.jpg (its card in the template browser, see cards.py). For some graphs:
-subgraphs/FILE.json, see blueprints.py. For each node: web/docs/NODE.jpg, which its help page shows, see wiring.py. The
-pictures that workflows load are drawn first, see pictures.py. What they were made from is written down, see made_from.py.
+NAME is a graph of graphs.py or a node; without any, all are made. For each graph: workflows/FILE.json (user
+interface; graphs.py says what the file is called), tests/workflows/NAME.api.json (the same graph in the API's format),
+demo/workflows/NAME.json (with the nano model's values) and workflows/FILE.jpg (its card in the template browser, see
+cards.py). For some graphs: subgraphs/FILE.json, see blueprints.py. For each node: web/docs/NODE.jpg, which its help
+page shows, see wiring.py. The pictures that workflows load are drawn first, see pictures.py. What all of it was made
+from is written down, see made_from.py.
 
 The session runs `python -m tools.workflows.build --comfyui FOLDER`, with .venv's Python and the oldest supported
 ComfyUI, so that all later ones can open the files. It needs chromium.
@@ -30,11 +31,12 @@ from playwright.sync_api import Page, sync_playwright
 from ..comfyui import Server
 from ..demo import server
 from ..fetch import version_of
-from . import cards, graphs, layout, made_from, nano_graphs, pictures, wiring
+from . import blueprints, cards, graphs, layout, made_from, nano_graphs, pictures, wiring
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "internvl-u"
 WINDOW = (1600, 900)  # CSS pixels, in which a whole workflow is shown on opening
+
 
 def open_page(browser, url: str) -> Page:
     """Returns a page with an empty graph and nothing around it."""
@@ -51,7 +53,7 @@ def open_page(browser, url: str) -> Page:
     return page
 
 
-def build(page: Page, name: str, steps: list[list[tuple]], note: str | None, sizes: dict = graphs.SIZES) -> None:
+def build(page: Page, name: str, steps: list[list[tuple]], note: str | None, sizes: dict) -> None:
     """Puts a graph, or these nodes of it, into the page. Steps are titled groups where there is a note."""
     names = {node[0] for column in steps for _, nodes in column for nodes in nodes for node in nodes}
     links = [re.split(r"[. ]", link) for link in wiring.links(name).split(", ")]
@@ -64,10 +66,20 @@ def build(page: Page, name: str, steps: list[list[tuple]], note: str | None, siz
 def view(nodes: list[dict]) -> dict:
     """Returns the canvas's scale and offset on opening. Without them Nodes 2.0 in frontend 1.32 piles the nodes up."""
     width, height = (max(node["pos"][i] + node["size"][i] for node in nodes) + 30 for i in (0, 1))
-    scale = int(min(0.8, (WINDOW[0] - 110) / width, (WINDOW[1] - 190) / height) * 100) / 100
+    scale = int(min(0.8, (WINDOW[0] - 110) / width, (WINDOW[1] - 200) / height) * 100) / 100
     left = max(80, (WINDOW[0] - width * scale) / 2)
-    top = max(120, (WINDOW[1] - height * scale) / 2)
+    top = max(150, (WINDOW[1] - height * scale) / 2)
     return {"scale": scale, "offset": [round(left / scale), round(top / scale)]}
+
+
+def app_view(name: str) -> dict:
+    """Returns what the app view shows of a workflow, in the form of a workflow's `extra`; {} if it has none."""
+    if name not in graphs.APPS:
+        return {}
+    ids = {node: number for number, (node, *_) in enumerate(graphs.nodes(name), 1)}
+    inputs, outputs = graphs.APPS[name]
+    shown = [[ids[node], widget] for node, _, widget in (one.partition(".") for one in inputs.split())]
+    return {"linearData": {"inputs": shown, "outputs": [ids[node] for node in outputs.split()]}}
 
 
 def finish(workflow: dict, name: str, versions: dict[str, str]) -> dict:
@@ -77,6 +89,7 @@ def finish(workflow: dict, name: str, versions: dict[str, str]) -> dict:
         node["properties"] |= {"Node name for S&R": node["type"], "cnr_id": pack, "ver": versions[pack]}
     kept = ("frontendVersion", "reroutes", "linkExtensions")
     extra = {"ds": view(workflow["nodes"])} | {key: workflow["extra"][key] for key in kept if key in workflow["extra"]}
+    extra |= app_view(name.removeprefix("nano/"))
     return workflow | {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK}/{name}")), "revision": 0, "extra": extra}
 
 
@@ -103,13 +116,24 @@ def write_json(file: Path, value: dict) -> None:
 
 def save_workflow(page: Page, name: str, versions: dict[str, str]) -> None:
     """Writes all files of a workflow but its card."""
-    build(page, name, graphs.steps(name), graphs.note(name))
+    build(page, name, graphs.steps(name), graphs.note(name), graphs.sizes(name))
     workflow, prompt = made(page)
     write_json(ROOT / "workflows" / f"{graphs.file_name(name)}.json", finish(workflow, name, versions))
     write_json(ROOT / "tests" / "workflows" / f"{name}.api.json", prompt)
     if name in nano_graphs.HINTS:
-        build(page, name, nano_graphs.steps(name), nano_graphs.note(name))
+        build(page, name, nano_graphs.steps(name), nano_graphs.note(name), graphs.sizes(name))
         write_json(ROOT / "demo" / "workflows" / f"{name}.json", finish(made(page)[0], f"nano/{name}", versions))
+
+
+def save_blueprint(page: Page, title: str, versions: dict[str, str]) -> None:
+    """Writes a subgraph blueprint."""
+    name, wanted = blueprints.BLUEPRINTS[title].workflow, blueprints.BLUEPRINTS[title].nodes.split()
+    build(page, name, graphs.steps(name), graphs.note(name), graphs.sizes(name))
+    numbers = {node: number for number, (node, *_) in enumerate(graphs.nodes(name), 1) if node in wanted}
+    one = blueprints.BLUEPRINTS[title]
+    values = {"ids": numbers, "widgets": one.widgets, "title": title, "size": one.size}
+    value = json.loads(page.evaluate(blueprints.MAKE, values))
+    write_json(ROOT / "subgraphs" / f"{title}.json", blueprints.finish(value, title, versions))
 
 
 def save_wiring(page: Page, node: str) -> None:
@@ -130,6 +154,8 @@ def save(comfyui: Server, names: list[str], chromium: str, versions: dict[str, s
             if name in graphs.FILES:
                 save_workflow(page, name, versions)
                 cards.save(comfyui, name)
+            elif name in blueprints.BLUEPRINTS:
+                save_blueprint(page, name, versions)
             else:
                 save_wiring(page, name)
         browser.close()

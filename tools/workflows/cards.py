@@ -27,8 +27,8 @@ CREDIT, ANSWERED = "drawn by the nano model in the box", "answered by the nano m
 class Card:
     """What is on a card: big words, and parts of the run, by name of a node or as texts.
 
-    `parts` are shown in reading order. "node" is the picture that a node saved or loads, "=text" words, "node:text" what
-    a node wrote, ">" an arrow and "+" a plus between two pictures.
+    `parts` are shown in reading order. "node" is the picture that a node saved or loads, "=text" words, "node:text"
+    what a node wrote, ">" an arrow and "+" a plus between two pictures.
     """
 
     words: str
@@ -37,6 +37,11 @@ class Card:
     credit: str = CREDIT
     run: str = ""
     """The graph whose run is shown, where it is not the card's own."""
+    prompt: str = ""
+    """What is drawn, where it is not what the nano graph says."""
+
+
+STARS = "three pink stars on a navy background"
 
 
 def quoted(text: str) -> str:
@@ -44,9 +49,16 @@ def quoted(text: str) -> str:
 
 
 CARDS = {
-    "text_to_image": Card("Text to image", "draw", ("save", quoted("a red circle to the left of a blue square"))),
-    "text_to_image_custom_sampling": Card("Custom sampling", "draw", ("=guider  solver\nscheduler  noise", "save")),
-    "text_to_image_ksampler": Card("KSampler", "draw", ("save", "=ComfyUI's own sampler and VAE Decode")),
+    "text_to_image": Card("Text to image", "draw", ("save", quoted(STARS)), prompt=STARS),
+    "text_to_image_custom_sampling": Card(
+        "Custom sampling",
+        "draw",
+        ("save", "=guider, solver, scheduler, noise: a node each"),
+        prompt="a large cyan ring on a black background",
+    ),
+    "text_to_image_ksampler": Card(
+        "KSampler", "draw", ("save", "=ComfyUI's own sampler"), prompt="a large green square on a beige background"
+    ),
     "edit": Card("Edit a picture", "edit", ("image", ">", "save", quoted("make the circle green"))),
     "edit_two_references": Card(
         "Two pictures in one", "edit", ("image1", "+", "image2", quoted("let the cat stand on the jetty")), ""
@@ -57,17 +69,43 @@ CARDS = {
     "edit_the_thought_then_draw": Card("Edit the thought", "think", ("thought:text", ">", "save")),
     "think_then_edit": Card("Think, then edit", "think", ("image", ">", "save", "think:text")),
     "ask_about_a_picture": Card("Ask", "ask", ("image", quoted("describe the picture."), "answer:text"), ANSWERED),
-    "compare_two_pictures": Card("Compare", "ask", ("image1", "+", "image2", quoted("what changed?"), "answer:text"), ANSWERED),
+    "compare_two_pictures": Card(
+        "Compare", "ask", ("image1", "+", "image2", quoted("what changed?"), "answer:text"), ANSWERED
+    ),
     "masked_edit": Card("Only what you paint", "edit", ("image", ">", "save", quoted("make the circle green"))),
     "draw_ask_draw_again": Card("Draw, ask, draw", "think", ("save", ">", "save2", "answer:text")),
-    "picture_to_picture": Card("Image to image", "draw", ("image", ">", "save", quoted("a green circle, an orange square"))),
-    "hires_second_pass": Card("Hires, two passes", "draw", ("save", ">", "save2")),
-    "upscale_with_a_model": Card("Upscale", "draw", ("save", "=with any upscale model"), CREDIT, "text_to_image"),
-    "with_a_lora": Card("LoRA", "draw", ("save", "=on the transformer, the language model or both"), CREDIT, "text_to_image"),
+    "picture_to_picture": Card(
+        "Image to image", "draw", ("image", ">", "save", quoted("a green circle, an orange square"))
+    ),
+    "hires_second_pass": Card(
+        "Hires, two passes", "draw", ("save", ">", "save2"), prompt="a large orange cross on a navy background"
+    ),
+    "upscale_with_a_model": Card(
+        "Upscale",
+        "draw",
+        ("save", "=with any upscale model"),
+        CREDIT,
+        "text_to_image",
+        "a large yellow star on a navy background",
+    ),
+    "with_a_lora": Card(
+        "LoRA",
+        "draw",
+        ("save", "=your style on both models"),
+        CREDIT,
+        "text_to_image",
+        "a large pink circle on a brown background",
+    ),
     "controlnet_of_another_model": Card(
         "ControlNet", "edit", ("save", ">", "lines", "=its lines lead another model"), CREDIT, "text_to_image"
     ),
-    "captions_for_a_folder": Card("Captions", "ask", ("image", "answer:text", "=one .txt for each picture of a folder"), ANSWERED, "ask_about_a_picture"),
+    "captions_for_a_folder": Card(
+        "Captions",
+        "ask",
+        ("image", "answer:text", "=one .txt for each picture of a folder"),
+        ANSWERED,
+        "ask_about_a_picture",
+    ),
 }
 
 
@@ -75,19 +113,24 @@ def save(comfyui: Server, name: str) -> None:
     """Runs the nano graph and writes a workflow's card."""
     card = CARDS[name]
     compose(card, parts(comfyui, card, card.run or name)).save(
-        ROOT / "workflows" / f"{graphs.file_name(name)}.jpg", quality=88, optimize=True
+        ROOT / "workflows" / f"{graphs.file_name(name)}.jpg", quality=84, optimize=True
     )
 
 
 def parts(comfyui: Server, card: Card, name: str) -> list[str | Image.Image]:
     """Returns what a card shows: pictures, texts, and the signs between pictures."""
     numbers = {node: str(number) for number, (node, *_) in enumerate(graphs.nodes(name), 1)}
-    graph = nano_graphs.api(name)
+    graph = nano_graphs.api(name) if name in nano_graphs.TEXTS else nano_graphs.twin(name)
+    if card.prompt:
+        graph[numbers["encode"]]["inputs"]["prompt"] = card.prompt
     outputs: dict = {}
     if name in nano_graphs.TEXTS:
         decoded = [numbers["decode"], 0] if "decode" in numbers else None
         if "lines" in card.parts:
-            graph["lines"] = {"class_type": "Canny", "inputs": {"image": decoded, "low_threshold": 0.1, "high_threshold": 0.3}}
+            graph["lines"] = {
+                "class_type": "Canny",
+                "inputs": {"image": decoded, "low_threshold": 0.1, "high_threshold": 0.3},
+            }
             graph["shown"] = {"class_type": "SaveImage", "inputs": {"images": ["lines", 0], "filename_prefix": "lines"}}
             numbers["lines"] = "shown"
         entry = comfyui.run(graph)
@@ -133,7 +176,7 @@ def compose(card: Card, given: list[str | Image.Image]) -> Image.Image:
     texts = [one[1:] for one in given if isinstance(one, str) and one[0] == "="]
     low = SIDE - BAND
     if len(pictures) == 2:
-        side = 226 if texts else 240
+        side = 226
         top = HEAD if texts else (low - side) // 2 + 8
         put(image, pictures[0], 16, top, side)
         put(image, pictures[1], SIDE - 16 - side, top, side)
@@ -160,7 +203,9 @@ def put(image: Image.Image, picture: Image.Image, left: int, top: int, side: int
     small = picture.resize((side, side), Image.LANCZOS)
     mask = Image.new("L", (side * 4, side * 4))
     ImageDraw.Draw(mask).rounded_rectangle([0, 0, side * 4 - 1, side * 4 - 1], 56, fill=255)
-    image.paste((196, 194, 188), (left - 1, top - 1, left + side + 1, top + side + 1), mask.resize((side + 2, side + 2)))
+    image.paste(
+        (196, 194, 188), (left - 1, top - 1, left + side + 1, top + side + 1), mask.resize((side + 2, side + 2))
+    )
     image.paste(small, (left, top), mask.resize((side, side), Image.LANCZOS))
 
 
@@ -187,7 +232,7 @@ def write(draw: ImageDraw.ImageDraw, texts: list[str], box: tuple[int, ...], siz
             break
     y = top + (bottom - top - sum(heights) - one * 0.6 * (len(texts) - 1)) / 2
     for number, rows in enumerate(lines):
-        colour = SOFT if len(lines) > 1 and number == 0 else DARK
+        colour = SOFT if len(lines) > 1 and texts[number][0] == "“" else DARK
         for row in rows:
             x = (left + right) / 2 if centred else left
             draw.text((x, y + one * 0.6), row, colour, font(one), anchor="mm" if centred else "lm")

@@ -38,7 +38,8 @@ def file_name(name: str) -> str:
 
 MODEL = """**No model yet?** Choose the **download** in **Load InternVL-U** and run. Or put the whole folder from \
 [Hugging Face](https://huggingface.co/InternVL-U/InternVL-U) or \
-[ModelScope](https://modelscope.cn/models/OpenGVLab/InternVL-U) into **models/InternVL-U/InternVL-U** and press **R**."""
+[ModelScope](https://modelscope.cn/models/OpenGVLab/InternVL-U) into **models/InternVL-U/InternVL-U** and press \
+**R**."""
 WORDS = "**Prompt**: what you want to see, in English or Chinese."
 CHANGES = "**Prompt**: what to change, in English or Chinese."
 SIZE = "**Size**: width and height, 512 to 1024."
@@ -70,7 +71,11 @@ NOTES = {
         f"InternVL-U Latent** to the sampler.\n\n{EDIT_VALUES}",
     ),
     "edit_two_references": (
-        ["**Load Image 1** and **2**: your pictures.", f"{CHANGES} Each **\\<image\\>** is one picture, in order.", SEED],
+        [
+            "**Load Image 1** and **2**: your pictures.",
+            f"{CHANGES} Each **\\<image\\>** is one picture, in order.",
+            SEED,
+        ],
         f"The result has the size of **image1**. The official code takes one picture only: try what works.\n\n"
         f"{EDIT_VALUES}",
     ),
@@ -101,7 +106,8 @@ NOTES = {
             "**question**: in English or Chinese.",
             "More pictures: connect further inputs. A batch counts as several.",
         ],
-        f"**\\<image\\>** in the question marks the place of a picture; without marks all come first.\n\n{ANSWER_VALUES}",
+        "**\\<image\\>** in the question marks the place of a picture; without marks all come first.\n\n"
+        f"{ANSWER_VALUES}",
     ),
     "masked_edit": (
         [
@@ -150,7 +156,8 @@ NOTES = {
             "**question**: what the captions say, and how long.",
             "**folder_name**: where in **output** pictures and .txt files go.",
         ],
-        f"One picture after the other is read; each .txt has the picture's name, as trainers expect.\n\n{ANSWER_VALUES}",
+        "One picture after the other is read; each .txt has the picture's name, as trainers expect.\n\n"
+        f"{ANSWER_VALUES}",
     ),
 }
 """Per workflow: the three lines on what to change, and the rest."""
@@ -159,7 +166,7 @@ NOTES = {
 def note(name: str) -> str:
     """Returns what a workflow's note says."""
     lines, rest = NOTES[name]
-    steps = "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
+    steps = "\n".join(f"### {number}. {line}" for number, line in enumerate(lines, 1))
     return f"## {file_name(name)}\n\n{steps}\n\n{MODEL}\n\n{rest}\n"
 
 
@@ -224,7 +231,7 @@ THINK = ("think", "InternVLU_WriteThought", WRITING | {"max_new_tokens": 200})
 def again(denoise: float = 1.0) -> list[list[tuple]]:
     sample = ("sample2", "InternVLU_SampleLatent", SAMPLER | {"denoise": denoise})
     decode = ("decode2", "InternVLU_DecodeLatent", {"width": 0, "height": 0})
-    return [[sample], [decode], [("save2", "SaveImage", {"filename_prefix": "InternVL-U_again"})]]
+    return [[sample], [decode, ("save2", "SaveImage", {"filename_prefix": "InternVL-U_again"})]]
 
 
 # Steps from left to right: (title, columns of nodes); a list of steps is a column of steps, from top to bottom. A node
@@ -278,7 +285,7 @@ STEPS_OF = {
         [LOADED, ("Prompt", [[text("prompt", RIDDLE)]])],
         ("Think", [[THINK]]),
         [("Thought", [[text("thought", THOUGHT)]]), SIZED],
-        ("Draw", [[encode()], [SAMPLE_THOUGHT], [DECODE], [SAVE]]),
+        ("Draw", [[encode()], [SAMPLE_THOUGHT], [DECODE, SAVE]]),
     ],
     "think_then_edit": [
         [
@@ -335,7 +342,10 @@ STEPS_OF = {
     ],
     "hires_second_pass": [
         LOADED,
-        [worded(PROMPT), ("Size", [[("latent", "InternVLU_CreateLatent", LATENT_SIZE | {"width": 768, "height": 768})]])],
+        [
+            worded(PROMPT),
+            ("Size", [[("latent", "InternVLU_CreateLatent", LATENT_SIZE | {"width": 768, "height": 768})]]),
+        ],
         ("Draw", [[SAMPLE], [DECODE, SAVE]]),
         (
             "Draw larger",
@@ -372,7 +382,11 @@ STEPS_OF = {
                     ("control", "ControlNetLoader", {"control_net_name": "control_v11p_sd15_canny_fp16.safetensors"}),
                 ],
                 [
-                    ("positive", "CLIPTextEncode", {"text": "a cottage on a hill beside a tall tree, photo, golden light"}),
+                    (
+                        "positive",
+                        "CLIPTextEncode",
+                        {"text": "a cottage on a hill beside a tall tree, photo, golden light"},
+                    ),
                     ("negative", "CLIPTextEncode", {"text": "blurry, text"}),
                     ("apply", "ControlNetApplyAdvanced", {"strength": 0.8, "start_percent": 0.0, "end_percent": 1.0}),
                 ],
@@ -400,6 +414,14 @@ STEPS_OF = {
         ("Question", [[answer(CAPTION)]]),
         ("Save", [[("save", "SaveImageTextDataSetToFolder", {"folder_name": "captions", "filename_prefix": "image"})]]),
     ],
+}
+
+
+# What newer frontends show of a workflow as an app: the inputs (node.widget ...), and the nodes whose results it shows.
+APPS = {
+    "text_to_image": ("encode.prompt latent.width latent.height sample.seed", "save"),
+    "edit": ("image.image encode.prompt sample.seed", "save"),
+    "ask_about_a_picture": ("image.image answer.question preview.preview_markdown answer.live_text", "preview"),
 }
 
 
@@ -504,7 +526,7 @@ LINKS = {
 # Room for what nodes show: (width, height) in graph units. The sampler has room for its live preview, so that nothing
 # moves while it draws. Below a zoom of 0.6 frontends draw no text, so that no graph may be much wider than 2400.
 SIZES = {
-    "note": (300, 560),
+    "note": (280, 520),
     "load": (250, 0),
     "latent": (280, 0),
     "encode": (300, 290),
@@ -514,15 +536,32 @@ SIZES = {
     "decode": (210, 0),
     "decode2": (210, 0),
     "save": (340, 400),
-    "save2": (340, 400),
+    "save2": (280, 340),
     "image": (250, 330),
-    "image1": (250, 330),
-    "image2": (250, 330),
+    "image1": (250, 290),
+    "image2": (250, 290),
     "prompt": (250, 140),
     "thought": (300, 280),
     "think": (320, 620),
     "answer": (340, 620),
     "preview": (300, 300),
-    "positive": (260, 140),
-    "negative": (260, 100),
+    "positive": (240, 140),
+    "negative": (240, 100),
 }
+# Narrower where much stands side by side.
+NARROW = {
+    "save": (240, 300),
+    "sample": (265, 540),
+    "sample2": (265, 540),
+    "encode": (260, 290),
+    "encode2": (260, 290),
+    "answer": (290, 620),
+    "latent": (260, 0),
+    "load": (240, 0),
+}
+WIDE = ("draw_ask_draw_again", "hires_second_pass", "controlnet_of_another_model")
+
+
+def sizes(name: str) -> dict[str, tuple[int, int]]:
+    """Returns the room that a workflow's nodes get."""
+    return SIZES | (NARROW if name in WIDE else {})

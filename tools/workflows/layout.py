@@ -113,7 +113,7 @@ async ({columns, links, note, sizes, titles, colours, first, green, brown, group
   for (let i = 0; grouped && i < links.length; i++) {
     const wire = wires()[i], ones = between(wire);
     if (!hit(bends(wire), ones)) continue;
-    const [x1, x2] = [nodes[wire.from].pos[0] + nodes[wire.from].size[0] + 34, nodes[wire.to].pos[0] - 34];
+    const [x1, x2] = [nodes[wire.from].pos[0] + nodes[wire.from].size[0] + 16, nodes[wire.to].pos[0] - 14];
     const free = y => ones.every(one => y < one.top - 10 || y > one.bottom + 10)
       && lanes.every(lane => Math.abs(lane.y - y) >= 12 || lane.x2 < x1 || lane.x1 > x2);
     const wanted = ones.flatMap(one => [0, 14, 28, 42].flatMap(k => [one.top - 16 - k, one.bottom + 26 + k]))
@@ -122,8 +122,7 @@ async ({columns, links, note, sizes, titles, colours, first, green, brown, group
     const y = wanted.filter(free).sort((one, two) => cost(one) - cost(two))[0];
     if (y === undefined) throw new Error(`no lane for ${links[i].join(' ')}`);
     lanes.push({y, x1, x2});
-    const into = nodes[wire.to], slot = into.findInputSlot(links[i][3]);
-    const link = app.graph.getLink ? app.graph.getLink(into.inputs[slot].link) : app.graph.links[into.inputs[slot].link];
+    const into = nodes[wire.to], link = app.graph.links.get(into.inputs[into.findInputSlot(links[i][3])].link);
     for (const x of [x1, x2]) app.graph.createReroute([x, y], link);
   }
   if (lanes.length) for (const one of boxes) {  // a step holds the lanes below its nodes
@@ -137,7 +136,6 @@ async ({columns, links, note, sizes, titles, colours, first, green, brown, group
     group.color = colours[i % colours.length];
     app.graph.add(group);
   });
-  if (note) nodes.note.setSize([sizes.note[0], Math.max(sizes.note[1], Math.max(...boxes.map(b => b.y + b.height)) - TITLE)]);
   await app.loadGraphData(JSON.parse(JSON.stringify(app.graph.serialize())));  // what users will do
 }
 """

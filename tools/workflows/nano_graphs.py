@@ -80,7 +80,7 @@ TEXTS = {
     "ask_about_a_picture": {"answer": {"question": "describe the picture."}},
     "compare_two_pictures": {"answer": {"question": "what changed?"}},
     "draw_ask_draw_again": {"encode": PROMPT, "answer": {"question": "describe the picture."}},
-    "hires_second_pass": {"encode": PROMPT, "larger": {"scale_by": 1.5}},
+    "hires_second_pass": {"encode": PROMPT, "sample2": {"denoise": 0.4}},
 }
 """Values by graph and node."""
 
@@ -102,9 +102,14 @@ def steps(name: str) -> list[list[tuple]]:
     ]
 
 
+def twin(name: str) -> dict:
+    """Returns a shipped workflow in the API's format."""
+    return json.loads((TWINS / f"{name}.api.json").read_text(encoding="utf-8"))
+
+
 def api(name: str) -> dict:
     """Returns a graph in the API's format: the shipped workflow's twin with the nano model's values put in."""
-    graph = json.loads((TWINS / f"{name}.api.json").read_text(encoding="utf-8"))
+    graph = twin(name)
     for number, (node, kind, _) in enumerate(graphs.nodes(name), 1):  # ids follow this order, see graphs.py
         if graph[str(number)]["class_type"] != kind:
             raise ValueError(f"node {number} of {name}.api.json is no {kind} ({node}): build the workflow anew")

@@ -31,7 +31,9 @@ class Canvas:
 
     def ellipse(self, colour: Colour, x: float, y: float, width: float, height: float) -> None:
         """Draws an ellipse around a centre, with these half axes."""
-        self.draw.ellipse([(x - width) * FINE, (y - height) * FINE, (x + width) * FINE, (y + height) * FINE], fill=colour)
+        self.draw.ellipse(
+            [(x - width) * FINE, (y - height) * FINE, (x + width) * FINE, (y + height) * FINE], fill=colour
+        )
 
     def box(self, colour: Colour, left: float, top: float, right: float, bottom: float, radius: float = 0) -> None:
         edges = [side * FINE for side in (left, top, right, bottom)]
@@ -115,7 +117,9 @@ def harbour(tones: dict, boat: bool, moon: bool) -> Image.Image:
     for x, size in ((40, 1.0), (86, 0.8), (430, 0.9), (716, 1.1), (672, 0.8)):
         canvas.polygon(tones["tree"], (x - 30 * size, 510), (x, 510 - 124 * size), (x + 30 * size, 510))
         canvas.polygon(tones["tree"], (x - 23 * size, 470), (x, 510 - 150 * size), (x + 23 * size, 470))
-    for i, (left, width, height) in enumerate(((128, 84, 82), (222, 96, 108), (328, 74, 76), (486, 92, 96), (588, 70, 74))):
+    for i, (left, width, height) in enumerate(
+        ((128, 84, 82), (222, 96, 108), (328, 74, 76), (486, 92, 96), (588, 70, 74))
+    ):
         wall, roof, top = tones["wall"][i % 3], tones["roof"][i % 3], 512 - height
         canvas.box(wall, left, top, left + width, 514)
         canvas.polygon(roof, (left - 10, top + 2), (left + width / 2, top - width * 0.5), (left + width + 10, top + 2))
@@ -125,7 +129,12 @@ def harbour(tones: dict, boat: bool, moon: bool) -> Image.Image:
     canvas.polygon(tones["wood"], (300, 516), (344, 516), (452, 690), (332, 690))
     for step in range(9):
         y = 522 + step * step * 2.1
-        canvas.line(tuple(round(part * 0.72) for part in tones["wood"]), 1 + step * 0.3, (300 + step * 3.6, y), (346 + step * 12, y))
+        canvas.line(
+            tuple(round(part * 0.72) for part in tones["wood"]),
+            1 + step * 0.3,
+            (300 + step * 3.6, y),
+            (346 + step * 12, y),
+        )
     for x, y, height in ((312, 600, 26), (396, 600, 26), (328, 690, 40), (450, 690, 40)):
         canvas.box(tuple(round(part * 0.6) for part in tones["wood"]), x - 5, y - 14, x + 5, y + height, 3)
     if boat:
