@@ -90,6 +90,12 @@ def finish(made: dict, title: str, versions: dict[str, str]) -> dict:
     for one in subgraph["nodes"]:
         pack = "internvl-u"  # all nodes inside are ours
         one["properties"] |= {"Node name for S&R": one["type"], "cnr_id": pack, "ver": versions[pack]}
+    # What the page shows by itself, a second seed among it, gives way to what is wanted: see to the seed's next value.
+    shown = [one for one in node["properties"]["proxyWidgets"] if one[0] == "-1"]
+    seeded = [
+        str(one["id"]) for one in subgraph["nodes"] if "seed" in dict(blueprint.widgets).values() and is_seeded(one)
+    ]
+    node["properties"]["proxyWidgets"] = [*shown, *([number, "control_after_generate"] for number in seeded)]
     subgraph |= {"category": "InternVL-U", "description": blueprint.description}
     subgraph["groups"] = []
     node["properties"] |= {"cnr_id": "internvl-u", "ver": versions["internvl-u"]}
@@ -99,3 +105,7 @@ def finish(made: dict, title: str, versions: dict[str, str]) -> dict:
     ids = {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"internvl-u/subgraphs/{title}/file")), "revision": 0}
     last = {"last_node_id": node["id"], "last_link_id": 0}
     return ids | last | kept | {"groups": [], "extra": extra}
+
+
+def is_seeded(node: dict) -> bool:
+    return any(slot["name"] == "seed" for slot in node["inputs"])
