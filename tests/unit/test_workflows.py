@@ -165,3 +165,35 @@ def test_its_twin_is_the_same_graph(name):
 
 def is_link(value):
     return isinstance(value, list)
+
+
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
+
+
+def test_there_is_a_blueprint_for_drawing_editing_and_asking():
+    assert [file.stem for file in BLUEPRINTS] == ["InternVL-U Ask", "InternVL-U Draw", "InternVL-U Edit"]
+
+
+@pytest.mark.parametrize("file", BLUEPRINTS, ids=lambda file: file.stem)
+def test_a_blueprint_is_one_node_of_our_nodes_with_a_text_and_a_model_to_choose(file):
+    blueprint = json.loads(file.read_text(encoding="utf-8"))
+    (node,), (subgraph,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert node["type"] == subgraph["id"] and subgraph["name"] == node["title"] == file.stem
+    assert {one["type"] for one in subgraph["nodes"]} <= OURS
+    widgets = [slot["name"] for slot in node["inputs"] if "widget" in slot]
+    assert widgets[0] in ("prompt", "question") and widgets[-1] == "model_name"
+    assert [name for number, name in node["properties"]["proxyWidgets"] if number == "-1"] == widgets
+    assert len(node["widgets_values"]) == len(widgets)
+    assert blueprint["extra"]["BlueprintDescription"] and not ABSOLUTE.search(json.dumps(blueprint))
+
+
+def test_the_workflows_that_draw_edit_and_ask_have_an_app_view_of_inputs_that_exist():
+    for name in graphs.APPS:
+        workflow = shipped(name)
+        kinds = {node["id"]: node["type"] for node in workflow["nodes"]}
+        view = workflow["extra"]["linearData"]
+        widgets = {(int(number), key) for number, node in twin(name).items() for key in node["inputs"]}
+        texts = {"preview_markdown", "live_text"}  # the page's own, which show the answer
+        assert [pair for pair in view["inputs"] if tuple(pair) not in widgets and pair[1] not in texts] == []
+        assert {kinds[number] for number in view["outputs"]} <= {"SaveImage", "PreviewAny"}
+    assert [name for name in FILES if "linearData" in shipped(name)["extra"]] == list(graphs.APPS)
