@@ -146,7 +146,7 @@ NOTES = {
         f"What of the file fits is shown on the node. Several such nodes in a row add up.\n\n{DRAW_VALUES}",
     ),
     "controlnet_of_another_model": (
-        [WORDS, "**Checkpoint** and **ControlNet** in step 3: models of the same family.", "**Text** in step 4."],
+        [WORDS, "**Checkpoint** and **ControlNet** in step 5: models of one family.", "**Text** in step 6."],
         "InternVL-U composes the scene, its lines lead the other model. As it comes: any Stable Diffusion 1.5 "
         "checkpoint and its [Canny ControlNet](https://huggingface.co/Comfy-Org/ControlNet-v1-1_fp16_safetensors).",
     ),
@@ -194,6 +194,8 @@ GUIDANCE = {"all_cfg": 4.5, "part_cfg": 2.0}
 THOUGHT_GUIDANCE = {"all_cfg": 3.5, "part_cfg": 1.5}
 SAMPLER = FIXED | {"seed": 1234} | STEPS | GUIDANCE
 KSAMPLER = FIXED | {"seed": 1234} | STEPS | {"cfg": 4.5, "sampler_name": "euler", "scheduler": "simple"}
+SD_SAMPLER = FIXED | {"seed": 1234, "steps": 25, "cfg": 6.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
+SD_SAMPLER |= {"denoise": 1.0}
 WRITING = FIXED | {"how": "greedy", "seed": 1234}
 SCALE = {"upscale_method": "lanczos", "largest_size": 1024}
 
@@ -381,6 +383,11 @@ STEPS_OF = {
                     ("checkpoint", "CheckpointLoaderSimple", {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"}),
                     ("control", "ControlNetLoader", {"control_net_name": "control_v11p_sd15_canny_fp16.safetensors"}),
                 ],
+            ],
+        ),
+        (
+            "Its text",
+            [
                 [
                     (
                         "positive",
@@ -389,25 +396,11 @@ STEPS_OF = {
                     ),
                     ("negative", "CLIPTextEncode", {"text": "blurry, text"}),
                     ("apply", "ControlNetApplyAdvanced", {"strength": 0.8, "start_percent": 0.0, "end_percent": 1.0}),
-                ],
-            ],
-        ),
-        (
-            "Draw with it",
-            [
-                [
                     ("size2", "EmptyLatentImage", {"width": 768, "height": 768, "batch_size": 1}),
-                    (
-                        "sample2",
-                        "KSampler",
-                        FIXED
-                        | {"seed": 1234, "steps": 25, "cfg": 6.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
-                        | {"denoise": 1.0},
-                    ),
                 ],
-                [("decode2", "VAEDecode", {}), SAVE],
             ],
         ),
+        ("Draw with it", [[("sample2", "KSampler", SD_SAMPLER)], [("decode2", "VAEDecode", {}), SAVE]]),
     ],
     "captions_for_a_folder": [
         [LOADED, ("Folder", [[("folder", "LoadImageDataSetFromFolder", {"folder": PICTURES})]])],
@@ -457,6 +450,8 @@ TITLES = {
 }
 # What is to be changed first is green, and the note brown, as in core's templates: (title bar, body).
 GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
+LOADERS = ("load", "lora", "checkpoint")
+"""Nodes whose wires pass above those between."""
 FIRST = {"prompt", "thought", "image", "image1", "image2", "folder", "lora", "answer"}
 """Nodes to be changed first, by name, beside each Encode whose prompt is written there."""
 COLOURS = ("#3f789e", "#b06634", "#88a", "#8a8", "#a1309b", "#b58b2a")
@@ -480,7 +475,7 @@ ADAPTED = "load.MODEL lora.model, load.MLLM lora.mllm, "
 ADAPTED += SAMPLED.replace("load.M", "lora.M")
 CONTROLLED = "sample.LATENT decode.samples, load.VAE decode.vae, decode.IMAGE lines.image, lines.IMAGE apply.image, "
 CONTROLLED += "checkpoint.CLIP positive.clip, checkpoint.CLIP negative.clip, control.CONTROL_NET apply.control_net, "
-CONTROLLED += "positive.CONDITIONING apply.positive, negative.CONDITIONING apply.negative, checkpoint.VAE apply.vae, "
+CONTROLLED += "positive.CONDITIONING apply.positive, negative.CONDITIONING apply.negative, "
 CONTROLLED += "checkpoint.MODEL sample2.model, apply.positive sample2.positive, apply.negative sample2.negative, "
 CONTROLLED += "size2.LATENT sample2.latent_image, sample2.LATENT decode2.samples, checkpoint.VAE decode2.vae, "
 CONTROLLED += "decode2.IMAGE save.images"
@@ -529,6 +524,7 @@ SIZES = {
     "note": (280, 520),
     "load": (250, 0),
     "latent": (280, 0),
+    "lora": (270, 250),
     "encode": (300, 290),
     "encode2": (280, 290),
     "sample": (280, 560),
@@ -545,18 +541,20 @@ SIZES = {
     "think": (320, 620),
     "answer": (340, 620),
     "preview": (300, 300),
-    "positive": (240, 140),
-    "negative": (240, 100),
+    "positive": (250, 110),
+    "negative": (250, 90),
 }
 # Narrower where much stands side by side.
 NARROW = {
-    "save": (240, 300),
+    "save": (230, 300),
+    "save2": (250, 320),
     "sample": (265, 540),
     "sample2": (265, 540),
-    "encode": (260, 290),
-    "encode2": (260, 290),
-    "answer": (290, 620),
-    "latent": (260, 0),
+    "encode": (240, 290),
+    "encode2": (240, 290),
+    "answer": (280, 620),
+    "note": (240, 560),
+    "latent": (240, 0),
     "load": (240, 0),
 }
 WIDE = ("draw_ask_draw_again", "hires_second_pass", "controlnet_of_another_model")

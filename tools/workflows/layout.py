@@ -1,7 +1,7 @@
 """How a graph is put into ComfyUI's page: steps side by side as titled groups, wires over or under nodes, not behind.
 
-The steps of a workflow stand in columns, the note on the left. What Load InternVL-U gives to steps further right passes
-above the nodes between, which stand lower for that; all other wires that would pass behind a node get two native
+The steps of a workflow stand in columns, the note on the left. What a loader gives to steps further right passes above
+the nodes between, which stand lower for that; all other wires that would pass behind a node get two native
 reroutes, through the nearest free lane.
 """
 
@@ -10,8 +10,8 @@ TITLE = 30  # height of a node's title bar
 
 # columns: [[[group title, [[[name, type, values], ...], ...]], ...], ...]: columns of groups of columns of nodes.
 BUILD = """
-async ({columns, links, note, sizes, titles, colours, first, green, brown, grouped}) => {
-  const TITLE = 30, HEADER = 46, PAD = 20, BOTTOM = 48, GAP = 36, INNER = 50, ROW = 68;
+async ({columns, links, note, sizes, titles, colours, first, green, brown, grouped, loaders}) => {
+  const TITLE = 30, HEADER = 46, PAD = 20, BOTTOM = 48, GAP = 36, INNER = 60, ROW = 68;
   const nodes = {};
   app.clean();  // the last graph's pictures would show on nodes with the same ids
   app.graph.clear();
@@ -88,7 +88,7 @@ async ({columns, links, note, sizes, titles, colours, first, green, brown, group
   const between = (wire, pad = 0) => Object.entries(nodes).filter(([name, n]) => name !== wire.from && name !== wire.to
     && box(n).right > wire.a[0] - pad && box(n).left < wire.b[0] + pad).map(([, n]) => box(n));
   if (grouped) for (let round = 0; round < 8; round++) {
-    for (const wire of wires().filter(w => w.from === inside[0][0][0]))  // of the first node: Load InternVL-U
+    for (const wire of wires().filter(w => loaders.includes(w.from)))
       for (const names of inside.slice(1)) {
         const one = box(nodes[names[0][0]]), drop = drops.get(names[0][0]);
         if (names[0][0] === wire.to || one.left <= wire.a[0] || one.right >= wire.b[0]) continue;
@@ -114,9 +114,9 @@ async ({columns, links, note, sizes, titles, colours, first, green, brown, group
     const wire = wires()[i], ones = between(wire);
     if (!hit(bends(wire), ones)) continue;
     const [x1, x2] = [nodes[wire.from].pos[0] + nodes[wire.from].size[0] + 16, nodes[wire.to].pos[0] - 14];
-    const free = y => ones.every(one => y < one.top - 10 || y > one.bottom + 10)
+    const free = y => ones.every(one => y < one.top - 10 || y > one.bottom + 44)
       && lanes.every(lane => Math.abs(lane.y - y) >= 12 || lane.x2 < x1 || lane.x1 > x2);
-    const wanted = ones.flatMap(one => [0, 14, 28, 42].flatMap(k => [one.top - 16 - k, one.bottom + 26 + k]))
+    const wanted = ones.flatMap(one => [0, 14, 28, 42].flatMap(k => [one.top - 16 - k, one.bottom + 56 + k]))
       .filter(y => y > 34);  // not over the titles of groups
     const cost = y => Math.abs(y - wire.a[1]) + Math.abs(y - wire.b[1]);
     const y = wanted.filter(free).sort((one, two) => cost(one) - cost(two))[0];
