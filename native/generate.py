@@ -38,8 +38,11 @@ class Written(NamedTuple):
     history: History = History()
 
     def ui(self) -> dict[str, Any]:
-        """Returns what the node shows: it stays with a result from ComfyUI's cache."""
-        return {"text": [str(self.text)]} | ({"cut": [self.cut]} if self.cut else {})
+        """Returns what the node shows: it stays with a result from ComfyUI's cache.
+
+        The same keys always: for a list of pictures, ComfyUI puts together what each gave by the keys of the first.
+        """
+        return {"text": [str(self.text)], "cut": [self.cut] if self.cut else []}
 
 
 def no_thought(hidden: HiddenHolder) -> Written:

@@ -18,7 +18,7 @@ from . import environment, fetch
 from .comfyui import Server, make_base
 from .environment import DEV, PYTHON
 from .processes import ROOT, WINDOWS, DevError, lock, say, tail
-from .workflows import nano_graphs
+from .workflows import graphs, nano_graphs
 
 NANO = nano_graphs.MODEL
 MODEL = ROOT / "demo" / NANO
@@ -42,9 +42,8 @@ def prepare_base(comfyui: Path, base: Path) -> None:
     if not MODEL.is_dir():
         raise DevError(f"found no nano model in {MODEL}. It belongs to the repository: check it out again.")
     make_base(base, {NANO: MODEL, "InternVL-U": MODEL})  # the second is the name that the shipped workflows ask for
-    for picture in (comfyui / "input" / "example.png", *(ROOT / "demo" / "input").glob("*.png")):
-        if picture.is_file():
-            shutil.copyfile(picture, base / "input" / picture.name)
+    for picture in (*(ROOT / "web" / "pictures").iterdir(), *(ROOT / "demo" / "input").iterdir()):
+        shutil.copyfile(picture, base / "input" / picture.name)
     put_templates(base / "custom_nodes" / NANO)
 
 
@@ -56,9 +55,9 @@ def put_templates(pack: Path) -> None:
     (pack / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n", encoding="utf-8")
     for workflow in (ROOT / "demo" / "workflows").glob("*.json"):
         shutil.copyfile(workflow, templates / workflow.name)
-        card = ROOT / "workflows" / f"{workflow.stem}.jpg"
+        card = ROOT / "workflows" / f"{graphs.file_name(workflow.stem)}.jpg"
         if card.is_file():
-            shutil.copyfile(card, templates / card.name)
+            shutil.copyfile(card, templates / f"{workflow.stem}.jpg")
 
 
 def device_arguments(python: str | Path) -> list[str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from pathlib import Path
 
 import pytest
+from pack.tools.workflows import graphs
+
+from . import layout
 
 PACK = "internvl-u"  # the pack's folder in custom_nodes
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "workflows"
-GOLDEN = ROOT / "tests" / "data" / "golden"
-NAMES = sorted(file.stem for file in WORKFLOWS.glob("*.json"))
+PICTURES = ROOT / "web" / "pictures"
 TIMEOUT = 30_000  # ms
 
 SET_SMALL = """() => {
@@ -45,13 +47,7 @@ def errors():
 
 
 @pytest.fixture(scope="module")
-def example(server):
-    """The picture that the workflows load, as in ComfyUI's own input folder, but of an odd and small size."""
-    shutil.copy(GOLDEN / "image_a.png", server.base / "input" / "example.png")
-
-
-@pytest.fixture(scope="module")
-def page(browser, server, example, errors):
+def page(browser, server, errors):
     """ComfyUI's page, started and with no dialog open."""
     page = browser.new_page(viewport={"width": 1600, "height": 900})
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -65,15 +61,16 @@ def page(browser, server, example, errors):
 
 
 def open_template(page, name: str) -> None:
+    file = graphs.file_name(name)
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog")
     dialog.get_by_text(PACK, exact=True).first.click()
-    card = page.get_by_test_id(f"template-workflow-{name}")
+    card = page.get_by_test_id(f"template-workflow-{file}")
     card.scroll_into_view_if_needed()  # its picture is fetched only then
     card.locator("img").first.wait_for()
     card.click()
     dialog.wait_for(state="hidden")
-    page.wait_for_function(IS_OPEN, arg=name)
+    page.wait_for_function(IS_OPEN, arg=file)
 
 
 def graph(page) -> dict:
@@ -84,9 +81,9 @@ def widgets(workflow: dict) -> dict:
     return {node["id"]: (node["type"], node.get("widgets_values") or []) for node in workflow["nodes"]}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", graphs.FILES)
 def test_a_shipped_workflow_opens_from_the_template_browser_as_it_was_saved(page, errors, name):
-    saved = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    saved = json.loads((WORKFLOWS / f"{graphs.file_name(name)}.json").read_text(encoding="utf-8"))
     open_template(page, name)
     page.wait_for_timeout(500)  # an error dialog would come after the graph
 
@@ -95,8 +92,37 @@ def test_a_shipped_workflow_opens_from_the_template_browser_as_it_was_saved(page
     assert opened["links"] == saved["links"]
     known = set(page.evaluate("Object.keys(LiteGraph.registered_node_types)"))
     assert {node["type"] for node in opened["nodes"]} <= known
-    assert page.locator("[role=dialog]:visible, .p-toast-message:visible").all_inner_texts() == []
+    told = page.locator("[role=dialog]:visible, .p-toast-message:visible").all_inner_texts()
+    assert [text for text in told if not text.startswith("Example pictures of InternVL-U")] == []
     assert errors == []
+    boxes = layout.boxes(page)
+    assert layout.overlaps(boxes) == [] and layout.crossed(page, boxes) == [] and layout.outside(page, boxes) == []
+
+
+def test_a_workflow_brings_its_pictures_into_the_input_folder_and_says_so_once(page, server):
+    for file in server.base.glob("input/internvl_u_*.*"):
+        file.unlink()
+    open_template(page, "edit_two_references")
+    told = page.locator(".p-toast-message").filter(has_text="Example pictures of InternVL-U").last
+    told.wait_for()
+    assert re.search("input folder.*internvl_u_cat.jpg, internvl_u_harbour.jpg", told.inner_text(), re.S)
+    assert sorted(file.name for file in server.base.glob("input/internvl_u_*.*")) == [
+        "internvl_u_cat.jpg",
+        "internvl_u_harbour.jpg",
+    ]
+    harbour = server.base / "input" / "internvl_u_harbour.jpg"
+    assert harbour.read_bytes() == (PICTURES / harbour.name).read_bytes()
+    harbour.write_bytes(b"the user's own")
+    open_template(page, "edit_two_references")
+    page.wait_for_timeout(500)
+    assert harbour.read_bytes() == b"the user's own"
+    harbour.unlink()
+
+
+def test_a_workflow_for_a_folder_brings_one(page, server):
+    open_template(page, "captions_for_a_folder")
+    folder = server.base / "input" / graphs.PICTURES
+    assert len(list(folder.iterdir())) == 3
 
 
 def run_small(page, name: str, done: str) -> None:
@@ -108,7 +134,7 @@ def run_small(page, name: str, done: str) -> None:
     assert page.locator("[role=dialog]:visible").all_inner_texts() == []
 
 
-@pytest.mark.parametrize(("name", "width"), [("text_to_image", 64), ("edit", 96), ("masked_edit", 64)])
+@pytest.mark.parametrize(("name", "width"), [("text_to_image", 64), ("edit", 768), ("masked_edit", 64)])
 def test_a_run_from_the_page_shows_the_picture_on_the_save_node(page, errors, name, width):
     run_small(page, name, f"({SHOWN})() === {width}")
     assert errors == []

@@ -219,18 +219,50 @@ def test_a_changed_checkpoint_is_loaded_again(server, graph, golden, bad_model):
     assert server.find(graph("text_to_image", case), "InternVLU_LoadModel") not in cached
 
 
+PICTURES = TWINS.parent.parent / "web" / "pictures"
+SERIES = "internvl_u_pictures"
+BROUGHT = {"lora_name": "any.safetensors", "model_name": "enlarges.safetensors"}
+"""What the user brings, by widget: put_examples() makes these."""
+
+
+def put_examples(server):
+    """Puts what the shipped workflows load into the server's folders: the pack's pictures, smaller, and tiny models."""
+    import torch
+    from safetensors.torch import save_file
+
+    (server.base / "input" / SERIES).mkdir(exist_ok=True)
+    for file in PICTURES.iterdir():
+        with Image.open(file) as picture:
+            small = picture.resize((96, 96))
+        small.save(server.base / "input" / file.name)
+        if file.suffix == ".jpg":
+            small.save(server.base / "input" / SERIES / file.name)
+    models = server.base / "models"
+    for folder in ("upscale_models", "checkpoints", "controlnet"):
+        (models / folder).mkdir(exist_ok=True)
+    layer = "diffusion_model.transformer_blocks.0.attn.to_v"
+    lora = {f"{layer}.lora_A.weight": torch.ones(4, 64) / 64, f"{layer}.lora_B.weight": torch.ones(64, 4) / 64}
+    save_file(lora, models / "loras" / BROUGHT["lora_name"])
+    # A compact SRVGGNet without a trained weight: what it adds is nothing, so that each pixel becomes 4 x 4.
+    shapes = {"body.0": (8, 3, 3, 3), "body.2": (48, 8, 3, 3)}
+    weights = {f"{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    weights |= {f"{name}.bias": torch.zeros(shape[0]) for name, shape in shapes.items()}
+    save_file(weights | {"body.1.weight": torch.zeros(8)}, models / "upscale_models" / BROUGHT["model_name"])
+
+
 SMALL = {"largest_size": 64, "max_new_tokens": 8, "steps": 2, "precision": "fp32"}
 
 
 @pytest.fixture
-def small_workflow(server, golden):
+def small_workflow(server):
     """Reads a shipped workflow in API format and makes it quick; values are put in where there is such a widget."""
 
     def make(name, **values):
-        shutil.copy(golden("edit_one").images[0], server.base / "input" / "example.png")
+        put_examples(server)
         nodes = json.loads((TWINS / f"{name}.api.json").read_text(encoding="utf-8"))
         for node in nodes.values():
-            for key, value in (SMALL | values).items():
+            brought = {} if node["class_type"] == "InternVLU_LoadModel" else BROUGHT
+            for key, value in (SMALL | brought | values).items():
                 if key in node["inputs"] and not isinstance(node["inputs"][key], list):
                     node["inputs"][key] = value
             if node["class_type"] == "InternVLU_CreateLatent":
@@ -242,10 +274,59 @@ def small_workflow(server, golden):
 
 @pytest.mark.parametrize("name", sorted(file.name.removesuffix(".api.json") for file in TWINS.glob("*.api.json")))
 def test_every_shipped_workflow_runs(server, small_workflow, name):
+    if name == "controlnet_of_another_model":
+        pytest.skip("needs another model: see the test below")
     entry = server.run(small_workflow(name))
     assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])
     shown = [output for output in entry["outputs"].values() if "images" in output or "text" in output]
-    assert shown
+    assert shown or "SaveImageTextDataSetToFolder" in str(small_workflow(name))
+
+
+def test_the_captions_of_a_folder_lie_beside_its_pictures(server, small_workflow):
+    nodes = small_workflow("captions_for_a_folder", folder_name="captioned")
+    entry = server.run(nodes)
+    assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])
+    files = sorted((server.base / "output" / "captioned").iterdir())
+    assert [file.suffix for file in files] == [".png", ".txt"] * 3
+    assert len({file.stem for file in files}) == 3
+
+
+def test_an_upscale_model_enlarges_the_picture(server, small_workflow):
+    nodes = small_workflow("upscale_with_a_model")
+    entry = server.run(nodes)
+    assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])
+    assert server.picture(entry, server.find(nodes, "SaveImage")).shape == (48 * 4, 64 * 4, 3)
+
+
+def test_the_second_pass_is_larger_and_keeps_to_the_first(server, small_workflow):
+    nodes = small_workflow("hires_second_pass", denoise=0.5)
+    entry = server.run(nodes)
+    assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])
+    first, second = (server.picture(entry, name).shape for name, node in nodes.items() if is_saver(node))
+    assert (first, second) == ((48, 64, 3), (72, 96, 3))
+
+
+def is_saver(node):
+    return node["class_type"] == "SaveImage"
+
+
+def test_the_graph_with_another_models_controlnet_is_taken_and_our_half_of_it_draws_lines(server, small_workflow):
+    nodes = small_workflow("controlnet_of_another_model")
+    files = {"checkpoints": "CheckpointLoaderSimple", "controlnet": "ControlNetLoader"}
+    for folder, kind in files.items():
+        (name,) = (value for value in nodes[server.find(nodes, kind)]["inputs"].values())
+        (server.base / "models" / folder / name).write_bytes(b"")
+    entry = server.run(nodes)
+    failed = next(data for kind, data in entry["status"]["messages"] if kind == "execution_error")
+    assert failed["node_type"] in files.values()  # those files are empty; the graph itself is right
+    ours = {name: node for name, node in nodes.items() if int(name) <= int(server.find(nodes, "Canny"))}
+    ours["out"] = {
+        "class_type": "SaveImage",
+        "inputs": {"images": [server.find(nodes, "Canny"), 0], "filename_prefix": "lines"},
+    }
+    entry = server.run(ours)
+    assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])
+    assert server.picture(entry, "out").shape == (48, 64, 3)
 
 
 @pytest.mark.parametrize("how", ["greedy", "sampling", "beams"])

@@ -20,7 +20,7 @@ def edit_graph(server):
     from pathlib import Path
 
     tests = Path(__file__).parent.parent
-    shutil.copy(tests / "data" / "golden" / "image_a.png", server.base / "input" / "example.png")
+    shutil.copy(tests / "data" / "golden" / "image_a.png", server.base / "input" / "internvl_u_harbour.jpg")
     nodes = json.loads((tests / "workflows" / "edit.api.json").read_text(encoding="utf-8"))
     for node in nodes.values():
         values = {"model_name": "tiny", "precision": "fp32", "steps": 1, "largest_size": 64}

@@ -266,7 +266,7 @@ def infected(new_server, checkpoint):
 
 @pytest.mark.parametrize("name", ["text_to_image", "think_then_draw", "ask_about_a_picture"])
 def test_a_server_with_an_infected_model_uses_no_network_and_runs_no_code_of_it(infected, name):
-    shutil.copy(ROOT / "tests" / "data" / "golden" / "image_a.png", infected.base / "input" / "example.png")
+    shutil.copy(ROOT / "tests" / "data" / "golden" / "image_a.png", infected.base / "input" / "internvl_u_harbour.jpg")
     events = infected.base / "events.txt"
     events.write_text("")
     nodes = json.loads((ROOT / "tests" / "workflows" / f"{name}.api.json").read_text(encoding="utf-8"))

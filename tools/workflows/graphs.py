@@ -1,150 +1,176 @@
-"""What the shipped workflows consist of: nodes, values, links and notes. Data only, for build.py."""
+"""What the shipped workflows consist of: nodes, values, links, steps and notes. Data only, for build.py.
+
+Each workflow has a name here, by which its twin in tests/workflows, its nano version in demo/workflows and its lasting
+id are found, and a file name, which the template browser shows as its title: see FILES.
+"""
 
 from __future__ import annotations
 
-FOLDER = """No model yet? In **Load InternVL-U**, choose the **download** as **model_name** and run. Or put the whole \
-model folder into **models/InternVL-U/InternVL-U**, from Hugging Face \
-([InternVL-U/InternVL-U](https://huggingface.co/InternVL-U/InternVL-U)) or ModelScope \
-([OpenGVLab/InternVL-U](https://modelscope.cn/models/OpenGVLab/InternVL-U)), then press **R**."""
-CHANGE = "Change the **prompt** first (English or Chinese), then the **seed** and the size **preset**."
-CHOOSE = "First choose your picture in **Load Image**, then write into **prompt** what to change (English or Chinese)."
-EDIT_VALUES = """Official values: **steps** 20, **all_cfg** 4.5, **part_cfg** 2.0. Higher **all_cfg** follows the \
-words more closely, higher **part_cfg** the picture."""
+FILES = {
+    "text_to_image": "text to image",
+    "edit": "edit a picture",
+    "ask_about_a_picture": "ask about a picture",
+    "think_then_draw": "think, then draw",
+    "think_then_edit": "think, then edit",
+    "edit_the_thought_then_draw": "edit the thought, then draw",
+    "masked_edit": "edit a painted part",
+    "edit_two_references": "edit with two pictures",
+    "compare_two_pictures": "compare two pictures",
+    "picture_to_picture": "image to image",
+    "draw_ask_draw_again": "draw, ask, draw again",
+    "hires_second_pass": "hires second pass",
+    "upscale_with_a_model": "upscale with a model",
+    "with_a_lora": "LoRA",
+    "controlnet_of_another_model": "ControlNet of another model",
+    "captions_for_a_folder": "captions for a folder",
+    "text_to_image_custom_sampling": "text to image, custom sampling",
+    "text_to_image_ksampler": "text to image, KSampler",
+}
+"""The workflows in the order of the documents: name, and what its file is called after "InternVL-U "."""
+
+
+def file_name(name: str) -> str:
+    """Returns the file name of a workflow without its ending: the title of its card."""
+    return f"InternVL-U {FILES[name]}"
+
+
+# Notes: three lines on what to change, and the official values. The nodes to change first are green.
+
+MODEL = """**No model yet?** Choose the **download** in **Load InternVL-U** and run. Or put the whole folder from \
+[Hugging Face](https://huggingface.co/InternVL-U/InternVL-U) or \
+[ModelScope](https://modelscope.cn/models/OpenGVLab/InternVL-U) into **models/InternVL-U/InternVL-U** and press \
+**R**."""
+WORDS = "**Prompt**: what you want to see, in English or Chinese."
+CHANGES = "**Prompt**: what to change, in English or Chinese."
+SIZE = "**Size**: width and height, 512 to 1024."
+SEED = "**seed** in the sampler: another number, another picture."
+PICTURE = "**Load Image**: your picture."
+EDIT_VALUES = """Official values: **steps** 20, **all_cfg** 4.5, **part_cfg** 2.0. A higher **all_cfg** follows the \
+words more closely, a higher **part_cfg** the picture."""
+DRAW_VALUES = """Official values: **steps** 20, **all_cfg** 4.5. A higher **all_cfg** follows the words more closely; \
+**part_cfg** counts only with pictures."""
 THINK_VALUES = """Official values with a thought: **max_new_tokens** 200, **greedy**, **all_cfg** 3.5, **part_cfg** \
-1.5."""
+1.5. Worth it where a prompt needs knowledge or reasoning."""
 ANSWER_VALUES = "Official values: **max_new_tokens** 512, **greedy**: the same question gets the same answer."
 
 NOTES = {
-    "text_to_image": f"""## Text to image
-
-{FOLDER}
-
-{CHANGE}
-
-Official values: **steps** 20, **all_cfg** 4.5, **part_cfg** 2.0. Higher **all_cfg** follows the words more closely; \
-**part_cfg** changes nothing without reference images.
-""",
-    "text_to_image_custom_sampling": f"""## Text to image, custom sampling
-
-{FOLDER}
-
-Guider, solver, scheduler and noise are nodes of their own here, so that each can be exchanged. As they are, they \
-draw what **InternVL-U Sampler** draws.
-
-Official values: **steps** 20, **all_cfg** 4.5. **VAE Decode** works like **InternVL-U Decode**, half a level of 255 \
-darker.
-""",
-    "text_to_image_ksampler": f"""## Text to image, KSampler
-
-{FOLDER}
-
-{CHANGE}
-
-Typical values: **steps** 20, **cfg** 4.5 (it is all_cfg), **euler**, **simple**. For the official solver and schedule \
-take **InternVL-U Sampler** instead.
-""",
-    "edit": f"""## Edit a picture
-
-{FOLDER}
-
-{CHOOSE}
-
-The result has the picture's own size, brought into the trained range. For another size connect \
-**Empty InternVL-U Latent** to the sampler.
-
-{EDIT_VALUES}
-""",
-    "edit_two_references": f"""## Edit with two pictures
-
-{FOLDER}
-
-First choose both pictures, then the **prompt**. Each **\\<image\\>** in it stands for one picture, in the order of \
-the inputs. Up to four inputs can be connected.
-
-The result has the size of **image1**. {EDIT_VALUES} The official code takes one picture only.
-""",
-    "think_then_draw": f"""## Think, then draw
-
-{FOLDER}
-
-Change the **Prompt** first. The model thinks about it, the thought appears on **InternVL-U Think**, and the picture \
-is drawn from both. Meant for prompts that need knowledge or reasoning.
-
-{THINK_VALUES}
-""",
-    "edit_the_thought_then_draw": f"""## Edit the thought, then draw
-
-{FOLDER}
-
-1. Change the **Prompt** and run: a new thought appears on **InternVL-U Think**.
-2. Press **Copy** there, paste it into **Thought to draw from** and change what you like.
-3. Run again: only the picture is made anew.
-
-The picture is always drawn from the text in that box. {THINK_VALUES}
-""",
-    "think_then_edit": f"""## Think, then edit
-
-{FOLDER}
-
-First choose your picture in **Load Image**, then the **Prompt**. The model thinks about both, the thought appears on \
-**InternVL-U Think**, and the picture is edited by it. Meant for changes that need knowledge or reasoning.
-
-{THINK_VALUES}
-""",
-    "ask_about_a_picture": f"""## Ask about a picture
-
-{FOLDER}
-
-First choose your picture in **Load Image**, then the **question** (English or Chinese). The answer appears on the \
-node while it is written; **Preview as Text** stands for whatever you do with it next.
-
-{ANSWER_VALUES} For variety set **how** to sampling.
-""",
-    "compare_two_pictures": f"""## Compare two pictures
-
-{FOLDER}
-
-First choose both pictures, then the **question**. Up to four inputs can be connected, and a batch counts as several \
-pictures. **\\<image\\>** in the question marks the place of a picture; without marks all come first.
-
-{ANSWER_VALUES}
-""",
-    "masked_edit": f"""## Edit only a part
-
-{FOLDER}
-
-As it comes, it changes the dress of the example picture. For your own:
-
-1. Choose a picture in **Load Image**, open it in the mask editor (right click on the node) and paint.
-2. Select **Example: add a rectangle** and press **Ctrl + B** to bypass it.
-3. Change the **prompt**.
-
-What is not painted stays as it was. The official pipeline has no masks. {EDIT_VALUES}
-""",
-    "draw_ask_draw_again": f"""## Draw, ask, draw again
-
-{FOLDER}
-
-Draws a picture, asks the model for a better description of it, and draws that. Change the first **prompt**, then \
-the **question**.
-
-Official values: **steps** 20, **all_cfg** 4.5, **part_cfg** 2.0. The official code does the steps one at a time; \
-here they follow each other.
-""",
-    "picture_to_picture": f"""## Picture to picture
-
-{FOLDER}
-
-Starts from your picture instead of pure noise. First choose it in **Load Image**, then the **prompt**: it describes \
-the whole new picture, it is no instruction.
-
-**denoise** 0.6 keeps the rough layout, 0.3 most of the picture, 1.0 nothing. **steps** 20, **all_cfg** 4.5 as \
-usual. The official pipeline always starts from noise; to change one thing take **edit**.
-""",
+    "text_to_image": ([WORDS, SIZE, SEED], DRAW_VALUES),
+    "text_to_image_custom_sampling": (
+        [WORDS, SIZE, "Guider, solver, scheduler and noise are nodes of their own: exchange any of them."],
+        "As they are, they draw what **InternVL-U Sampler** draws. **VAE Decode** works like **InternVL-U Decode**, "
+        "half a level of 255 darker.",
+    ),
+    "text_to_image_ksampler": (
+        [WORDS, SIZE, SEED],
+        "Typical values: **steps** 20, **cfg** 4.5 (it is all_cfg), **euler**, **simple**. For the official solver and "
+        "schedule take **InternVL-U Sampler**.",
+    ),
+    "edit": (
+        [PICTURE, CHANGES, SEED],
+        f"The result has the picture's size, brought into the trained range. For another one connect **Empty "
+        f"InternVL-U Latent** to the sampler.\n\n{EDIT_VALUES}",
+    ),
+    "edit_two_references": (
+        [
+            "**Load Image 1** and **2**: your pictures.",
+            f"{CHANGES} Each **\\<image\\>** is one picture, in order.",
+            SEED,
+        ],
+        f"The result has the size of **image1**. The official code takes one picture only: try what works.\n\n"
+        f"{EDIT_VALUES}",
+    ),
+    "think_then_draw": (
+        ["**Prompt**: a riddle will do. The thought appears on **InternVL-U Think**.", SIZE, SEED],
+        THINK_VALUES,
+    ),
+    "edit_the_thought_then_draw": (
+        [
+            "**Prompt**: write and run. A thought appears on **InternVL-U Think**.",
+            "**Copy** it there, paste it into **Thought to draw from**, change it.",
+            "Run again: only the picture is made anew.",
+        ],
+        f"The picture is always drawn from the text in the green box.\n\n{THINK_VALUES}",
+    ),
+    "think_then_edit": (
+        [PICTURE, "**Prompt**: what to change. The thought appears on **InternVL-U Think**.", SEED],
+        THINK_VALUES,
+    ),
+    "ask_about_a_picture": (
+        [PICTURE, "**question**: in English or Chinese.", "**how**: sampling for an answer that differs each time."],
+        f"The answer appears on the node while it is written. **Preview as Text** stands for whatever you do with it "
+        f"next.\n\n{ANSWER_VALUES}",
+    ),
+    "compare_two_pictures": (
+        [
+            "**Load Image 1** and **2**: your pictures.",
+            "**question**: in English or Chinese.",
+            "More pictures: connect further inputs. A batch counts as several.",
+        ],
+        "**\\<image\\>** in the question marks the place of a picture; without marks all come first.\n\n"
+        f"{ANSWER_VALUES}",
+    ),
+    "masked_edit": (
+        [
+            "**Load Image**: your picture. Right click, **Open in MaskEditor**, and paint over what may change.",
+            CHANGES,
+            SEED,
+        ],
+        f"What is not painted stays as it was, to the pixel. The example's scarf is painted. The official pipeline has "
+        f"no masks.\n\n{EDIT_VALUES}",
+    ),
+    "draw_ask_draw_again": (
+        [WORDS, "**question**: what the model is to say of its picture. It draws the answer.", SIZE],
+        DRAW_VALUES,
+    ),
+    "picture_to_picture": (
+        [PICTURE, "**Prompt**: the whole new picture in words. It is no instruction.", "**denoise**: how much is new."],
+        "**denoise** 0.6 keeps the rough layout, 0.3 most of the picture, 1.0 nothing. **steps** 20, **all_cfg** 4.5 "
+        "as usual. The official pipeline always starts from noise; to change one thing take **edit a picture**.",
+    ),
+    "hires_second_pass": (
+        [WORDS, "**scale_by**: how much larger the second picture is.", "**denoise** of step 5: how much is new."],
+        "The first picture's latent is enlarged and drawn once more on top. **denoise** 0.5 keeps the scene and adds "
+        "detail. Above 1024 x 1024 the model was not trained: at 1.5 the first size should be 768 or less.",
+    ),
+    "upscale_with_a_model": (
+        [WORDS, "**model_name** in step 5: any upscale model.", SEED],
+        "Upscale models go into **models/upscale_models**, for instance [RealESRGAN_x4plus]"
+        "(https://huggingface.co/Comfy-Org/Real-ESRGAN_repackaged). They know nothing of the prompt.",
+    ),
+    "with_a_lora": (
+        [
+            "**lora_name**: your file, of **models/loras**.",
+            "**strength_model**, **strength_mllm**: 1 as trained, 0 not at all.",
+            WORDS,
+        ],
+        f"What of the file fits is shown on the node. Several such nodes in a row add up.\n\n{DRAW_VALUES}",
+    ),
+    "controlnet_of_another_model": (
+        [WORDS, "**Checkpoint** and **ControlNet** in step 5: models of one family.", "**Text** in step 6."],
+        "InternVL-U composes the scene, its lines lead the other model. As it comes: any Stable Diffusion 1.5 "
+        "checkpoint and its [Canny ControlNet](https://huggingface.co/Comfy-Org/ControlNet-v1-1_fp16_safetensors).",
+    ),
+    "captions_for_a_folder": (
+        [
+            "**folder**: a folder with pictures in ComfyUI's **input**.",
+            "**question**: what the captions say, and how long.",
+            "**folder_name**: where in **output** pictures and .txt files go.",
+        ],
+        "One picture after the other is read; each .txt has the picture's name, as trainers expect.\n\n"
+        f"{ANSWER_VALUES}",
+    ),
 }
+"""Per workflow: the three lines on what to change, and the rest."""
+
+
+def note(name: str) -> str:
+    """Returns what a workflow's note says."""
+    lines, rest = NOTES[name]
+    steps = "\n".join(f"### {number}. {line}" for number, line in enumerate(lines, 1))
+    return f"## {file_name(name)}\n\n{steps}\n\n{MODEL}\n\n{rest}\n"
+
 
 PROMPT = "a red fox reading a newspaper in a sunny kitchen, watercolour"
-EDIT_PROMPT = "turn this drawing into a soft watercolour painting"
 RIDDLE = "the fruit that fell on Newton's head, as a still life in oils"
 THOUGHT = (
     "The fruit of the story is an apple. The picture shows one ripe red apple on a worn wooden table, seen from "
@@ -155,6 +181,12 @@ BETTER = (
     "Describe this picture in one paragraph as it should look if it were better: name the subject, what is around it, "
     "the light, the colours and the style, and improve what is plain or wrong. Write the description only."
 )
+CAPTION = "Describe this picture in one sentence for training an image model: subject, surroundings, light, style."
+
+# Pictures of our own, see pictures.py.
+HARBOUR, EVENING = "internvl_u_harbour.jpg", "internvl_u_harbour_evening.jpg"
+CAT, CAT_MASKED = "internvl_u_cat.jpg", "internvl_u_cat_masked.png"
+PICTURES = "internvl_u_pictures"
 
 FIXED = {"control_after_generate": "fixed"}
 STEPS = {"steps": 20, "denoise": 1.0}
@@ -162,28 +194,29 @@ GUIDANCE = {"all_cfg": 4.5, "part_cfg": 2.0}
 THOUGHT_GUIDANCE = {"all_cfg": 3.5, "part_cfg": 1.5}
 SAMPLER = FIXED | {"seed": 1234} | STEPS | GUIDANCE
 KSAMPLER = FIXED | {"seed": 1234} | STEPS | {"cfg": 4.5, "sampler_name": "euler", "scheduler": "simple"}
+SD_SAMPLER = FIXED | {"seed": 1234, "steps": 25, "cfg": 6.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
+SD_SAMPLER |= {"denoise": 1.0}
 WRITING = FIXED | {"how": "greedy", "seed": 1234}
 SCALE = {"upscale_method": "lanczos", "largest_size": 1024}
-# Units of the 64 x 64 mask that Load Image gives for a picture without transparency; masks are stretched to fit.
-RECTANGLE = {"value": 1.0, "width": 22, "height": 30}
-PLACE = {"x": 21, "y": 26, "operation": "add"}
 
 LOAD = ("load", "InternVLU_LoadModel", {"model_name": "InternVL-U", "precision": "auto"})
-LATENT_SIZE = {"preset": "1024 x 1024", "width": 1024, "height": 1024, "batch_size": 1}
+LATENT_SIZE = {"preset": "custom", "width": 1024, "height": 1024, "batch_size": 1}
 LATENT = ("latent", "InternVLU_CreateLatent", LATENT_SIZE)
-NOTE = ("note", "MarkdownNote", {})
 SAMPLE = ("sample", "InternVLU_SampleLatent", SAMPLER)
 SAMPLE_THOUGHT = ("sample", "InternVLU_SampleLatent", SAMPLER | THOUGHT_GUIDANCE)
 DECODE = ("decode", "InternVLU_DecodeLatent", {"width": 0, "height": 0})
-SAVE = [("save", "SaveImage", {"filename_prefix": "InternVL-U"})]
+VAE_DECODE = ("decode", "VAEDecode", {})
+SAVE = ("save", "SaveImage", {"filename_prefix": "InternVL-U"})
+LORA_STRENGTHS = {"strength_model": 1.0, "strength_mllm": 1.0}
+LORA = ("lora", "InternVLU_LoadLoRA", {"lora_name": "your_lora.safetensors"} | LORA_STRENGTHS)
 
 
-def image(name: str = "image") -> tuple:
-    return (name, "LoadImage", {"image": "example.png"})
+def image(file: str = HARBOUR, name: str = "image") -> tuple:
+    return (name, "LoadImage", {"image": file})
 
 
-def encode(prompt: str = "") -> tuple:
-    return ("encode", "InternVLU_EncodePrompt", {"prompt": prompt})
+def encode(prompt: str = "", name: str = "encode") -> tuple:
+    return (name, "InternVLU_EncodePrompt", {"prompt": prompt})
 
 
 def text(name: str, value: str) -> tuple:
@@ -196,100 +229,213 @@ def answer(question: str) -> tuple:
 
 THINK = ("think", "InternVLU_WriteThought", WRITING | {"max_new_tokens": 200})
 
-# Columns from left to right, each from top to bottom: (name, node type, values). Ids follow this order.
-COLUMNS = {
-    "text_to_image": [[LOAD, LATENT], [encode(PROMPT), NOTE], [SAMPLE, DECODE], SAVE],
+
+def again(denoise: float = 1.0) -> list[list[tuple]]:
+    sample = ("sample2", "InternVLU_SampleLatent", SAMPLER | {"denoise": denoise})
+    decode = ("decode2", "InternVLU_DecodeLatent", {"width": 0, "height": 0})
+    return [[sample], [decode, ("save2", "SaveImage", {"filename_prefix": "InternVL-U_again"})]]
+
+
+# Steps from left to right: (title, columns of nodes); a list of steps is a column of steps, from top to bottom. A node
+# is (name, type, values). Ids follow this order; the note comes last, and stands on the left.
+DRAW = ("Draw", [[SAMPLE], [DECODE], [SAVE]])
+DRAW_THOUGHT = ("Draw", [[SAMPLE_THOUGHT], [DECODE], [SAVE]])
+LOADED = ("Model", [[LOAD]])
+SIZED = ("Size", [[LATENT]])
+
+
+def worded(prompt: str) -> tuple:
+    return ("Prompt", [[encode(prompt)]])
+
+
+STEPS_OF = {
+    "text_to_image": [LOADED, [worded(PROMPT), SIZED], DRAW],
     "text_to_image_custom_sampling": [
-        [LOAD, LATENT],
-        [encode(PROMPT), NOTE],
-        [
-            ("noise", "RandomNoise", FIXED | {"noise_seed": 1234}),
-            ("guider", "InternVLU_CreateGuider", GUIDANCE),
-            ("solver", "InternVLU_SelectSampler", {}),
-            ("steps", "InternVLU_ScheduleSteps", STEPS),
-        ],
-        [("sample", "SamplerCustomAdvanced", {}), ("decode", "VAEDecode", {})],
-        SAVE,
+        LOADED,
+        [worded(PROMPT), SIZED],
+        (
+            "Settings",
+            [
+                [
+                    ("noise", "RandomNoise", FIXED | {"noise_seed": 1234}),
+                    ("guider", "InternVLU_CreateGuider", GUIDANCE),
+                    ("solver", "InternVLU_SelectSampler", {}),
+                    ("steps", "InternVLU_ScheduleSteps", STEPS),
+                ]
+            ],
+        ),
+        ("Draw", [[("sample", "SamplerCustomAdvanced", {})], [VAE_DECODE], [SAVE]]),
     ],
     "text_to_image_ksampler": [
-        [LOAD, LATENT],
-        [encode(PROMPT), NOTE],
-        [("sample", "KSampler", KSAMPLER), ("decode", "VAEDecode", {})],
-        SAVE,
+        LOADED,
+        [worded(PROMPT), SIZED],
+        ("Draw", [[("sample", "KSampler", KSAMPLER)], [VAE_DECODE], [SAVE]]),
     ],
-    "edit": [[LOAD, image()], [encode(EDIT_PROMPT), NOTE], [SAMPLE, DECODE], SAVE],
+    "edit": [[LOADED, ("Picture", [[image()]])], worded("make it a winter evening with snow and lit windows"), DRAW],
     "edit_two_references": [
-        [LOAD, image("image1"), image("image2")],
-        [encode("put the character of <image> into the scene of <image>, as a watercolour"), NOTE],
-        [SAMPLE, DECODE],
-        SAVE,
+        [LOADED, ("Pictures", [[image(CAT, "image1"), image(HARBOUR, "image2")]])],
+        worded("let the cat of <image> stand on the jetty of <image>"),
+        DRAW,
     ],
     "think_then_draw": [
-        [LOAD, text("prompt", RIDDLE), LATENT],
-        [THINK],
-        [encode(), NOTE],
-        [SAMPLE_THOUGHT, DECODE],
-        SAVE,
+        [LOADED, ("Prompt", [[text("prompt", RIDDLE)]])],
+        ("Think", [[THINK]]),
+        [("Read", [[encode()]]), SIZED],
+        DRAW_THOUGHT,
     ],
     "edit_the_thought_then_draw": [
-        [LOAD, text("prompt", RIDDLE), LATENT],
-        [THINK],
-        [text("thought", THOUGHT), NOTE],
-        [encode(), SAMPLE_THOUGHT, DECODE],
-        SAVE,
+        [LOADED, ("Prompt", [[text("prompt", RIDDLE)]])],
+        ("Think", [[THINK]]),
+        [("Thought", [[text("thought", THOUGHT)]]), SIZED],
+        ("Draw", [[encode()], [SAMPLE_THOUGHT], [DECODE, SAVE]]),
     ],
     "think_then_edit": [
-        [LOAD, text("prompt", "show the same scene in the season after autumn"), image()],
-        [THINK],
-        [encode(), NOTE],
-        [SAMPLE_THOUGHT, DECODE],
-        SAVE,
+        [
+            LOADED,
+            ("Prompt and picture", [[text("prompt", "show the same place in the season after autumn"), image()]]),
+        ],
+        ("Think", [[THINK]]),
+        ("Read", [[encode()]]),
+        DRAW_THOUGHT,
     ],
     "ask_about_a_picture": [
-        [LOAD, image()],
-        [answer("Describe this picture in detail.")],
-        [("preview", "PreviewAny", {}), NOTE],
+        [LOADED, ("Picture", [[image()]])],
+        ("Question", [[answer("Describe this picture in detail.")]]),
+        ("Answer", [[("preview", "PreviewAny", {})]]),
     ],
     "compare_two_pictures": [
-        [LOAD, image("image1"), image("image2")],
-        [answer("What is different between these two pictures, and what is the same?")],
-        [NOTE],
+        [LOADED, ("Pictures", [[image(HARBOUR, "image1"), image(EVENING, "image2")]])],
+        ("Question", [[answer("What is different between these two pictures, and what is the same?")]]),
+        ("Answer", [[("preview", "PreviewAny", {})]]),
     ],
     "masked_edit": [
-        [LOAD, image()],
-        [
-            ("scale", "ImageScaleToMaxDimension", SCALE),
-            ("pixels", "VAEEncode", {}),
-            ("rectangle", "SolidMask", RECTANGLE),
-            ("mask", "MaskComposite", PLACE),
-            ("masked", "SetLatentNoiseMask", {}),
-        ],
-        [encode("give her a blue dress with white dots"), NOTE],
-        [SAMPLE, DECODE, ("keep", "ImageCompositeMasked", {"x": 0, "y": 0, "resize_source": True})],
-        SAVE,
+        [LOADED, ("Picture and mask", [[image(CAT_MASKED)]])],
+        (
+            "Only the painted part",
+            [
+                [
+                    ("scale", "ImageScaleToMaxDimension", SCALE),
+                    ("pixels", "VAEEncode", {}),
+                    ("masked", "SetLatentNoiseMask", {}),
+                ]
+            ],
+        ),
+        worded("give the cat a blue scarf with white dots"),
+        (
+            "Draw",
+            [
+                [SAMPLE],
+                [DECODE, ("keep", "ImageCompositeMasked", {"x": 0, "y": 0, "resize_source": True})],
+                [SAVE],
+            ],
+        ),
     ],
     "draw_ask_draw_again": [
-        [LOAD, LATENT],
-        [encode(PROMPT), SAMPLE, DECODE],
-        [answer(BETTER), NOTE],
-        [
-            ("encode2", "InternVLU_EncodePrompt", {}),
-            ("sample2", "InternVLU_SampleLatent", SAMPLER),
-            ("decode2", "InternVLU_DecodeLatent", {"width": 0, "height": 0}),
-        ],
-        [*SAVE, ("save2", "SaveImage", {"filename_prefix": "InternVL-U_again"})],
+        [LOADED, ("Prompt", [[encode(PROMPT)]]), SIZED],
+        ("Draw", [[SAMPLE], [DECODE, SAVE]]),
+        ("Ask", [[answer(BETTER)]]),
+        ("Draw again", [[encode("", "encode2")], *again()]),
     ],
     "picture_to_picture": [
-        [LOAD, image()],
-        [("scale", "ImageScaleToMaxDimension", SCALE), ("pixels", "VAEEncode", {})],
-        [encode("an oil painting of a fairy in a pink dress on a green hill, blue sky with clouds"), NOTE],
-        [("sample", "InternVLU_SampleLatent", SAMPLER | {"denoise": 0.6}), DECODE],
-        SAVE,
+        [LOADED, ("Picture", [[image()]])],
+        ("Start from it", [[("scale", "ImageScaleToMaxDimension", SCALE), ("pixels", "VAEEncode", {})]]),
+        worded("an oil painting of a fishing village on a lake, red roofs, tall green hills, summer clouds"),
+        ("Draw", [[("sample", "InternVLU_SampleLatent", SAMPLER | {"denoise": 0.6})], [DECODE], [SAVE]]),
+    ],
+    "hires_second_pass": [
+        LOADED,
+        [
+            worded(PROMPT),
+            ("Size", [[("latent", "InternVLU_CreateLatent", LATENT_SIZE | {"width": 768, "height": 768})]]),
+        ],
+        ("Draw", [[SAMPLE], [DECODE, SAVE]]),
+        (
+            "Draw larger",
+            [
+                [("larger", "LatentUpscaleBy", {"upscale_method": "bislerp", "scale_by": 1.5})],
+                *again(0.5),
+            ],
+        ),
+    ],
+    "upscale_with_a_model": [
+        LOADED,
+        [worded(PROMPT), SIZED],
+        ("Draw", [[SAMPLE], [DECODE]]),
+        (
+            "Upscale",
+            [
+                [
+                    ("upscaler", "UpscaleModelLoader", {"model_name": "RealESRGAN_x4plus.safetensors"}),
+                    ("upscale", "ImageUpscaleWithModel", {}),
+                ],
+                [SAVE],
+            ],
+        ),
+    ],
+    "with_a_lora": [LOADED, ("LoRA", [[LORA]]), [worded(PROMPT), SIZED], DRAW],
+    "controlnet_of_another_model": [
+        [LOADED, worded("a cottage on a hill beside a tall tree, ink drawing"), SIZED],
+        ("Compose", [[SAMPLE], [DECODE, ("lines", "Canny", {"low_threshold": 0.2, "high_threshold": 0.5})]]),
+        (
+            "Another model",
+            [
+                [
+                    ("checkpoint", "CheckpointLoaderSimple", {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"}),
+                    ("control", "ControlNetLoader", {"control_net_name": "control_v11p_sd15_canny_fp16.safetensors"}),
+                ],
+            ],
+        ),
+        (
+            "Its text",
+            [
+                [
+                    (
+                        "positive",
+                        "CLIPTextEncode",
+                        {"text": "a cottage on a hill beside a tall tree, photo, golden light"},
+                    ),
+                    ("negative", "CLIPTextEncode", {"text": "blurry, text"}),
+                    ("apply", "ControlNetApplyAdvanced", {"strength": 0.8, "start_percent": 0.0, "end_percent": 1.0}),
+                    ("size2", "EmptyLatentImage", {"width": 768, "height": 768, "batch_size": 1}),
+                ],
+            ],
+        ),
+        ("Draw with it", [[("sample2", "KSampler", SD_SAMPLER)], [("decode2", "VAEDecode", {}), SAVE]]),
+    ],
+    "captions_for_a_folder": [
+        [LOADED, ("Folder", [[("folder", "LoadImageDataSetFromFolder", {"folder": PICTURES})]])],
+        ("Question", [[answer(CAPTION)]]),
+        ("Save", [[("save", "SaveImageTextDataSetToFolder", {"folder_name": "captions", "filename_prefix": "image"})]]),
     ],
 }
 
+
+# What newer frontends show of a workflow as an app: the inputs (node.widget ...), and the nodes whose results it shows.
+APPS = {
+    "text_to_image": ("encode.prompt latent.width latent.height sample.seed", "save"),
+    "edit": ("image.image encode.prompt sample.seed", "save"),
+    "ask_about_a_picture": ("image.image answer.question preview.preview_markdown answer.live_text", "preview"),
+}
+
+
+def steps(name: str) -> list[list[tuple]]:
+    """Returns a workflow's steps, column by column of steps, from left to right."""
+    return [step if isinstance(step, list) else [step] for step in STEPS_OF[name]]
+
+
+def nodes(name: str) -> list[tuple]:
+    """Returns a workflow's nodes in the order of their ids, without the note."""
+    return [node for column in steps(name) for _, nodes in column for nodes in nodes for node in nodes]
+
+
+def first(name: str) -> list[str]:
+    """Returns the nodes that the user changes first."""
+    return [node for node, _, values in nodes(name) if node in FIRST or values.get("prompt")]
+
+
 # Titles other than the nodes' own, by the names above.
 TITLES = {
+    "note": "What to change",
     "prompt": "Prompt",
     "thought": "Thought to draw from",
     "image1": "Load Image 1",
@@ -297,64 +443,123 @@ TITLES = {
     "preview": "Preview as Text",
     "scale": "Scale the longer side",
     "keep": "Keep what is not painted",
-    "rectangle": "Example: a rectangle",
-    "mask": "Example: add a rectangle",
     "encode2": "InternVL-U Encode, from the answer",
     "save2": "Save Image, the second",
+    "positive": "Text of the other model",
+    "negative": "What it is to avoid",
 }
+# What is to be changed first is green, and the note brown, as in core's templates: (title bar, body).
+GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
+LOADERS = ("load", "lora", "checkpoint")
+"""Nodes whose wires pass above those between."""
+FIRST = {"prompt", "thought", "image", "image1", "image2", "folder", "lora", "answer"}
+"""Nodes to be changed first, by name, beside each Encode whose prompt is written there."""
+COLOURS = ("#3f789e", "#b06634", "#88a", "#8a8", "#a1309b", "#b58b2a")
+"""Of the steps, in their order."""
 
 # "node.output node.input, ..."
 ENCODED = "load.MLLM encode.mllm, load.MODEL {0}.model, encode.positive {0}.positive, encode.negative {0}.negative, "
 PARTS = "noise.NOISE sample.noise, guider.GUIDER sample.guider, solver.SAMPLER sample.sampler, "
 PARTS += "steps.SIGMAS sample.sigmas, "
 DECODED = "sample.{} decode.samples, load.VAE decode.vae, decode.IMAGE save.images"
-SIZED = "latent.LATENT sample.latent_image, "
+EMPTY = "latent.LATENT sample.latent_image, "
 EDITED = "load.VAE encode.vae, encode.latent sample.latent_image, "
 THOUGHT_OF = "load.MLLM think.mllm, prompt.STRING think.prompt, prompt.STRING encode.prompt, "
 SAMPLED, DRAWN = ENCODED.format("sample"), DECODED.format("LATENT")
 PIXELS = "image.IMAGE scale.image, scale.IMAGE pixels.pixels, load.VAE pixels.vae, "
+SECOND = "load.MODEL sample2.model, {0}.positive sample2.positive, {0}.negative sample2.negative, "
+SECOND += "sample2.LATENT decode2.samples, load.VAE decode2.vae, decode2.IMAGE save2.images"
 AGAIN = "load.MLLM answer.mllm, decode.IMAGE answer.image1, answer.answer encode2.prompt, load.MLLM encode2.mllm, "
-AGAIN += "load.MODEL sample2.model, encode2.positive sample2.positive, encode2.negative sample2.negative, "
-AGAIN += "latent.LATENT sample2.latent_image, sample2.LATENT decode2.samples, load.VAE decode2.vae, "
+AGAIN += "latent.LATENT sample2.latent_image, "
+ADAPTED = "load.MODEL lora.model, load.MLLM lora.mllm, "
+ADAPTED += SAMPLED.replace("load.M", "lora.M")
+CONTROLLED = "sample.LATENT decode.samples, load.VAE decode.vae, decode.IMAGE lines.image, lines.IMAGE apply.image, "
+CONTROLLED += "checkpoint.CLIP positive.clip, checkpoint.CLIP negative.clip, control.CONTROL_NET apply.control_net, "
+CONTROLLED += "positive.CONDITIONING apply.positive, negative.CONDITIONING apply.negative, "
+CONTROLLED += "checkpoint.MODEL sample2.model, apply.positive sample2.positive, apply.negative sample2.negative, "
+CONTROLLED += "size2.LATENT sample2.latent_image, sample2.LATENT decode2.samples, checkpoint.VAE decode2.vae, "
+CONTROLLED += "decode2.IMAGE save.images"
 LINKS = {
-    "text_to_image": SAMPLED + SIZED + DRAWN,
-    "text_to_image_custom_sampling": ENCODED.format("guider") + PARTS + SIZED + DECODED.format("output"),
-    "text_to_image_ksampler": SAMPLED + SIZED + DRAWN,
+    "text_to_image": SAMPLED + EMPTY + DRAWN,
+    "text_to_image_custom_sampling": ENCODED.format("guider") + PARTS + EMPTY + DECODED.format("output"),
+    "text_to_image_ksampler": SAMPLED + EMPTY + DRAWN,
     "edit": SAMPLED + "image.IMAGE encode.image1, " + EDITED + DRAWN,
     "edit_two_references": SAMPLED + "image1.IMAGE encode.image1, image2.IMAGE encode.image2, " + EDITED + DRAWN,
-    "think_then_draw": THOUGHT_OF + "think.thought encode.thought, " + SAMPLED + SIZED + DRAWN,
-    "edit_the_thought_then_draw": THOUGHT_OF + "thought.STRING encode.thought, " + SAMPLED + SIZED + DRAWN,
+    "think_then_draw": THOUGHT_OF + "think.thought encode.thought, " + SAMPLED + EMPTY + DRAWN,
+    "edit_the_thought_then_draw": THOUGHT_OF + "thought.STRING encode.thought, " + SAMPLED + EMPTY + DRAWN,
     "think_then_edit": THOUGHT_OF
     + "image.IMAGE think.image1, image.IMAGE encode.image1, think.thought encode.thought, "
     + SAMPLED
     + EDITED
     + DRAWN,
     "ask_about_a_picture": "load.MLLM answer.mllm, image.IMAGE answer.image1, answer.answer preview.source",
-    "compare_two_pictures": "load.MLLM answer.mllm, image1.IMAGE answer.image1, image2.IMAGE answer.image2",
+    "compare_two_pictures": "load.MLLM answer.mllm, image1.IMAGE answer.image1, image2.IMAGE answer.image2, "
+    "answer.answer preview.source",
     "masked_edit": SAMPLED
     + PIXELS
-    + "scale.IMAGE encode.image1, load.VAE encode.vae, image.MASK mask.destination, rectangle.MASK mask.source, "
-    + "pixels.LATENT masked.samples, mask.MASK masked.mask, masked.LATENT sample.latent_image, "
-    + "scale.IMAGE keep.destination, mask.MASK keep.mask, "
+    + "scale.IMAGE encode.image1, load.VAE encode.vae, "
+    + "pixels.LATENT masked.samples, image.MASK masked.mask, masked.LATENT sample.latent_image, "
+    + "scale.IMAGE keep.destination, image.MASK keep.mask, "
     + DRAWN.replace("decode.IMAGE", "decode.IMAGE keep.source, keep.IMAGE"),
-    "draw_ask_draw_again": SAMPLED + SIZED + DRAWN + ", " + AGAIN + "decode2.IMAGE save2.images",
+    "draw_ask_draw_again": SAMPLED + EMPTY + DRAWN + ", " + AGAIN + SECOND.format("encode2"),
     "picture_to_picture": SAMPLED + PIXELS + "pixels.LATENT sample.latent_image, " + DRAWN,
+    "hires_second_pass": SAMPLED
+    + EMPTY
+    + DRAWN
+    + ", sample.LATENT larger.samples, larger.LATENT sample2.latent_image, "
+    + SECOND.format("encode"),
+    "upscale_with_a_model": SAMPLED
+    + EMPTY
+    + "sample.LATENT decode.samples, load.VAE decode.vae, decode.IMAGE upscale.image, "
+    + "upscaler.UPSCALE_MODEL upscale.upscale_model, upscale.IMAGE save.images",
+    "with_a_lora": ADAPTED + EMPTY + DRAWN,
+    "controlnet_of_another_model": SAMPLED + EMPTY + CONTROLLED,
+    "captions_for_a_folder": "load.MLLM answer.mllm, folder.images answer.image1, folder.images save.images, "
+    "answer.answer save.texts",
 }
 
-# Where the contents need more room than a node takes by itself: (width, height) in graph units. Below a zoom of 0.6
-# frontends draw no text, so that no graph may be much wider than 1900.
+# Room for what nodes show: (width, height) in graph units. The sampler has room for its live preview, so that nothing
+# moves while it draws. Below a zoom of 0.6 frontends draw no text, so that no graph may be much wider than 2400.
 SIZES = {
-    "note": (360, 280),
-    "encode": (360, 320),
-    "encode2": (360, 320),
-    "save": (360, 450),
-    "save2": (360, 450),
-    "image": (280, 350),
-    "image1": (280, 350),
-    "image2": (280, 350),
-    "prompt": (280, 130),
-    "thought": (360, 280),
-    "think": (360, 640),
-    "answer": (360, 640),
-    "preview": (360, 240),
+    "note": (280, 520),
+    "load": (250, 0),
+    "latent": (280, 0),
+    "lora": (270, 250),
+    "encode": (300, 290),
+    "encode2": (280, 290),
+    "sample": (280, 560),
+    "sample2": (280, 560),
+    "decode": (210, 0),
+    "decode2": (210, 0),
+    "save": (340, 400),
+    "save2": (280, 340),
+    "image": (250, 330),
+    "image1": (250, 290),
+    "image2": (250, 290),
+    "prompt": (250, 140),
+    "thought": (300, 280),
+    "think": (320, 620),
+    "answer": (340, 620),
+    "preview": (300, 300),
+    "positive": (250, 110),
+    "negative": (250, 90),
 }
+# Narrower where much stands side by side.
+NARROW = {
+    "save": (230, 300),
+    "save2": (250, 320),
+    "sample": (265, 540),
+    "sample2": (265, 540),
+    "encode": (240, 290),
+    "encode2": (240, 290),
+    "answer": (280, 620),
+    "note": (240, 560),
+    "latent": (240, 0),
+    "load": (240, 0),
+}
+WIDE = ("draw_ask_draw_again", "hires_second_pass", "controlnet_of_another_model")
+
+
+def sizes(name: str) -> dict[str, tuple[int, int]]:
+    """Returns the room that a workflow's nodes get."""
+    return SIZES | (NARROW if name in WIDE else {})

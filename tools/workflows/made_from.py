@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
-from . import graphs, nano_graphs, wiring
+from . import blueprints, cards, graphs, nano_graphs, wiring
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = Path(__file__).with_suffix(".json")
-NAMES = [*graphs.COLUMNS, *wiring.PARTS]
+NAMES = [*graphs.FILES, *blueprints.BLUEPRINTS, *wiring.PARTS]
 OURS = "InternVLU_"
 # Widgets that list what lies in folders.
 FOLDER_WIDGETS = {"model_name", "mllm_name", "vae_name", "lora_name"}
@@ -26,7 +27,8 @@ EXPLANATIONS = ("tooltip", "description", "category", "output_tooltips")  # on h
 
 def hashes(info: dict) -> dict[str, str]:
     """Returns the hash of what each workflow and each help page is made from, `info` being ComfyUI's /object_info."""
-    return {name: digest(of_workflow(name, info) if name in graphs.COLUMNS else of_node(name, info)) for name in NAMES}
+    kinds = ((graphs.FILES, of_workflow), (blueprints.BLUEPRINTS, of_blueprint), (wiring.PARTS, of_node))
+    return {name: digest(of(name, info)) for names, of in kinds for name in names}
 
 
 def digest(value: object) -> str:
@@ -35,17 +37,32 @@ def digest(value: object) -> str:
 
 def of_workflow(name: str, info: dict) -> dict:
     """Returns what a workflow's files are made from."""
-    used = [node for column in graphs.COLUMNS[name] for node in column]
-    made = {"note": graphs.NOTES[name], **drawn(name, used, info)}
-    if name in nano_graphs.TEXTS:
-        made["nano"] = [nano_graphs.columns(name), nano_graphs.note(name), weights()]
+    steps = [[title for title, _ in column] for column in graphs.steps(name)]
+    made = {
+        "note": graphs.note(name),
+        "steps": steps,
+        "sizes": graphs.sizes(name),
+        "first": graphs.first(name),
+        **drawn(name, graphs.nodes(name), info),
+    }
+    made["app"] = graphs.APPS.get(name)
+    made["card"] = [asdict(cards.CARDS[name]), weights()]
+    if name in nano_graphs.HINTS:
+        made["nano"] = [nano_graphs.steps(name), nano_graphs.note(name)]
     return made
+
+
+def of_blueprint(name: str, info: dict) -> dict:
+    """Returns what a blueprint is made from."""
+    one = blueprints.BLUEPRINTS[name]
+    used = [node for node in graphs.nodes(one.workflow) if node[0] in one.nodes.split()]
+    return {"blueprint": asdict(one), **drawn(one.workflow, used, info)}
 
 
 def of_node(name: str, info: dict) -> dict:
     """Returns what a help page is made from: the node, and the graph in its picture."""
     workflow, parts = wiring.PARTS[name]
-    used = [node for column in wiring.columns(workflow) for node in column if node[0] in parts.split()]
+    used = [node for node in graphs.nodes(workflow) if node[0] in parts.split()]
     return {"node": ours(info[name], EXPLANATIONS), "sizes": wiring.SIZES, **drawn(workflow, used, info)}
 
 
@@ -63,8 +80,6 @@ def described(node: tuple, links: list[list[str]], info: dict) -> object:
     More would differ between versions of ComfyUI that all open the same file.
     """
     name, kind, values = node
-    if kind == "MarkdownNote":  # a node of the page
-        return None
     if kind.startswith(OURS):
         return ours(info[kind])
     inputs = {key: one[0] for group in info[kind]["input"].values() for key, one in group.items()}

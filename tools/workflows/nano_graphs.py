@@ -1,27 +1,27 @@
-"""The shipped graphs with values for the nano model: data for build.py, wiring.py and the demo."""
+"""The shipped graphs with values for the nano model: data for build.py, cards.py and the demo."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from .graphs import COLUMNS
+from . import graphs
 
 TWINS = Path(__file__).resolve().parents[2] / "tests" / "workflows"
 
 MODEL = "internvl-u-nano"
-NOTE = """## {title}
+NOTE = """## {title}, nano
+
+{hint}
 
 The **nano model** knows flat shapes only: circle, square, triangle, star, cross, ring in red, green, blue, yellow, \
 orange, purple, pink, cyan, on white, black, grey, brown, navy or beige, in English and a little Chinese. It draws \
 64 x 64 pixels.
 
-{hint}
-
 With the released model take the workflow of the same name under **internvl-u**: it is the same graph.
 """
 
-BEFORE, AFTER = {"image": "nano_before.png"}, {"image": "nano_after.png"}
+BEFORE, AFTER, MASKED = {"image": "nano_before.png"}, {"image": "nano_after.png"}, {"image": "nano_masked.png"}
 RIDDLE = {"value": "a shape with three sides in the colour of grass, the background like snow"}
 PROMPT = {"prompt": "a red circle to the left of a blue square"}
 
@@ -34,9 +34,6 @@ VALUES = {
     "image": BEFORE,
     "image1": BEFORE,
     "image2": AFTER,
-    # Around the left one of two things.
-    "rectangle": {"width": 120, "height": 192},
-    "mask": {"x": 4, "y": 32},
     "InternVLU_DecodeLatent": SHOWN,
 }
 """Values by node, or by its type, in all graphs."""
@@ -45,10 +42,10 @@ EDIT = "Try **make the background navy**, **remove the square**, **move the circ
 THINK = "The thought names the plain scene: the picture is drawn from it, and would be another one without it."
 HINTS = {
     "text_to_image": "Try **three pink stars on a navy background** or **a large green square on black**.",
-    "text_to_image_custom_sampling": "It draws what **text_to_image** draws, from separate parts.",
-    "text_to_image_ksampler": "ComfyUI's own sampler: near to what **text_to_image** draws.",
+    "text_to_image_custom_sampling": "It draws what **text to image** draws, from separate parts.",
+    "text_to_image_ksampler": "ComfyUI's own sampler: near to what **text to image** draws.",
     "edit": EDIT,
-    "masked_edit": f"Only what the rectangle covers may change. {EDIT}",
+    "masked_edit": f"Only what is painted over may change. {EDIT}",
     "picture_to_picture": "The prompt describes the new picture; a lower **denoise** keeps more of the old one.",
     "think_then_draw": THINK,
     "edit_the_thought_then_draw": f"Change the text in **Thought to draw from** and run again. {THINK}",
@@ -56,6 +53,7 @@ HINTS = {
     "ask_about_a_picture": "Try **where is the circle?**, **how many shapes are there?**, **which shape is blue?**",
     "compare_two_pictures": "Try **is the background the same?** or **which has more shapes?**",
     "draw_ask_draw_again": "The model describes its own picture, and draws the description.",
+    "hires_second_pass": "The second picture has 96 x 96 pixels, and the shapes of the first one.",
 }
 """What each graph's note adds; there are nano graphs for these."""
 
@@ -64,7 +62,11 @@ TEXTS = {
     "text_to_image_custom_sampling": {"encode": PROMPT},
     "text_to_image_ksampler": {"encode": PROMPT},
     "edit": {"encode": {"prompt": "make the circle green"}},
-    "masked_edit": {"encode": {"prompt": "make the circle green"}, "decode": {"width": 0, "height": 0}},
+    "masked_edit": {
+        "image": MASKED,
+        "encode": {"prompt": "make the circle green"},
+        "decode": {"width": 0, "height": 0},
+    },
     "picture_to_picture": {"encode": {"prompt": "a green circle to the left of an orange square"}},
     "think_then_draw": {"prompt": RIDDLE},
     "edit_the_thought_then_draw": {
@@ -78,33 +80,44 @@ TEXTS = {
     "ask_about_a_picture": {"answer": {"question": "describe the picture."}},
     "compare_two_pictures": {"answer": {"question": "what changed?"}},
     "draw_ask_draw_again": {"encode": PROMPT, "answer": {"question": "describe the picture."}},
+    "hires_second_pass": {"encode": PROMPT, "sample2": {"denoise": 0.4}},
 }
 """Values by graph and node."""
 
 
-def columns(name: str) -> list[list[tuple]]:
-    """Returns the columns of a graph with the nano model's values."""
+def values(name: str, node: str, kind: str) -> dict:
+    """Returns the nano model's values for a node of a graph."""
+    return VALUES.get(kind, {}) | VALUES.get(node, {}) | TEXTS.get(name, {}).get(node, {})
 
-    def values(node: str, kind: str) -> dict:
-        return VALUES.get(kind, {}) | VALUES.get(node, {}) | TEXTS[name].get(node, {})
 
-    return [[(node, kind, given | values(node, kind)) for node, kind, given in column] for column in COLUMNS[name]]
+def steps(name: str) -> list[list[tuple]]:
+    """Returns the steps of a graph with the nano model's values."""
+
+    def put(node: str, kind: str, given: dict) -> tuple:
+        return (node, kind, given | values(name, node, kind))
+
+    return [
+        [(title, [[put(*node) for node in nodes] for nodes in columns]) for title, columns in column]
+        for column in graphs.steps(name)
+    ]
+
+
+def twin(name: str) -> dict:
+    """Returns a shipped workflow in the API's format."""
+    return json.loads((TWINS / f"{name}.api.json").read_text(encoding="utf-8"))
 
 
 def api(name: str) -> dict:
     """Returns a graph in the API's format: the shipped workflow's twin with the nano model's values put in."""
-    graph = json.loads((TWINS / f"{name}.api.json").read_text(encoding="utf-8"))
-    nodes = [node for column in columns(name) for node in column]
-    for number, (node, kind, values) in enumerate(nodes, 1):  # ids follow this order, see graphs.py
-        if kind == "MarkdownNote":  # the API's format has none
-            continue
+    graph = twin(name)
+    for number, (node, kind, _) in enumerate(graphs.nodes(name), 1):  # ids follow this order, see graphs.py
         if graph[str(number)]["class_type"] != kind:
             raise ValueError(f"node {number} of {name}.api.json is no {kind} ({node}): build the workflow anew")
         inputs = graph[str(number)]["inputs"]
-        inputs |= {key: value for key, value in values.items() if key in inputs}
+        inputs |= {key: value for key, value in values(name, node, kind).items() if key in inputs}
     return graph
 
 
 def note(name: str) -> str:
     """Returns what the graph's note says."""
-    return NOTE.format(title=name.replace("_", " ").capitalize(), hint=HINTS[name])
+    return NOTE.format(title=graphs.file_name(name), hint=HINTS[name])

@@ -20,18 +20,6 @@ PARTS = {
     "InternVLU_WriteThought": ("think_then_draw", "load prompt think encode"),
     "InternVLU_AnswerQuestion": ("ask_about_a_picture", "load image answer preview"),
 }
-# Graphs that are in no workflow, as in graphs.py.
-OWN_COLUMNS = {
-    "with_a_lora": [
-        [graphs.LOAD],
-        [("lora", "InternVLU_LoadLoRA", {"lora_name": "a_style.safetensors", "strength_model": 0.8})],
-        [graphs.encode(graphs.PROMPT), graphs.SAMPLE],
-    ],
-}
-OWN_LINKS = {
-    "with_a_lora": "load.MODEL lora.model, load.MLLM lora.mllm, lora.MODEL sample.model, lora.MLLM encode.mllm, "
-    "encode.positive sample.positive, encode.negative sample.negative, encode.latent sample.latent_image",
-}
 SIZES = {
     "encode": (280, 290),
     "think": (300, 560),
@@ -49,11 +37,13 @@ type => {
 """
 
 
-def columns(name: str) -> list[list[tuple]]:
-    """Returns a graph's nodes, column by column."""
-    return OWN_COLUMNS[name] if name in OWN_COLUMNS else graphs.COLUMNS[name]
+def steps(name: str, wanted: list[str]) -> list[list[tuple]]:
+    """Returns some nodes of a graph, column by column, as one step without a title each."""
+    columns = [nodes for column in graphs.steps(name) for _, inner in column for nodes in inner]
+    kept = [[node for node in nodes if node[0] in wanted] for nodes in columns]
+    return [[("", [nodes])] for nodes in kept if nodes]
 
 
 def links(name: str) -> str:
     """Returns a graph's links."""
-    return OWN_LINKS[name] if name in OWN_LINKS else graphs.LINKS[name]
+    return graphs.LINKS[name]
