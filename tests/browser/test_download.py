@@ -46,7 +46,8 @@ def test_a_newcomer_is_told_of_the_missing_model_chooses_its_download_and_sees_a
     told = answer.value.json()["node_errors"]
     (error, *_) = next(iter(told.values()))["errors"]
     assert (
-        error["details"].startswith("Download it: choose ") and "no InternVL-U model 'InternVL-U'" in error["details"]
+        error["details"].startswith("model_name - Download it: choose ")
+        and "no InternVL-U model 'InternVL-U'" in error["details"]
     )
     assert CHOICE in error["details"] and hub.asked == []
     page.keyboard.press("Escape")
