@@ -267,6 +267,8 @@ AGAIN = ["positive", 0]
         ("ConditioningConcat", "conditioning_to", {"conditioning_from": AGAIN}, False),
         ("ConditioningAverage", "conditioning_to", {"conditioning_from": AGAIN, "conditioning_to_strength": 0.5}, True),
         ("ConditioningZeroOut", "conditioning", {}, False),
+        ("ConditioningSetTimestepRange", "conditioning", {"start": 0.0, "end": 1.0}, True),
+        ("ConditioningSetTimestepRange", "conditioning", {"start": 0.5, "end": 1.0}, False),
         ("CLIPAttentionMultiply", "clip", {"q": 1.5, "k": 1.0, "v": 1.0, "out": 1.0}, False),
     ],
 )
@@ -287,11 +289,15 @@ def test_cores_nodes_between_are_understood(server, ksampler_graph, near, kind, 
     [
         ("CLIPSetLastLayer", {"stop_at_clip_layer": -2}, "layer -2 found, -1 expected"),
         ("CLIPSave", {"filename_prefix": "clip/ours"}, "`python -m internvl_u convert` writes it"),
+        ("CheckpointSave", {"filename_prefix": "ours"}, "`python -m internvl_u convert` writes it"),
     ],
 )
 def test_cores_nodes_that_cannot_work_end_with_a_sentence(server, ksampler_graph, kind, others, told):
     nodes = ksampler_graph(True)
     nodes["refused"] = {"class_type": kind, "inputs": {"clip": nodes["positive"]["inputs"]["clip"], **others}}
+    if kind == "CheckpointSave":
+        load = server.find(nodes, "InternVLU_LoadModel")
+        nodes["refused"]["inputs"] |= {"model": [load, 0], "vae": [load, 2]}
     if kind == "CLIPSetLastLayer":
         nodes["positive"]["inputs"]["clip"] = ["refused", 0]
     assert told in server.error(server.run(nodes))
