@@ -334,7 +334,8 @@ STEPS_OF = {
         [LOADED, ("Prompt", [[encode(PROMPT)]]), SIZED],
         ("Draw", [[SAMPLE], [DECODE, SAVE]]),
         ("Ask", [[answer(BETTER)]]),
-        ("Draw again", [[encode("", "encode2")], *again()]),
+        ("Read", [[encode("", "encode2")]]),
+        ("Draw again", again()),
     ],
     "picture_to_picture": [
         [LOADED, ("Picture", [[image()]])],
