@@ -444,7 +444,7 @@ TITLES = {
     "preview": "Preview as Text",
     "scale": "Scale the longer side",
     "keep": "Keep what is not painted",
-    "encode2": "InternVL-U Encode, from the answer",
+    "encode2": "Encode the answer",
     "save2": "Save Image, the second",
     "positive": "Text of the other model",
     "negative": "What it is to avoid",
