@@ -10,6 +10,8 @@ from .images import drawn_size
 
 MOST_IMAGES = 8
 """Slots for reference images that InternVL-U Encode has."""
+REFERENCE_SIZES = {None: "official", **{side: f"{side} x {side}" for side in (768, 512, 256)}}
+"""What InternVL-U Encode calls the sides of reference images."""
 _SEEDS = 2**64 - 1
 Nodes = dict[str, dict[str, Any]]
 
@@ -32,6 +34,8 @@ class Drawing(NamedTuple):
     steps: int
     seed: int
     guidance: Guidance
+    negative_prompt: str = ""
+    reference_size: int | None = None
 
 
 class _Kind(NamedTuple):
@@ -65,7 +69,7 @@ _KINDS = {
     "InternVLU_EncodePrompt": _Kind(
         (("mllm", _MLLM), ("vae", "VAE"), *_IMAGES[:4], ("thought", "STRING"), *_IMAGES[4:]),
         (*_CONDITIONINGS, ("latent", "LATENT")),
-        ("prompt", "system_prompt"),
+        ("prompt", "system_prompt", "negative_prompt", "reference_size"),
         1,
         (400, 420),
     ),
@@ -116,6 +120,7 @@ def api_graph(drawing: Drawing) -> Nodes:
         read["thought"] = [add("PrimitiveStringMultiline", value=str(drawing.thought)), 0]
     if not drawing.of_image:
         size = add("InternVLU_CreateLatent", preset="custom", width=width, height=height, batch_size=1)
+    read |= {"negative_prompt": drawing.negative_prompt, "reference_size": REFERENCE_SIZES[drawing.reference_size]}
     encode = add("InternVLU_EncodePrompt", prompt=drawing.prompt, system_prompt=drawing.system, **read)
     sample = add(
         "InternVLU_SampleLatent",

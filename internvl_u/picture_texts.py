@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from . import __version__
 from .console import shown_name
 from .defaults import NANO_CHOICE
-from .graph import MOST_IMAGES, Drawing, api_graph, page_graph
+from .graph import MOST_IMAGES, REFERENCE_SIZES, Drawing, api_graph, page_graph
 from .pipeline import ImageRequest, Pipeline
 from .places import nano_folder, shown_folder
 
@@ -28,7 +28,7 @@ def picture_texts(pipeline: Pipeline, request: ImageRequest, files: Sequence[Pat
     info = PngInfo()
     info.add_itxt("internvl_u", json.dumps(_settings(pipeline, request, names, model), ensure_ascii=False))
     info.add_text("parameters", parameters(pipeline, request))  # as Latin-1 where it can be, else as UTF-8
-    if len(names) <= MOST_IMAGES:
+    if len(names) <= MOST_IMAGES and request.reference_size in REFERENCE_SIZES:
         # ComfyUI's page of 2025 takes `parameters`, made for another program, before its own graph. It alone reads this
         # chunk, which ComfyUI writes into animations, as one more text of the same name: an empty one.
         info.add(b"comf", b"parameters\0")
@@ -38,7 +38,7 @@ def picture_texts(pipeline: Pipeline, request: ImageRequest, files: Sequence[Pat
     return info
 
 
-def parameters(pipeline: Pipeline, request: ImageRequest, negative: str = "") -> str:
+def parameters(pipeline: Pipeline, request: ImageRequest) -> str:
     """Returns the text that viewers and sites read, in the form that AUTOMATIC1111's web UI has made usual."""
     (width, height), guidance = pipeline.size(request), request.guidance
     values = {"Steps": request.steps, "Sampler": SAMPLER, "CFG scale": guidance.all_cfg}
@@ -46,6 +46,7 @@ def parameters(pipeline: Pipeline, request: ImageRequest, negative: str = "") ->
         values["Image CFG scale"] = guidance.part_cfg
     values |= {"Seed": request.seed, "Size": f"{width}x{height}"}
     values |= {"Model": model_name(pipeline), "Version": f"internvl_u {__version__}"}
+    negative = request.negative_prompt
     lines = [request.prompt, f"Negative prompt: {negative}" if negative else ""]
     return "\n".join([*filter(None, lines), ", ".join(f"{key}: {_quoted(value)}" for key, value in values.items())])
 
@@ -59,6 +60,7 @@ def model_name(pipeline: Pipeline) -> str:
 def _settings(pipeline: Pipeline, request: ImageRequest, images: list[str], model: Path) -> dict[str, object]:
     (width, height), guidance = pipeline.size(request), request.guidance
     settings = {name: getattr(request, name) for name in ("prompt", "system", "thought", "steps", "seed")}
+    settings |= {name: getattr(request, name) for name in ("negative_prompt", "reference_size")}
     settings |= {"width": width, "height": height, **guidance._asdict(), "dtype": str(pipeline.dtype)[6:]}
     return settings | {"images": images, "model": shown_name(model.absolute().name), "version": __version__}
 
@@ -78,6 +80,8 @@ def _drawing(pipeline: Pipeline, request: ImageRequest, images: list[str]) -> Dr
         steps=request.steps,
         seed=request.seed,
         guidance=request.guidance,
+        negative_prompt=request.negative_prompt,
+        reference_size=request.reference_size,
     )
 
 

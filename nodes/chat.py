@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..internvl_u.chat import ROLES
 from ..internvl_u.defaults import ANSWER_TOKENS, GUIDANCE, LARGEST, STEPS
 from ..internvl_u.reply import ACTIONS, READS
+from ..native import compat
 from ..native.chat import Settings, add_turn, blocked, talk
 from ..native.mllm import NativeMLLM
 from .inputs import IMAGES, checked, history_input, history_output, image_inputs, seed_input
@@ -30,7 +31,7 @@ class Chat(io.ComfyNode):
             "picture, with the turns before as context. The conversation is in the box and is saved with the workflow; "
             "its pictures are in output/InternVL-U/chat.",
             inputs=[
-                MLLM.Input("mllm"),
+                MLLM.Input("mllm", tooltip="From Load InternVL-U."),
                 *_action_inputs(),
                 *_drawing_inputs(),
                 _message_input(),
@@ -53,6 +54,9 @@ class Chat(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             is_output_node=True,
+            **compat.search_aliases(
+                "chat", "talk", "conversation", "assistant", "chatbot", "ask", "draw", "edit", "llm", "mllm", "vlm"
+            ),
         )
 
     @classmethod
@@ -103,6 +107,7 @@ class AddToHistory(io.ComfyNode):
                 io.Image.Input("image", optional=True, tooltip="A picture of this turn. A batch counts as several."),
             ],
             outputs=[history_output("The conversation with this turn.")],
+            **compat.search_aliases("chat", "conversation", "history", "turn", "message"),
         )
 
     @classmethod
@@ -142,10 +147,13 @@ def _action_inputs() -> list[io.Input]:
 
 
 def _drawing_inputs() -> list[io.Input]:
+    whole = compat.advanced(io.Int.Input)
     return [
         _side("width"),
         _side("height"),
-        io.Int.Input("steps", default=STEPS, min=1, max=1000, tooltip="Denoising steps. 20 is the official value."),
+        io.Int.Input(
+            "steps", default=STEPS, min=1, max=1000, tooltip="Denoising steps. 20 is the official value.", **whole
+        ),
         seed_input("Seed of the start noise of a picture."),
         io.Int.Input(
             "max_new_tokens",
@@ -153,6 +161,7 @@ def _drawing_inputs() -> list[io.Input]:
             min=1,
             max=8192,
             tooltip="The longest answer or thought in tokens, about three quarters of a word each.",
+            **whole,
         ),
         io.Combo.Input(
             "scales",
@@ -160,6 +169,7 @@ def _drawing_inputs() -> list[io.Input]:
             default=AUTOMATIC,
             tooltip="automatic: the official values, 4.5 and 2.0, after a thought 3.5 and 1.5. as typed: the two "
             "numbers below.",
+            **compat.advanced(io.Combo.Input),
         ),
         _scale("all_cfg", GUIDANCE.all_cfg, "How strongly the words are followed, for scales as typed."),
         _scale("part_cfg", GUIDANCE.part_cfg, "How strongly the edited pictures are kept, for scales as typed."),
@@ -180,7 +190,7 @@ def _message_input() -> io.String.Input:
 
 def _side(name: str) -> io.Int.Input:
     tip = "Pixels of a new picture, rounded down to a multiple of 16. 0: the model's own size. An edit keeps its size."
-    return io.Int.Input(name, default=0, min=0, max=LARGEST, tooltip=tip)
+    return io.Int.Input(name, default=0, min=0, max=LARGEST, tooltip=tip, **compat.advanced(io.Int.Input))
 
 
 def _scale(name: str, default: float, tooltip: str) -> io.Float.Input:

@@ -70,6 +70,7 @@ class EncodePrompt(io.ComfyNode):
                     placeholder="nothing (official)",
                     tooltip="Unofficial: what to keep away from, in place of the model's own empty prompt. The model "
                     "was not trained for it. Empty: the official picture. It changes the negative output only.",
+                    **compat.advanced(io.String.Input),
                 ),
                 io.Combo.Input(
                     "reference_size",
@@ -79,6 +80,7 @@ class EncodePrompt(io.ComfyNode):
                     tooltip="The most pixels of each picture that the transformer sees. A picture of 1024 x 1024 is "
                     "4096 tokens in every step, as many as the drawn one; 512 x 512 are 1024 and 256 x 256 are 256. "
                     "Fewer are faster and take less memory, but lose details; 256 x 256 is below the trained range.",
+                    **compat.advanced(io.Combo.Input),
                 ),
                 history_input("The conversation before this picture, as far as it fits; the words follow it."),
             ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..internvl_u.series import read_prompts, read_scales, scale_grid
+from ..native import compat
 from ..native.images import pick_frames
 from ..native.judge import judge
 from ..native.mllm import NativeMLLM
@@ -45,6 +46,7 @@ class ListPrompts(io.ComfyNode):
                 io.Int.Output(display_name="index", is_output_list=True, tooltip="0, 1, 2 and so on."),
                 io.Int.Output(display_name="seed", is_output_list=True, tooltip="The column's; without one the index."),
             ],
+            **compat.search_aliases("batch", "prompts", "prompt list", "prompts from file", "csv", "json", "queue"),
         )
 
     @classmethod
@@ -79,6 +81,7 @@ class ListScales(io.ComfyNode):
                 ),
                 io.Int.Output(display_name="columns", tooltip="How many pictures a row of the grid has."),
             ],
+            **compat.search_aliases("grid", "xy plot", "cfg", "guidance", "compare settings"),
         )
 
     @classmethod
@@ -114,6 +117,7 @@ class PickFrames(io.ComfyNode):
             ],
             outputs=[io.Image.Output(display_name="images", tooltip="The picked ones, as a batch.")],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            **compat.search_aliases("video", "frames", "sample frames", "every nth", "video captioning"),
         )
 
     @classmethod
@@ -160,6 +164,7 @@ class JudgePicture(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             enable_expand=True,
+            **compat.search_aliases("judge", "verify", "check image", "loop", "retry", "draw until", "vqa"),
         )
 
     @classmethod

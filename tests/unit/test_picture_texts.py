@@ -51,8 +51,8 @@ def test_other_scripts_and_references_stand_there_too(drawn, golden):
 
 def test_a_name_with_a_comma_is_quoted(checkpoint, tmp_path):
     (tmp_path / "a, b: c").symlink_to(checkpoint)
-    wish = ImageRequest("x", 32, 32, 1)
-    text = picture_texts.parameters(Pipeline(tmp_path / "a, b: c"), wish, "blurred")
+    wish = ImageRequest("x", 32, 32, 1, negative_prompt="blurred")
+    text = picture_texts.parameters(Pipeline(tmp_path / "a, b: c"), wish)
     assert text.splitlines()[1] == "Negative prompt: blurred"
     assert entries(text)["Model"] == "a, b: c" and entries(text)["Size"] == "32x32"
 

@@ -41,7 +41,7 @@ function missing(node) {
   const choices = choicesOf(widget).map(String);
   const downloads = choices.filter((choice) => DOWNLOAD.test(choice));
   const name = String(widget.value);
-  const chosen = DOWNLOAD.exec(name);
+  const chosen = name.match(DOWNLOAD);
   if (chosen) return downloads.includes(name) ? { chosen } : undefined;
   if (name !== NONE_FOUND && choices.some((choice) => withSlashes(choice) === withSlashes(name))) return;
   const nano = choices.filter((choice) => NANO.test(choice));
@@ -51,7 +51,7 @@ function missing(node) {
 
 function sentence({ name, downloads }) {
   const what = name === NONE_FOUND ? "No InternVL-U model is here yet." : `The model "${name}" is not here.`;
-  const [, size, , place] = DOWNLOAD.exec(downloads[0]) ?? [];
+  const [, size, , place] = downloads[0].match(DOWNLOAD) ?? [];
   return size ? `${what} It has ${size} and goes to ${place}.` : `${what} Choose one that is.`;
 }
 
@@ -74,7 +74,7 @@ function button(text, choice) {
 
 function makeCard(state, key) {
   const buttons = state.downloads.map((choice) => {
-    const [, size, site] = DOWNLOAD.exec(choice);
+    const [, size, site] = choice.match(DOWNLOAD);
     return button(`Download ${size} from ${site}`, choice);
   });
   buttons.push(...state.nano.map((choice) => button(`Try the ${choice}`, choice)));
