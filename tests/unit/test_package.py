@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 
 import pack.internvl_u
@@ -135,6 +136,18 @@ def test_the_published_files_hold_nothing_that_the_registry_flags():
         pattern = SCANNED.get(name.suffix)
         if pattern:
             assert not re.search(pattern, name.read_text(encoding="utf-8")), name
+
+
+def test_links_and_pictures_of_published_pages_are_published_too():
+    names = set(published())
+    pages = [name for name in names if name.suffix == ".md" and ROOT / "web" not in name.parents]
+    assert ROOT / "README.md" in pages and len(pages) > 5
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
+            place = urllib.parse.unquote("".join(target).partition("#")[0])
+            if place and ":" not in place:
+                assert (page.parent / place).resolve() in names, (page.name, place)
 
 
 def test_the_readme_lists_the_versions_that_were_tested():
