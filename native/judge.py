@@ -35,6 +35,7 @@ def judge(mllm: NativeMLLM, question: str, images: torch.Tensor, hidden: HiddenH
     if not given:
         raise ValueError("image: nothing found, an IMAGE expected: connect the picture to judge")
     ids = mllm.generate(question, system=SYSTEM_ANSWER, images=given, config=GenerationConfig(TOKENS), on_token=live)
+    live.end()
     answer = tokenizer.decode(ids).strip()
     right = answer.lower().startswith(YES)
     show_note(hidden, f"{'right' if right else 'not right'}: {answer}")

@@ -62,26 +62,7 @@ class EncodePrompt(io.ComfyNode):
                     "and 1.5 for part_cfg are the official values then; the sampler takes them by itself.",
                 ),
                 *image_inputs(LATER),
-                io.String.Input(
-                    "negative_prompt",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    placeholder="nothing (official)",
-                    tooltip="Unofficial: what to keep away from, in place of the model's own empty prompt. The model "
-                    "was not trained for it. Empty: the official picture. It changes the negative output only.",
-                    **compat.advanced(io.String.Input),
-                ),
-                io.Combo.Input(
-                    "reference_size",
-                    options=list(REFERENCE_SIZES),
-                    default=OFFICIAL,
-                    optional=True,
-                    tooltip="The most pixels of each picture that the transformer sees. A picture of 1024 x 1024 is "
-                    "4096 tokens in every step, as many as the drawn one; 512 x 512 are 1024 and 256 x 256 are 256. "
-                    "Fewer are faster and take less memory, but lose details; 256 x 256 is below the trained range.",
-                    **compat.advanced(io.Combo.Input),
-                ),
+                *_unofficial_inputs(),
                 history_input("The conversation before this picture, as far as it fits; the words follow it."),
             ],
             outputs=[
@@ -141,3 +122,28 @@ class EncodePrompt(io.ComfyNode):
         settings |= {"system": system_prompt or None, "images": given, "vae": vae, "thought": thought}
         encoded = mllm.encode(prompt, **settings, history=before)
         return io.NodeOutput(*encoded, before.add(Turn("user", prompt, tuple(map(Picture, given)))))
+
+
+def _unofficial_inputs() -> list[io.Input]:
+    return [
+        io.String.Input(
+            "negative_prompt",
+            default="",
+            multiline=True,
+            optional=True,
+            placeholder="nothing (official)",
+            tooltip="Unofficial: what to keep away from, in place of the model's own empty prompt. The model "
+            "was not trained for it. Empty: the official picture. It changes the negative output only.",
+            **compat.advanced(io.String.Input),
+        ),
+        io.Combo.Input(
+            "reference_size",
+            options=list(REFERENCE_SIZES),
+            default=OFFICIAL,
+            optional=True,
+            tooltip="The most pixels of each picture that the transformer sees. A picture of 1024 x 1024 is "
+            "4096 tokens in every step, as many as the drawn one; 512 x 512 are 1024 and 256 x 256 are 256. "
+            "Fewer are faster and take less memory, but lose details; 256 x 256 is below the trained range.",
+            **compat.advanced(io.Combo.Input),
+        ),
+    ]

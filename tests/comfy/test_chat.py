@@ -226,11 +226,24 @@ def single_nodes(native):
     return importlib.import_module("pack.native.chat"), importlib.import_module("pack.native.generate")
 
 
+class Unshown:
+    """A text that no page shows."""
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, ids):
+        pass
+
+    def end(self):
+        pass
+
+
 def test_what_single_nodes_add_to_a_history(loaded, single_nodes, monkeypatch):
     chat, generate = single_nodes
     library = importlib.import_module("pack.internvl_u.chat")
     config = importlib.import_module("pack.internvl_u.generation").GenerationConfig(3)
-    monkeypatch.setattr(generate, "LiveText", lambda *_: lambda ids: None)
+    monkeypatch.setattr(generate, "LiveText", Unshown)
     for name in ("show", "show_note"):
         monkeypatch.setattr(generate, name, lambda *_: None)
     hidden = type("Hidden", (), {"unique_id": "1"})()

@@ -160,7 +160,7 @@ def test_many_pictures_in_a_question_are_told_of_on_the_node(native, loaded, mon
     module, notes = importlib.import_module("pack.native.generate"), []
     monkeypatch.setattr(module, "show_note", lambda hidden, text: notes.append(text))
     monkeypatch.setattr(module, "show", lambda *given: None)
-    monkeypatch.setattr(module, "_generate", lambda *given: ([], ""))
+    monkeypatch.setattr(module, "write", lambda *given: ([], ""))
     pictures = [torch.zeros(count - 1, 8, 8, 3), None, torch.zeros(1, 8, 8, 3)]
     module.answer(loaded.mllm, "what?", "", pictures, GenerationConfig(1), None)
     assert len(notes) == told and all("17 pictures go in, 64 at most" in note for note in notes)
@@ -230,6 +230,7 @@ def test_a_judge_goes_by_how_the_answer_begins(native, monkeypatch, answer, righ
     )
     model = SimpleNamespace(encoder=encoder, generate=lambda text, **settings: [len(settings["images"])])
     monkeypatch.setattr(module, "check_mllm", lambda model: None)
+    monkeypatch.setattr(module, "LiveText", lambda *given: SimpleNamespace(end=lambda: None))
     monkeypatch.setattr(module, "show_note", lambda hidden, text: notes.append(text))
     assert module.judge(model, "is it?", torch.zeros(2, 8, 8, 3), None) == (right, answer)
     assert notes == [f"{'right' if right else 'not right'}: {answer}"]

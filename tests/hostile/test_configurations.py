@@ -524,7 +524,7 @@ def test_a_conversion_whose_source_changes_writes_nothing(broken, tmp_path):
         if state["bytes"] == count:
             os.utime(broken / "vae" / "diffusion_pytorch_model.safetensors", (1, 1))
 
-    with pytest.raises(RuntimeError, match="has been written to since"):
+    with pytest.raises(RuntimeError, match="model.safetensors has been written to, replaced or removed meanwhile"):
         convert(broken, tmp_path / "out", on_bytes=act)
     assert not [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
 
