@@ -22,7 +22,6 @@ WORKFLOWS = [
     for file in sorted((Path(__file__).parent.parent / "workflows").glob("*.api.json"))
     if file.name.partition(".")[0] not in OTHER_FILES
 ]
-GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 SMALL = {"model_name": NANO_CHOICE, "preset": "custom", "width": 64, "height": 64, "steps": 1, "max_new_tokens": 2}
 SMALL |= {"largest_size": 64}
 
