@@ -122,11 +122,12 @@ def node_definitions(nodes: Nodes, translate: Translate) -> Nodes:
 
 
 def own_texts(nodes: Nodes, translate: Translate) -> dict[str, str]:
-    """Returns the texts that our scripts show: their messages, placeholders and the choices of lists."""
+    """Returns the texts that our scripts show: their messages, labels, placeholders and the choices of lists."""
     found = messages()
     for node in nodes.values():
-        for one in node["inputs"].values():
-            found += [*one["choices"], *filter(None, [one["placeholder"]])]
+        for name, one in node["inputs"].items():
+            label = [one["name"]] if one["name"] != name else []  # web/js/nodes.js
+            found += [*label, *one["choices"], *filter(None, [one["placeholder"]])]
     return {text: translate(text) for text in dict.fromkeys(found) if re.search(r"[A-Za-z]", text)}
 
 

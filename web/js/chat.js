@@ -4,6 +4,7 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { BORDER, element, isOpen, leaveRestToCanvas, rootGraph } from "./live_text.js";
+import { ofPython, text } from "./text.js";
 
 const NODE = "InternVLU_Chat";
 const TEXT_EVENT = "internvl_u.text"; // both in native/progress.py
@@ -34,7 +35,7 @@ const BUTTON_STYLE = `padding: 1px 8px; cursor: pointer; ${BORDER} background: v
 const SMALL_STYLE = "display: block; margin: 2px 0 0 auto; padding: 0; border: 0; cursor: pointer; background: transparent; color: inherit; opacity: 0.55; font: 10px/1.4 sans-serif;";
 const CUT_STYLE = "padding: 3px 6px; color: var(--warning-text, #e6b04c); font: 10px/1.5 sans-serif;";
 
-const lives = new WeakMap(); // node -> what is being made: { text, picture }
+const lives = new WeakMap(); // node -> what is being made: { words, picture }
 const shown = new WeakMap(); // node -> the conversation as its box shows it
 const cuts = new WeakMap(); // node -> what a limit has cut in the last run
 const toldNodes = new Set(); // ids of the nodes that told their turns in the running job
@@ -42,9 +43,9 @@ const pendingByWorkflow = new Map(); // turns for workflows that are open in oth
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
-function parse(text) {
+function parse(json) {
   try {
-    const turns = JSON.parse(text || "{}").turns;
+    const turns = JSON.parse(json || "{}").turns;
     return Array.isArray(turns) ? turns.filter((turn) => NAMES[turn?.role]) : [];
   } catch {
     return [];
@@ -60,29 +61,30 @@ function setTurns(node, turns) {
   storeGraph();
 }
 
-function setMessage(node, text) {
+function setMessage(node, words) {
   const widget = widgetOf(node, "message");
-  if (widget) widget.value = text;
+  if (widget) widget.value = words;
 }
 
 function addWidget(node) {
   const box = element("div", BOX_STYLE, { className: "internvlu-chat widget-expands" });
   const inner = element("div", INNER_STYLE, {});
   const list = element("div", LIST_STYLE, { className: "internvlu-turns" });
-  const hint = element("div", HINT_STYLE, { textContent: "Write a message and send it: the conversation appears here." });
+  const hint = element("div", HINT_STYLE, { textContent: text("Write a message and send it: the conversation appears here.") });
   list.append(element("div", GROUP_STYLE, {}), element("div", GROUP_STYLE, {}), hint);
   const cut = element("div", CUT_STYLE, { className: "internvlu-chat-cut", hidden: true });
   const row = element("div", ROW_STYLE, {});
-  const button = (text, title, act) => {
-    const made = element("button", BUTTON_STYLE, { type: "button", textContent: text, title });
+  const button = (name, title, act) => {
+    const made = element("button", BUTTON_STYLE, { type: "button", textContent: name, title });
     made.addEventListener("click", () => act(made));
     row.append(made);
   };
-  button("Send", "Runs the workflow: your message is answered.", () => app.queuePrompt(0));
+  button(text("Send"), text("Runs the workflow: your message is answered."), () => app.queuePrompt(0));
   row.append(element("span", "flex: 1", {}));
-  button("Copy", "Copies the conversation as Markdown.", (made) => copy(node, made));
-  button("Export", "Saves the conversation as a Markdown file; its pictures are in ComfyUI's output folder.", () => save(node));
-  button("Clear", "Begins a new conversation. Undo brings this one back.", () => setTurns(node, []));
+  button(text("Copy"), text("Copies the conversation as Markdown."), (made) => copy(node, made));
+  const exported = text("Saves the conversation as a Markdown file; its pictures are in ComfyUI's output folder.");
+  button(text("Export"), exported, () => save(node));
+  button(text("Clear"), text("Begins a new conversation. Undo brings this one back."), () => setTurns(node, []));
   inner.append(row, list, cut);
   box.append(inner);
   leaveRestToCanvas(box);
@@ -114,20 +116,20 @@ function show(node) {
   shown.set(node, conversation);
   live.replaceChildren(...(lives.has(node) ? liveBubbles(node) : []));
   hint.hidden = old.children.length + live.children.length > 0;
-  cut.textContent = cuts.get(node) ?? "";
+  cut.textContent = ofPython(cuts.get(node) ?? "");
   cut.hidden = !cut.textContent;
   if (follow) list.scrollTop = list.scrollHeight;
 }
 
 function liveBubbles(node) {
-  const { text, picture } = lives.get(node);
-  const made = bubble(node, { role: "assistant", text: picture ? text : text || "…" });
+  const { words, picture } = lives.get(node);
+  const made = bubble(node, { role: "assistant", text: picture ? words : words || "…" });
   if (picture) made.append(element("img", PICTURE_STYLE, { src: picture, alt: "" }));
   return [bubble(node, { role: "user", text: String(widgetOf(node, "message")?.value ?? "") }), made];
 }
 
 function setLive(node, change) {
-  const before = lives.get(node) ?? { text: "" };
+  const before = lives.get(node) ?? { words: "" };
   if (change?.picture && before.picture) URL.revokeObjectURL(before.picture);
   if (change) lives.set(node, { ...before, ...change });
   else {
@@ -141,7 +143,7 @@ function bubble(node, turn, index) {
   const made = element("div", TURN_STYLE + SIDES[turn.role], { className: `internvlu-turn ${turn.role}` });
   if (turn.thought) {
     const thought = element("details", THOUGHT_STYLE, {});
-    thought.append(element("summary", "cursor: pointer", { textContent: "Thought" }), document.createTextNode(turn.thought));
+    thought.append(element("summary", "cursor: pointer", { textContent: text("Thought") }), document.createTextNode(turn.thought));
     made.append(thought);
   }
   if (turn.text) made.append(element("div", "", { textContent: turn.text }));
@@ -164,8 +166,11 @@ function picture(node, name) {
 // On what the user said: to say it anew, in other words. On what the model said: to go on from there.
 function branchButton(node, turn, index) {
   const own = turn.role === "user";
-  const title = own ? "Takes the conversation back to before this message, to say it anew." : "Drops all that came after this.";
-  const made = element("button", SMALL_STYLE, { type: "button", textContent: own ? "Say anew" : "Branch from here", title });
+  const name = own ? text("Say anew") : text("Branch from here");
+  const title = own
+    ? text("Takes the conversation back to before this message, to say it anew.")
+    : text("Drops all that came after this.");
+  const made = element("button", SMALL_STYLE, { type: "button", textContent: name, title });
   made.addEventListener("click", () => {
     if (own) setMessage(node, turn.text ?? "");
     setTurns(node, turnsOf(node).slice(0, own ? index : index + 1));
@@ -186,10 +191,10 @@ const plainName = (name) => name.replace(/ \[(output|input|temp)\]$/, "");
 // As History.to_markdown in internvl_u/chat.py has it.
 function markdown(node) {
   const linked = (name) => plainName(name).replace(/[[\]<>\n\r]/g, "");
-  const told = ({ role, text, thought, pictures = [] }) => [
+  const told = ({ role, text: words, thought, pictures = [] }) => [
     `**${NAMES[role]}**`,
     ...(thought ? [thought.split("\n").map((line) => `> ${line}`.trimEnd()).join("\n")] : []),
-    ...(text ? [text] : []),
+    ...(words ? [words] : []),
     ...pictures.map((name) => `![${linked(name)}](<${linked(name)}>)`),
   ];
   const parts = turnsOf(node).flatMap(told);
@@ -208,8 +213,8 @@ async function copy(node, button) {
     done = document.execCommand("copy");
     area.remove();
   }
-  button.textContent = done ? "Copied" : "No clipboard";
-  setTimeout(() => (button.textContent = "Copy"), 1500);
+  button.textContent = done ? text("Copied") : text("No clipboard");
+  setTimeout(() => (button.textContent = text("Copy")), 1500);
 }
 
 function save(node) {
@@ -247,7 +252,7 @@ function take(path, { before, turns, cut }) {
 
 function onText({ detail }) {
   const node = isOpen(detail.workflow) && nodeAt(detail.node);
-  if (node) setLive(node, { text: String(detail.text) });
+  if (node) setLive(node, { words: String(detail.text) });
 }
 
 // The picture while it is drawn: in its turn, not below the box. Nodes 2.0 has a place of its own for it.

@@ -2,6 +2,7 @@
 // and it is not there yet. Nothing else is written, nothing is overwritten, and a message says what came.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { text } from "./text.js";
 
 const FOLDER = new URL("../pictures/", import.meta.url);
 const PICTURES = new Set([
@@ -65,8 +66,8 @@ async function provide(graph) {
   if (came.length)
     app.extensionManager?.toast?.add({
       severity: "info",
-      summary: "Example pictures of InternVL-U",
-      detail: `Copied into ComfyUI's input folder for this workflow: ${came.join(", ")}`,
+      summary: text("Example pictures of InternVL-U"),
+      detail: text("Copied into ComfyUI's input folder for this workflow: {0}", came.join(", ")),
       life: 6000,
     });
 }

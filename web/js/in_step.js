@@ -1,6 +1,7 @@
 // Keeps a ready choice and the numbers that it stands for in step: choosing one writes its numbers, typing another number
 // makes the choice "custom". In Python the choice counts, so what the page shows is what is drawn.
 import { app } from "../../../scripts/app.js";
+import { text } from "./text.js";
 
 const CUSTOM = "custom";
 const PAIRS = {
@@ -16,6 +17,7 @@ const PAIRS = {
   },
 };
 
+const nameOf = (widget) => widget.label ?? widget.name;
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 const isLinked = (node, name) => node.inputs?.some((input) => input.widget?.name === name && input.link != null);
 
@@ -55,10 +57,12 @@ function onChange(widget, then) {
 function tellWhatCounts(node, pair) {
   const overruled = differing(node, pair);
   const typed = overruled.filter(([widget]) => widget.value !== pair.numbers[widget.name]);
-  const lost = overruled.map(([widget]) => `${widget.name} ${widget.value}`).join(", ");
+  const lost = overruled.map(([widget]) => `${nameOf(widget)} ${widget.value}`).join(", ");
   takeChoice(node, pair);
   if (!typed.length) return;
-  const detail = `${pair.choice} ${widgetOf(node, pair.choice).value} counts, as before; ${lost} did not. The numbers now show it.`;
+  const choice = widgetOf(node, pair.choice);
+  const counted = `${nameOf(choice)} ${text(choice.value)}`;
+  const detail = text("{0} counts, as before; {1} did not. The numbers now show it.", counted, lost);
   app.extensionManager?.toast?.add({ severity: "info", summary: node.title, detail, life: 15000 });
 }
 

@@ -3,6 +3,7 @@
 // that says that a limit has cut the text. While it is written, that line says how far it is and how fast it comes.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { ofPython, text } from "./text.js";
 import { CUT, keepText, keyOfJob, NODES, TEXT } from "./text_of_run.js";
 
 const EVENT = "internvl_u.text"; // native/progress.py
@@ -28,10 +29,10 @@ export const element = (tag, style, fields) => Object.assign(document.createElem
 
 function addWidget(node) {
   const box = element("div", BOX_STYLE, { className: "internvlu-text widget-expands" });
-  const area = element("textarea", AREA_STYLE, { readOnly: true, placeholder: "The text appears here." });
+  const area = element("textarea", AREA_STYLE, { readOnly: true, placeholder: text("The text appears here.") });
   const cut = element("div", CUT_STYLE, { className: "internvlu-cut", hidden: true });
   const state = element("div", STATE_STYLE, { className: "internvlu-state", hidden: true });
-  const button = element("button", BUTTON_STYLE, { type: "button", textContent: "Copy", hidden: true });
+  const button = element("button", BUTTON_STYLE, { type: "button", textContent: text("Copy"), hidden: true });
   button.addEventListener("click", () => copy(node, area, button));
   box.append(area, cut, button, state);
   leaveRestToCanvas(box);
@@ -54,8 +55,8 @@ async function copy(node, area, button) {
     area.select();
     done = document.execCommand("copy");
   }
-  button.textContent = done ? "Copied" : "Selected";
-  setTimeout(() => (button.textContent = "Copy"), 1500);
+  button.textContent = done ? text("Copied") : text("Selected");
+  setTimeout(() => (button.textContent = text("Copy")), 1500);
 }
 
 // Text that can scroll takes the wheel, before Nodes 2.0 zooms with it.
@@ -84,14 +85,14 @@ function show(node) {
   const box = boxOf(node);
   if (!box) return;
   const [area, cut, button] = box.children;
-  const [old, text] = [area.value, String(node.properties?.[TEXT] ?? "")];
+  const [old, words] = [area.value, String(node.properties?.[TEXT] ?? "")];
   const follow = old && area.scrollHeight - area.scrollTop - area.clientHeight < 4;
   let same = 0;
-  while (same < old.length && old[same] === text[same]) same++;
-  area.setRangeText(text.slice(same), same, old.length, "preserve"); // keeps what the reader has selected
+  while (same < old.length && old[same] === words[same]) same++;
+  area.setRangeText(words.slice(same), same, old.length, "preserve"); // keeps what the reader has selected
   if (follow) area.scrollTop = area.scrollHeight;
-  button.hidden = !text;
-  cut.textContent = node.properties?.[CUT] ?? "";
+  button.hidden = !words;
+  cut.textContent = ofPython(node.properties?.[CUT] ?? "");
   cut.hidden = !cut.textContent;
 }
 
@@ -101,7 +102,7 @@ function showState(node, said, isOld) {
   if (!box) return;
   const [area, cut, , state] = box.children;
   area.style.opacity = isOld ? 0.4 : 1;
-  state.textContent = said ?? "";
+  state.textContent = ofPython(said ?? "");
   state.hidden = !said;
   cut.hidden = !!said || !cut.textContent;
 }
@@ -116,14 +117,14 @@ function nodeOf(path) {
   return NODES.has(node?.type) ? node : undefined;
 }
 
-function write(path, text, cut, key, state) {
+function write(path, words, cut, key, state) {
   const node = nodeOf(path);
   if (!node) return;
-  if (typeof text === "string") {
-    keepText(node, text, cut, key);
+  if (typeof words === "string") {
+    keepText(node, words, cut, key);
     show(node);
   }
-  showState(node, state, typeof text !== "string");
+  showState(node, state, typeof words !== "string");
 }
 
 export const isOpen = (workflow) => !workflow || workflow === rootGraph()?.id;
@@ -137,9 +138,9 @@ function onLiveText({ detail }) {
 // A result from the cache was not written live; any other one is known already.
 function takeResult({ detail }) {
   const path = String(detail.display_node ?? detail.node);
-  const text = detail.output?.text?.[0];
-  if (liveNodes.has(path) || typeof text !== "string") return;
-  write(path, text, detail.output.cut?.[0], keyOfJob(detail.prompt_id, path));
+  const words = detail.output?.text?.[0];
+  if (liveNodes.has(path) || typeof words !== "string") return;
+  write(path, words, detail.output.cut?.[0], keyOfJob(detail.prompt_id, path));
 }
 
 // A text that has been broken off stays as far as it came.
@@ -182,10 +183,10 @@ app.registerExtension({
   },
 
   afterConfigureGraph() {
-    for (const [key, { workflow, node, text, cut, key: madeFrom }] of pendingByWorkflow) {
+    for (const [key, { workflow, node, text: words, cut, key: madeFrom }] of pendingByWorkflow) {
       if (!isOpen(workflow)) continue;
       pendingByWorkflow.delete(key);
-      write(node, text, cut, madeFrom);
+      write(node, words, cut, madeFrom);
     }
   },
 });

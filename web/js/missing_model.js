@@ -1,6 +1,7 @@
 // Says on opening, once, that the model of Load InternVL-U is not there: how large it is, where it goes, with a button for
 // each choice that helps. The node says it in a line. Choosing a download downloads nothing before the graph is run.
 import { app } from "../../../scripts/app.js";
+import { ofPython, text } from "./text.js";
 
 const NODE = "InternVLU_LoadModel";
 const WIDGET = "missing_model";
@@ -50,9 +51,12 @@ function missing(node) {
 }
 
 function sentence({ name, downloads }) {
-  const what = name === NONE_FOUND ? "No InternVL-U model is here yet." : `The model "${name}" is not here.`;
-  const [, size, , place] = downloads[0].match(DOWNLOAD) ?? [];
-  return size ? `${what} It has ${size} and goes to ${place}.` : `${what} Choose one that is.`;
+  const none = name === NONE_FOUND;
+  const [, size, , place] = downloads[0]?.match(DOWNLOAD) ?? [];
+  if (none && size) return text("No InternVL-U model is here yet. It has {0} and goes to {1}.", size, place);
+  if (none) return text("No InternVL-U model is here yet. Choose one that is.");
+  if (size) return text('The model "{0}" is not here. It has {1} and goes to {2}.', name, size, place);
+  return text('The model "{0}" is not here. Choose one that is.', name);
 }
 
 function choose(choice) {
@@ -66,8 +70,8 @@ function choose(choice) {
   app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
 }
 
-function button(text, choice) {
-  const made = element("button", BUTTON_STYLE, { type: "button", textContent: text, title: choice });
+function button(name, choice) {
+  const made = element("button", BUTTON_STYLE, { type: "button", textContent: name, title: choice });
   made.addEventListener("click", () => choose(choice));
   return made;
 }
@@ -75,15 +79,15 @@ function button(text, choice) {
 function makeCard(state, key) {
   const buttons = state.downloads.map((choice) => {
     const [, size, site] = choice.match(DOWNLOAD);
-    return button(`Download ${size} from ${site}`, choice);
+    return button(text("Download {0} from {1}", size, site), choice);
   });
-  buttons.push(...state.nano.map((choice) => button(`Try the ${choice}`, choice)));
-  buttons.push(...state.others.slice(0, OTHERS).map((choice) => button(`Take ${choice}`, choice)));
-  const hint = state.downloads.length ? "Nothing is downloaded before you press Run." : "";
-  const close = element("button", CLOSE_STYLE, { type: "button", textContent: "\u2715", ariaLabel: "Close" });
+  buttons.push(...state.nano.map((choice) => button(text("Try the {0}", ofPython(choice)), choice)));
+  buttons.push(...state.others.slice(0, OTHERS).map((choice) => button(text("Take {0}", choice), choice)));
+  const hint = state.downloads.length ? text("Nothing is downloaded before you press Run.") : "";
+  const close = element("button", CLOSE_STYLE, { type: "button", textContent: "\u2715", ariaLabel: text("Close") });
   const made = element("div", CARD_STYLE, { className: "internvlu-missing", role: "alert" });
   made.append(
-    element("div", "font-weight: 600; padding-right: 24px;", { textContent: "InternVL-U: the model is missing" }),
+    element("div", "font-weight: 600; padding-right: 24px;", { textContent: text("InternVL-U: the model is missing") }),
     element("div", "", { textContent: sentence(state) }),
     ...buttons,
     element("div", "opacity: .7; font-size: 12px;", { textContent: hint, hidden: !hint }),
@@ -100,7 +104,7 @@ function makeCard(state, key) {
 function line(state) {
   if (!state.chosen) return sentence(state);
   const [, size, site, place] = state.chosen;
-  return `Run downloads ${size} from ${site} to ${place}, then goes on with the graph.`;
+  return text("Run downloads {0} from {1} to {2}, then goes on with the graph.", size, site, place);
 }
 
 function update(node) {

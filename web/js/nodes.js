@@ -2,6 +2,7 @@
 // only where chance is asked for, scales of older workflows, and notes that are of this run.
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { text } from "./text.js";
 
 const PREFIX = "InternVLU_";
 const COLOURS = { INTERNVL_U_MLLM: "#f0a04b", INTERNVL_U_HISTORY: "#8fd3a8" };
@@ -34,7 +35,7 @@ function nameWidgets(node, nodeData) {
   const inputs = { ...nodeData.input?.required, ...nodeData.input?.optional };
   for (const widget of node.widgets ?? []) {
     const name = inputs[widget.name]?.[1]?.display_name;
-    if (name && (widget.label ?? widget.name) === widget.name) widget.label = name;
+    if (name && (widget.label ?? widget.name) === widget.name) widget.label = text(name);
   }
 }
 
