@@ -44,6 +44,11 @@ CROSSED = """(boxes) => {
   }
   return found;
 }"""
+# True when each wire has a path. The page draws some frames after a graph is there; Nodes 2.0 take longer.
+DRAWN = """() => {
+  app.canvas.setDirty(true, true);
+  return [...app.graph.links.values()].every(link => link.path);
+}"""
 GROUPS = "() => app.graph.groups.map(group => [group.title, ...group.pos, ...group.size])"
 
 

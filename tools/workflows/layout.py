@@ -116,10 +116,11 @@ async ({columns, links, note, sizes, titles, colours, first, green, brown, group
     const [x1, x2] = [nodes[wire.from].pos[0] + nodes[wire.from].size[0] + 16, nodes[wire.to].pos[0] - 14];
     const free = y => ones.every(one => y < one.top - 24 || y > one.bottom + 44)
       && lanes.every(lane => Math.abs(lane.y - y) >= 12 || lane.x2 < x1 || lane.x1 > x2);
-    const wanted = ones.flatMap(one => [0, 14, 28, 42].flatMap(k => [one.top - 30 - k, one.bottom + 56 + k]))
-      .filter(y => y > 34);  // not over the titles of groups
+    const wanted = offsets => ones.flatMap(one => offsets.flatMap(k => [one.top - 30 - k, one.bottom + 56 + k]))
+      .filter(y => y > 34 && free(y));  // not over the titles of groups
     const cost = y => Math.abs(y - wire.a[1]) + Math.abs(y - wire.b[1]);
-    const y = wanted.filter(free).sort((one, two) => cost(one) - cost(two))[0];
+    const near = wanted([0, 14, 28, 42]), all = near.length ? near : wanted([56, 70, 84, 98, 112, 126, 140, 154]);
+    const y = all.sort((one, two) => cost(one) - cost(two))[0];
     if (y === undefined) throw new Error(`no lane for ${links[i].join(' ')}`);
     lanes.push({y, x1, x2});
     const into = nodes[wire.to], link = app.graph.links.get(into.inputs[into.findInputSlot(links[i][3])].link);
