@@ -1,7 +1,7 @@
 """How a graph is put into ComfyUI's page: steps side by side as titled groups, wires over or under nodes, not behind.
 
 The steps of a workflow stand in columns, the note on the left. What a loader gives to steps further right passes above
-the nodes between, which stand lower for that; all other wires that would pass behind a node get two native
+the nodes between, which stand lower for that; all other wires that would pass behind a node get native
 reroutes, through the nearest free lane.
 """
 
@@ -11,7 +11,7 @@ TITLE = 30  # height of a node's title bar
 # columns: [[[group title, [[[name, type, values], ...], ...]], ...], ...]: columns of groups of columns of nodes.
 BUILD = """
 async ({columns, links, note, sizes, titles, colours, first, green, brown, grouped, loaders}) => {
-  const TITLE = 30, HEADER = 46, PAD = 20, BOTTOM = 48, GAP = 36, INNER = 60, ROW = 68;
+  const TITLE = 30, HEADER = 46, PAD = 20, BOTTOM = 48, GAP = 36, INNER = 60, ROW = 68, FAR = 160;
   const nodes = {};
   app.clean();  // the last graph's pictures would show on nodes with the same ids
   app.graph.clear();
@@ -124,7 +124,11 @@ async ({columns, links, note, sizes, titles, colours, first, green, brown, group
     if (y === undefined) throw new Error(`no lane for ${links[i].join(' ')}`);
     lanes.push({y, x1, x2});
     const into = nodes[wire.to], link = app.graph.links.get(into.inputs[into.findInputSlot(links[i][3])].link);
-    for (const x of [x1, x2]) app.graph.createReroute([x, y], link);
+    const [out, last] = [wire.a[1], wire.b[1]], stops = [[x1, y], [x2, y]];
+    // A long leg would swing out behind the nodes beside it: it bends close to the slot.
+    if (Math.abs(y - out) > FAR) stops.unshift([x1, out + Math.sign(y - out) * 70]);
+    if (Math.abs(y - last) > FAR) stops.push([x2, last + Math.sign(y - last) * 70]);
+    for (const stop of stops) app.graph.createReroute(stop, link);
   }
   if (lanes.length) for (const one of boxes) {  // a step holds the lanes below its nodes
     const low = Math.max(0, ...lanes.filter(l => l.x1 < one.x + one.width && l.x2 > one.x).map(l => l.y));

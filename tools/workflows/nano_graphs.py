@@ -102,10 +102,11 @@ TEXTS = {
         }
     },
     "grid_of_scales": {
+        "scales": {"all_cfg": "0.5, 4.5", "part_cfg": "0, 2"},
         "encode": {"prompt": "make the circle green"},
         "grid": {"cell_width": 256, "cell_height": 256, "padding": 4},
     },
-    "regions": {"left": {"prompt": "a red circle"}, "right": {"prompt": "a blue square"}},
+    "regions": {"sample": {"seed": 2}, "left": {"prompt": "a red circle"}, "right": {"prompt": "a blue square"}},
     "hires_second_pass": {"encode": PROMPT, "sample2": {"denoise": 0.4}},
 }
 """Values by graph and node."""
