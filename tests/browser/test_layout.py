@@ -42,6 +42,7 @@ def test_nothing_is_covered_after_a_run_with_previews(page, server, name):
     while not server.get("/history").keys() - before:
         page.wait_for_timeout(100)
     page.wait_for_timeout(500)
+    page.evaluate(layout.FIT)
     boxes = layout.boxes(page)
     assert layout.overlaps(boxes) == []
     assert layout.crossed(page, boxes) == []
@@ -55,6 +56,7 @@ def test_nothing_is_covered_in_any_workflow_on_opening(page):
     for name in graphs.FILES:
         file = WORKFLOWS / f"{graphs.file_name(name)}.json"
         page.evaluate("graph => app.loadGraphData(graph)", json.loads(file.read_text(encoding="utf-8")))
+        page.evaluate(layout.FIT)
         page.wait_for_function(layout.DRAWN)
         boxes = layout.boxes(page)
         found = [layout.overlaps(boxes), layout.crossed(page, boxes), layout.outside(page, boxes)]
