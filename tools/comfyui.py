@@ -144,8 +144,9 @@ class Server:
         )
 
     def files(self, entry: dict, node: str, kind: str = "images") -> list[Path]:
-        """Return the files that a node saved."""
-        return [self.base / "output" / item["subfolder"] / item["filename"] for item in entry["outputs"][node][kind]]
+        """Return the files that a node saved, or shows out of the temporary folder."""
+        saved = entry["outputs"][node][kind]
+        return [self.base / item["type"] / item["subfolder"] / item["filename"] for item in saved]
 
     def find(self, graph: dict, kind: str) -> str:
         """Return the id of the one node of a kind in an API graph."""

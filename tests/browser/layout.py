@@ -44,6 +44,19 @@ CROSSED = """(boxes) => {
   }
   return found;
 }"""
+# Brings the whole graph onto the canvas: what lies outside is not drawn.
+FIT = """() => {
+  const bounds = app.graph.nodes.map(node => [...node.pos, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]);
+  const [right, bottom] = [2, 3].map(i => Math.max(...bounds.map(one => one[i])) + 300);
+  const ds = app.canvas.ds, area = app.canvas.canvas.getBoundingClientRect();
+  ds.scale = Math.min(ds.scale, area.width / (right + 100), area.height / (bottom + 100));
+  ds.offset = [100, 100];
+}"""
+# True when each wire has a path. The page draws some frames after a graph is there; Nodes 2.0 take longer.
+DRAWN = """() => {
+  app.canvas.setDirty(true, true);
+  return [...app.graph.links.values()].every(link => link.path);
+}"""
 GROUPS = "() => app.graph.groups.map(group => [group.title, ...group.pos, ...group.size])"
 
 

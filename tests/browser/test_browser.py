@@ -95,6 +95,8 @@ def test_a_shipped_workflow_opens_from_the_template_browser_as_it_was_saved(page
     told = page.locator("[role=dialog]:visible, .p-toast-message:visible").all_inner_texts()
     assert [text for text in told if not text.startswith("Example pictures of InternVL-U")] == []
     assert errors == []
+    page.evaluate(layout.FIT)
+    page.wait_for_function(layout.DRAWN)
     boxes = layout.boxes(page)
     assert layout.overlaps(boxes) == [] and layout.crossed(page, boxes) == [] and layout.outside(page, boxes) == []
 

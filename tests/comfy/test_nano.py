@@ -1,5 +1,8 @@
 """The shipped workflows with the nano model, in a running ComfyUI: what is drawn and said is judged by its meaning."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -10,6 +13,7 @@ from training.data.scenes import Scene, Thing
 from training.eval import detector
 
 MODEL = "internvl-u-nano"
+DEMO = Path(__file__).parent.parent.parent / "demo" / "input"
 SIDE = 64
 BEFORE = Scene(
     SIDE, SIDE, "white", (Thing("circle", "red", "medium", 0.25, 0.5), Thing("square", "blue", "medium", 0.75, 0.5))
@@ -132,3 +136,80 @@ def test_the_model_draws_what_it_says_of_its_picture(server, nano_graph):
     drawing["inputs"]["prompt"] = "a large purple star on a beige background"
     reading, _ = drawn(server, graph)
     assert reading.background == "beige" and names(reading) == ["purple star"]
+
+
+def test_the_first_steps_draw_as_they_come(server, shipped_graph):
+    graph = shipped_graph("first_steps_with_nano")
+    entry = server.run(graph)
+    assert entry["status"]["status_str"] == "success", server.error(entry)
+    picture = Image.fromarray(server.picture(entry, server.find(graph, "SaveImage")))
+    assert picture.size == (256, 256)
+    assert names(detector.detect(picture.resize((SIDE, SIDE)))) == ["blue square", "red circle"]
+
+
+def test_a_painted_part_is_changed_and_the_rest_stays_to_the_pixel(server, nano_graph):
+    source = DEMO / "nano_masked.png"
+    shutil.copyfile(source, server.base / "input" / source.name)
+    graph = nano_graph("masked_edit", prompt="make the circle green", image=source.name, largest_size=SIDE)
+    saver, scaler = server.find(graph, "SaveImage"), server.find(graph, "ImageScaleToMaxDimension")
+    graph["before"] = {"class_type": "SaveImage", "inputs": {"images": [scaler, 0], "filename_prefix": "before"}}
+    entry = server.run(graph)
+    assert entry["status"]["status_str"] == "success", server.error(entry)
+    before, after = server.picture(entry, "before"), server.picture(entry, saver)
+    assert names(detector.detect(Image.fromarray(after))) == ["blue square", "green circle"]
+    half = SIDE // 2  # only the left one is painted
+    assert (after[:, half:] == before[:, half:]).all() and (after[:, :half] != before[:, :half]).any()
+
+
+def test_each_prompt_of_a_batch_is_drawn_into_a_file_of_its_name(server, nano_graph):
+    graph = nano_graph("batch_of_prompts", text="a large red circle\na large green square on a black background")
+    entry = server.run(graph)
+    assert entry["status"]["status_str"] == "success", server.error(entry)
+    files = server.files(entry, server.find(graph, "SaveImage"))
+    assert ["red" in file.name for file in files] == [True, False]
+    seen = [detector.detect(Image.open(file).convert("RGB")) for file in files]
+    assert [(one.background, names(one)) for one in seen] == [("white", ["red circle"]), ("black", ["green square"])]
+
+
+def test_the_parts_of_a_picture_have_prompts_of_their_own(server, nano_graph):
+    graph = nano_graph("regions", seed=2)
+    for node, prompt in zip(
+        (node for node in graph.values() if node["class_type"] == "InternVLU_EncodePrompt"),
+        ("a red circle", "a blue square"),
+        strict=True,
+    ):
+        node["inputs"]["prompt"] = prompt
+    reading, _ = drawn(server, graph)
+    places = {thing.name: thing.x for thing in reading.things}
+    assert places["red circle"] < 0.5 < places["blue square"]
+
+
+def test_a_story_goes_on_from_picture_to_picture(server, nano_graph):
+    graph = nano_graph("story_in_three_pictures")
+    texts = [node["inputs"] for node in graph.values() if node["class_type"] == "PrimitiveStringMultiline"]
+    story = ("a red circle to the left of a blue square", "make the circle green", "make the background black")
+    for inputs, text in zip(texts, story, strict=True):
+        inputs["value"] = text
+    reading, _ = drawn(server, graph)
+    assert reading.background == "black" and names(reading) == ["blue square", "green circle"]
+
+
+def test_a_picture_that_is_not_right_is_drawn_again(server, nano_graph):
+    graph = nano_graph("draw_judge_draw_again", prompt="a red circle")
+    question = graph[server.find(graph, "PrimitiveStringMultiline")]["inputs"]
+
+    def samplers_run(text):
+        question["value"] = text
+        server.post("/free", {"unload_models": False, "free_memory": True})
+        events, _ = server.listen(graph)
+        run = {data["node"] for kind, data in events if kind == "executing" and data["node"]}
+        return sum(graph[node]["class_type"] == "InternVLU_SampleLatent" for node in run if node in graph)
+
+    assert samplers_run("is there a green star?") == 3
+    assert samplers_run("is there a red circle?") == 1
+
+
+def test_a_chat_answers_about_the_picture_that_it_was_given(server, nano_graph, put_picture):
+    picture = put_picture(BEFORE, "before.png")
+    given = {"message": "which shape is red?", "action": "answer", "reads": "last picture alone", "image": picture}
+    assert said(server, nano_graph("chat", **given)) == "Circle"

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pack.internvl_u.defaults import NANO_CHOICE
 from pack.tools.workflows import graphs
 from PIL import Image
 
@@ -22,11 +23,13 @@ OURS = {
 # Each is in the oldest supported ComfyUI, and none was renamed since.
 CORE = {
     *("CLIPTextEncode", "Canny", "CheckpointLoaderSimple", "ControlNetApplyAdvanced", "ControlNetLoader"),
-    *("EmptyLatentImage", "ImageCompositeMasked", "ImageScaleToMaxDimension", "ImageUpscaleWithModel", "KSampler"),
-    *("LatentUpscaleBy", "LoadImage", "LoadImageDataSetFromFolder", "MarkdownNote", "PreviewAny"),
+    *("ConditioningCombine", "ConditioningSetAreaPercentage", "EmptyLatentImage", "ImageCompositeMasked", "ImageGrid"),
+    *("ImageScaleToMaxDimension", "ImageUpscaleWithModel", "KSampler", "LatentUpscaleBy", "LoadImage"),
+    *("LoadImageDataSetFromFolder", "MarkdownNote", "PreviewAny", "PreviewImage"),
     *("PrimitiveStringMultiline", "RandomNoise", "SamplerCustomAdvanced", "SaveImage", "SaveImageTextDataSetToFolder"),
     *("SetLatentNoiseMask", "UpscaleModelLoader", "VAEDecode", "VAEEncode"),
 }
+NANO = "first_steps_with_nano"
 ABSOLUTE = re.compile(r'"(/|[A-Za-z]:\\|file:)|/(home|Users|root|tmp)/')
 
 
@@ -71,6 +74,28 @@ def test_it_is_in_the_format_that_all_frontends_read(name):
     assert len({shipped(other)["id"] for other in FILES}) == len(FILES)
 
 
+def test_the_first_steps_draw_a_small_picture_with_the_model_in_the_box():
+    assert graphs.NANO_CHOICE == NANO_CHOICE
+    nodes = [node["inputs"] for node in twin(NANO).values() if node["class_type"] == "InternVLU_CreateLatent"]
+    assert [(node["preset"], node["width"], node["height"]) for node in nodes] == [("custom", 64, 64)]
+    others = [name for name in FILES if name != NANO and "nano" in json.dumps(twin(name))]
+    assert others == []
+
+
+@pytest.mark.parametrize(
+    "other", [name for name in FILES if "think" in name or "thought" in name or name == "story_in_three_pictures"]
+)
+def test_a_thought_can_be_switched_off_and_the_scales_follow(other):
+    nodes = list(twin(other).values())
+    thinking = [node["inputs"] for node in nodes if node["class_type"] == "InternVLU_WriteThought"]
+    drawing = [node["inputs"] for node in nodes if node["class_type"] == "InternVLU_SampleLatent"]
+    assert {(node["think"], node["budget"], node["max_new_tokens"]) for node in thinking} == {(True, "custom", 200)}
+    assert {(node["scales"], node["all_cfg"], node["part_cfg"]) for node in drawing} == {("automatic", 4.5, 2.0)}
+    (note,) = [node for node in shipped(other)["nodes"] if node["type"] == "MarkdownNote"]
+    for word in ("**budget**", "**scales** automatic"):
+        assert word in note["widgets_values"][0]
+
+
 def test_each_node_is_ours_or_core_and_tells_where_it_comes_from(name):
     for node in shipped(name)["nodes"]:
         ours = node["type"] in OURS
@@ -90,7 +115,7 @@ def test_it_needs_no_file_but_the_model_and_the_pictures_of_the_pack(name):
     assert not ABSOLUTE.search(text) and not ABSOLUTE.search((TWINS / f"{name}.api.json").read_text(encoding="utf-8"))
     for node in twin(name).values():
         if node["class_type"] == "InternVLU_LoadModel":
-            assert node["inputs"]["model_name"] == "InternVL-U"
+            assert node["inputs"]["model_name"] == (NANO_CHOICE if name == NANO else "InternVL-U")
         if node["class_type"] == "LoadImage":
             assert (PICTURES / node["inputs"]["image"]).is_file()
 

@@ -28,7 +28,7 @@ class Card:
     """What is on a card: big words, and parts of the run, by name of a node or as texts.
 
     `parts` are shown in reading order. "node" is the picture that a node saved or loads, "=text" words, "node:text"
-    what a node wrote, ">" an arrow and "+" a plus between two pictures.
+    what a node wrote, ">" an arrow and "+" a plus between two pictures. "node#2" is the second picture that it saved.
     """
 
     words: str
@@ -49,6 +49,12 @@ def quoted(text: str) -> str:
 
 
 CARDS = {
+    "first_steps_with_nano": Card(
+        "First steps: nano",
+        "draw",
+        ("save", "=in seconds, nothing to download"),
+        prompt="a purple ring on a beige background",
+    ),
     "text_to_image": Card("Text to image", "draw", ("save", quoted(STARS)), prompt=STARS),
     "text_to_image_custom_sampling": Card(
         "Custom sampling",
@@ -74,6 +80,22 @@ CARDS = {
     ),
     "masked_edit": Card("Only what you paint", "edit", ("image", ">", "save", quoted("make the circle green"))),
     "draw_ask_draw_again": Card("Draw, ask, draw", "think", ("save", ">", "save2", "answer:text")),
+    "chat": Card(
+        "Chat", "ask", ("image", quoted("which shape is red?"), "chat:text", "=draws and edits, too"), ANSWERED
+    ),
+    "draw_judge_draw_again": Card(
+        "Draw, judge, draw", "think", ("save", quoted("is there a red circle?"), "=no? It is drawn again")
+    ),
+    "story_in_three_pictures": Card(
+        "Story in pictures",
+        "think",
+        ("save", ">", "save2", ">", "save3", quoted("make the circle green, the background black")),
+    ),
+    "batch_of_prompts": Card(
+        "Batch of prompts", "draw", ("save", "save#2", "save#3", "=one prompt a line, a file for each")
+    ),
+    "grid_of_scales": Card("Grid of scales", "edit", ("save", "=all_cfg, part_cfg: compared")),
+    "regions": Card("Regions", "draw", ("save", "=a prompt for each part")),
     "picture_to_picture": Card(
         "Image to image", "draw", ("image", ">", "save", quoted("a green circle, an orange square"))
     ),
@@ -138,13 +160,14 @@ def parts(comfyui: Server, card: Card, name: str) -> list[str | Image.Image]:
 
     def part(one: str) -> str | Image.Image:
         node, _, wanted = one.partition(":")
+        node, _, place = node.partition("#")
         if one[0] in "=>+":
             return one
         number = numbers[node]
         if wanted:
             return f"={outputs[number]['text'][0] if number in outputs else graph[number]['inputs']['value']}"
         if number in outputs:
-            with Image.open(comfyui.files(entry, number)[0]) as picture:
+            with Image.open(comfyui.files(entry, number)[int(place or 1) - 1]) as picture:
                 return picture.convert("RGB")
         with Image.open(comfyui.base / "input" / graph[number]["inputs"]["image"]) as picture:
             return striped(picture.convert("RGBA"))
@@ -182,6 +205,13 @@ def compose(card: Card, given: list[str | Image.Image]) -> Image.Image:
         put(image, pictures[1], SIDE - 16 - side, top, side)
         sign(draw, signs[0], SIDE // 2, top + side // 2, ACCENTS[card.kind])
         write(draw, texts, (24, top + side + 8, SIDE - 24, low - 6), 27, centred=True)
+    elif len(pictures) == 3:
+        side, gap = 150, (SIDE - 3 * 150) // 4
+        for number, picture in enumerate(pictures):
+            put(image, picture, gap + number * (side + gap), HEAD + 40, side)
+        for number, one in enumerate(signs, 1):
+            sign(draw, one, gap // 2 + number * (side + gap), HEAD + 40 + side // 2, ACCENTS[card.kind])
+        write(draw, texts, (24, HEAD + 48 + side, SIDE - 24, low - 6), 27, centred=True)
     elif sum(map(len, texts)) <= 46 and not any("\n" in one for one in texts):
         side = 270 if texts else 310
         put(image, pictures[0], (SIDE - side) // 2, 56, side)

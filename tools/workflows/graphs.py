@@ -7,9 +7,11 @@ id are found, and a file name, which the template browser shows as its title: se
 from __future__ import annotations
 
 FILES = {
+    "first_steps_with_nano": "first steps with nano",
     "text_to_image": "text to image",
     "edit": "edit a picture",
     "ask_about_a_picture": "ask about a picture",
+    "chat": "chat",
     "think_then_draw": "think, then draw",
     "think_then_edit": "think, then edit",
     "edit_the_thought_then_draw": "edit the thought, then draw",
@@ -18,6 +20,11 @@ FILES = {
     "compare_two_pictures": "compare two pictures",
     "picture_to_picture": "image to image",
     "draw_ask_draw_again": "draw, ask, draw again",
+    "draw_judge_draw_again": "draw, judge, draw again",
+    "story_in_three_pictures": "story in three pictures",
+    "batch_of_prompts": "batch of prompts",
+    "grid_of_scales": "grid of scales",
+    "regions": "regions",
     "hires_second_pass": "hires second pass",
     "upscale_with_a_model": "upscale with a model",
     "with_a_lora": "LoRA",
@@ -40,6 +47,12 @@ MODEL = """**No model yet?** Choose the **download** in **Load InternVL-U** and 
 [Hugging Face](https://huggingface.co/InternVL-U/InternVL-U) or \
 [ModelScope](https://modelscope.cn/models/OpenGVLab/InternVL-U) into **models/InternVL-U/InternVL-U** and press \
 **R**."""
+NANO_MODEL = """**What is nano?** A tiny model in the pack, 12 MB. It knows flat shapes (circle, square, triangle, \
+star, cross, ring) in eight colours on plain backgrounds, and draws 64 x 64 pixels, here shown at 256. All nodes work \
+with it.
+
+**How to go on**: open **InternVL-U text to image**, the same graph for the real model. Where that is missing, \
+the page says so and offers the download of 8.2 GB."""
 WORDS = "**Prompt**: what you want to see, in English or Chinese."
 CHANGES = "**Prompt**: what to change, in English or Chinese."
 SIZE = "**Size**: width and height, 512 to 1024."
@@ -49,11 +62,21 @@ EDIT_VALUES = """Official values: **steps** 20, **all_cfg** 4.5, **part_cfg** 2.
 words more closely, a higher **part_cfg** the picture."""
 DRAW_VALUES = """Official values: **steps** 20, **all_cfg** 4.5. A higher **all_cfg** follows the words more closely; \
 **part_cfg** counts only with pictures."""
-THINK_VALUES = """Official values with a thought: **max_new_tokens** 200, **greedy**, **all_cfg** 3.5, **part_cfg** \
-1.5. Worth it where a prompt needs knowledge or reasoning."""
+SCALES = """**scales** automatic takes the official values: after a thought **all_cfg** 3.5 and **part_cfg** 1.5, \
+without one 4.5 and 2.0."""
+THINK_VALUES = f"""**think** off: the same graph draws without a thought. **budget**: *official* is 200 tokens, *long* \
+1024. {SCALES}"""
 ANSWER_VALUES = "Official values: **max_new_tokens** 512, **greedy**: the same question gets the same answer."
 
 NOTES = {
+    "first_steps_with_nano": (
+        [
+            "Press **Run**: a picture comes within seconds.",
+            "**Prompt**: try *three pink stars on a navy background*.",
+            SEED,
+        ],
+        "Nothing is downloaded. **steps** 20 and **all_cfg** 4.5 are the official values of both models.",
+    ),
     "text_to_image": ([WORDS, SIZE, SEED], DRAW_VALUES),
     "text_to_image_custom_sampling": (
         [WORDS, SIZE, "Guider, solver, scheduler and noise are nodes of their own: exchange any of them."],
@@ -89,7 +112,8 @@ NOTES = {
             "**Copy** it there, paste it into **Thought to draw from**, change it.",
             "Run again: only the picture is made anew.",
         ],
-        f"The picture is always drawn from the text in the green box.\n\n{THINK_VALUES}",
+        "The picture is always drawn from the text in the green box: empty it to draw plainly. **budget**: *official* "
+        f"is 200 tokens, *long* 1024. {SCALES}",
     ),
     "think_then_edit": (
         [PICTURE, "**Prompt**: what to change. The thought appears on **InternVL-U Think**.", SEED],
@@ -99,6 +123,15 @@ NOTES = {
         [PICTURE, "**question**: in English or Chinese.", "**how**: sampling for an answer that differs each time."],
         f"The answer appears on the node while it is written. **Preview as Text** stands for whatever you do with it "
         f"next.\n\n{ANSWER_VALUES}",
+    ),
+    "chat": (
+        [
+            "**message**: what you say; then **Send**, or run.",
+            "**action**: what it is to do: answer, draw, edit the last picture, think first.",
+            "**Load Image**: a picture to talk about, or bypass the node.",
+        ],
+        "The box keeps the conversation, also in the saved workflow. **reads**: how much of it the model is given. Its "
+        "pictures are in **output/InternVL-U/chat**, and the newest one goes on to **IMAGE**.",
     ),
     "compare_two_pictures": (
         [
@@ -121,6 +154,48 @@ NOTES = {
     "draw_ask_draw_again": (
         [WORDS, "**question**: what the model is to say of its picture. It draws the answer.", SIZE],
         DRAW_VALUES,
+    ),
+    "draw_judge_draw_again": (
+        [
+            WORDS,
+            "**question**: what must be true of the picture, answered by yes or no.",
+            "**seed** of each sampler: one for each try.",
+        ],
+        "Where the first picture is right, only that one is drawn. Else the second is, and the third goes on as it is. "
+        f"Ask for what can be seen or counted.\n\n{DRAW_VALUES}",
+    ),
+    "story_in_three_pictures": (
+        [
+            "**Prompt** of step 2: the first picture.",
+            "**Prompt 2**, **Prompt 3**: what happens next.",
+            "**seed** of each sampler: another number, another picture.",
+        ],
+        "Each picture is looked at, thought over, and changed into the next one. For a longer story copy the last step."
+        f"\n\n{THINK_VALUES}",
+    ),
+    "batch_of_prompts": (
+        [
+            "**text**: one prompt a line.",
+            SIZE,
+            "Or a table: the first line names its columns, **prompt,name,seed**.",
+        ],
+        "All are drawn in one run, and saved when the last is there. Each file has the name of its prompt. Without a "
+        f"column the seeds are 0, 1, 2.\n\n{DRAW_VALUES}",
+    ),
+    "grid_of_scales": (
+        [PICTURE, CHANGES, "**all_cfg**, **part_cfg** in the green box: the numbers to compare."],
+        "A column for each **all_cfg**, a row for each **part_cfg**: four pictures as it comes. A higher **all_cfg** "
+        "follows the words more closely, a higher **part_cfg** the picture. Without a picture **part_cfg** changes "
+        "nothing.",
+    ),
+    "regions": (
+        [
+            "**Left**, **Right**: what is to be seen in each half.",
+            "**x**, **width** in step 3: where, as parts of the whole.",
+            SIZE,
+        ],
+        "Each part is a picture of its own, laid into the whole. For a third one add **InternVL-U Encode**, **Set "
+        "Area** and **Combine**. For edits take **Conditioning (Set Mask)**.",
     ),
     "picture_to_picture": (
         [PICTURE, "**Prompt**: the whole new picture in words. It is no instruction.", "**denoise**: how much is new."],
@@ -167,9 +242,12 @@ def note(name: str) -> str:
     """Returns what a workflow's note says."""
     lines, rest = NOTES[name]
     steps = "\n".join(f"### {number}. {line}" for number, line in enumerate(lines, 1))
-    return f"## {file_name(name)}\n\n{steps}\n\n{MODEL}\n\n{rest}\n"
+    model = NANO_MODEL if name == "first_steps_with_nano" else MODEL
+    return f"## {file_name(name)}\n\n{steps}\n\n{model}\n\n{rest}\n"
 
 
+NANO_CHOICE = "nano InternVL-U (in the box: flat shapes, 64 x 64 pixels)"
+"""What Load InternVL-U calls the nano model: internvl_u/defaults.py."""
 PROMPT = "a red fox reading a newspaper in a sunny kitchen, watercolour"
 RIDDLE = "the fruit that fell on Newton's head, as a still life in oils"
 THOUGHT = (
@@ -181,6 +259,15 @@ BETTER = (
     "Describe this picture in one paragraph as it should look if it were better: name the subject, what is around it, "
     "the light, the colours and the style, and improve what is plain or wrong. Write the description only."
 )
+STORY = (
+    "a small red boat with a white sail on a calm lake at sunrise, picture book illustration",
+    "a storm comes up: dark clouds, high waves, the sail torn",
+    "the boat reaches a lighthouse at night, the sea is calm again",
+)
+BATCH = (
+    "a lighthouse on a cliff at dusk, watercolour\na lighthouse on a cliff in a snow storm, watercolour\n"
+    "a lighthouse on a cliff on a summer morning, watercolour"
+)
 CAPTION = "Describe this picture in one sentence for training an image model: subject, surroundings, light, style."
 
 # Pictures of our own, see pictures.py.
@@ -190,8 +277,7 @@ PICTURES = "internvl_u_pictures"
 
 FIXED = {"control_after_generate": "fixed"}
 STEPS = {"steps": 20, "denoise": 1.0}
-GUIDANCE = {"all_cfg": 4.5, "part_cfg": 2.0}
-THOUGHT_GUIDANCE = {"all_cfg": 3.5, "part_cfg": 1.5}
+GUIDANCE = {"all_cfg": 4.5, "part_cfg": 2.0, "scales": "automatic"}
 SAMPLER = FIXED | {"seed": 1234} | STEPS | GUIDANCE
 KSAMPLER = FIXED | {"seed": 1234} | STEPS | {"cfg": 4.5, "sampler_name": "euler", "scheduler": "simple"}
 SD_SAMPLER = FIXED | {"seed": 1234, "steps": 25, "cfg": 6.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
@@ -203,7 +289,6 @@ LOAD = ("load", "InternVLU_LoadModel", {"model_name": "InternVL-U", "precision":
 LATENT_SIZE = {"preset": "custom", "width": 1024, "height": 1024, "batch_size": 1}
 LATENT = ("latent", "InternVLU_CreateLatent", LATENT_SIZE)
 SAMPLE = ("sample", "InternVLU_SampleLatent", SAMPLER)
-SAMPLE_THOUGHT = ("sample", "InternVLU_SampleLatent", SAMPLER | THOUGHT_GUIDANCE)
 DECODE = ("decode", "InternVLU_DecodeLatent", {"width": 0, "height": 0})
 VAE_DECODE = ("decode", "VAEDecode", {})
 SAVE = ("save", "SaveImage", {"filename_prefix": "InternVL-U"})
@@ -227,7 +312,41 @@ def answer(question: str) -> tuple:
     return ("answer", "InternVLU_AnswerQuestion", WRITING | {"question": question, "max_new_tokens": 512})
 
 
-THINK = ("think", "InternVLU_WriteThought", WRITING | {"max_new_tokens": 200})
+def think(name: str = "think") -> tuple:
+    values = {"max_new_tokens": 200, "think": True, "budget": "custom"}
+    return (name, "InternVLU_WriteThought", WRITING | values)
+
+
+def sample(name: str = "sample", seed: int = 1234) -> tuple:
+    return (name, "InternVLU_SampleLatent", SAMPLER | {"seed": seed})
+
+
+def decode(name: str = "decode") -> tuple:
+    return (name, "InternVLU_DecodeLatent", {"width": 0, "height": 0})
+
+
+def judge(name: str) -> tuple:
+    return (name, "InternVLU_JudgePicture", {})
+
+
+def told(number: str) -> tuple:
+    """Returns the step of a story's later picture; the first one's is as that of each graph."""
+    nodes = [
+        [text(f"prompt{number}", STORY[int(number) - 1])],
+        [think(f"think{number}"), encode("", f"encode{number}")],
+    ]
+    save = (f"save{number}", "SaveImage", {"filename_prefix": f"InternVL-U_story_{number}"})
+    return (
+        f"Picture {number}",
+        [*nodes, [sample(f"sample{number}", 1233 + int(number))], [decode(f"decode{number}"), save]],
+    )
+
+
+def area(name: str, x: float) -> tuple:
+    return (name, "ConditioningSetAreaPercentage", {"width": 0.5, "height": 1.0, "x": x, "y": 0.0, "strength": 1.0})
+
+
+THINK = think()
 
 
 def again(denoise: float = 1.0) -> list[list[tuple]]:
@@ -239,7 +358,6 @@ def again(denoise: float = 1.0) -> list[list[tuple]]:
 # Steps from left to right: (title, columns of nodes); a list of steps is a column of steps, from top to bottom. A node
 # is (name, type, values). Ids follow this order; the note comes last, and stands on the left.
 DRAW = ("Draw", [[SAMPLE], [DECODE], [SAVE]])
-DRAW_THOUGHT = ("Draw", [[SAMPLE_THOUGHT], [DECODE], [SAVE]])
 LOADED = ("Model", [[LOAD]])
 SIZED = ("Size", [[LATENT]])
 
@@ -248,7 +366,14 @@ def worded(prompt: str) -> tuple:
     return ("Prompt", [[encode(prompt)]])
 
 
+NANO_LATENT = ("latent", "InternVLU_CreateLatent", LATENT_SIZE | {"width": 64, "height": 64})
+
 STEPS_OF = {
+    "first_steps_with_nano": [
+        ("Model", [[("load", "InternVLU_LoadModel", {"model_name": NANO_CHOICE, "precision": "auto"})]]),
+        [worded("a red circle to the left of a blue square"), ("Size", [[NANO_LATENT]])],
+        ("Draw", [[SAMPLE], [("decode", "InternVLU_DecodeLatent", {"width": 256, "height": 256})], [SAVE]]),
+    ],
     "text_to_image": [LOADED, [worded(PROMPT), SIZED], DRAW],
     "text_to_image_custom_sampling": [
         LOADED,
@@ -281,13 +406,13 @@ STEPS_OF = {
         [LOADED, ("Prompt", [[text("prompt", RIDDLE)]])],
         ("Think", [[THINK]]),
         [("Read", [[encode()]]), SIZED],
-        DRAW_THOUGHT,
+        DRAW,
     ],
     "edit_the_thought_then_draw": [
         [LOADED, ("Prompt", [[text("prompt", RIDDLE)]])],
         ("Think", [[THINK]]),
         [("Thought", [[text("thought", THOUGHT)]]), SIZED],
-        ("Draw", [[encode()], [SAMPLE_THOUGHT], [DECODE, SAVE]]),
+        ("Draw", [[encode()], [SAMPLE], [DECODE, SAVE]]),
     ],
     "think_then_edit": [
         [
@@ -296,7 +421,7 @@ STEPS_OF = {
         ],
         ("Think", [[THINK]]),
         ("Read", [[encode()]]),
-        DRAW_THOUGHT,
+        DRAW,
     ],
     "ask_about_a_picture": [
         [LOADED, ("Picture", [[image()]])],
@@ -307,6 +432,87 @@ STEPS_OF = {
         [LOADED, ("Pictures", [[image(HARBOUR, "image1"), image(EVENING, "image2")]])],
         ("Question", [[answer("What is different between these two pictures, and what is the same?")]]),
         ("Answer", [[("preview", "PreviewAny", {})]]),
+    ],
+    "chat": [
+        [LOADED, ("Picture", [[image()]])],
+        (
+            "Conversation",
+            [
+                [
+                    (
+                        "chat",
+                        "InternVLU_Chat",
+                        FIXED
+                        | {"action": "decide by itself", "reads": "whole conversation", "seed": 1234}
+                        | {"message": "What do you see here, and what would it look like in winter?"},
+                    )
+                ]
+            ],
+        ),
+        ("Newest picture", [[("shown", "PreviewImage", {})]]),
+    ],
+    "draw_judge_draw_again": [
+        [
+            LOADED,
+            worded("a red fox with a blue scarf to the left of a yellow umbrella, watercolour"),
+            ("Question", [[text("question", "Is there a fox with a blue scarf to the left of a yellow umbrella?")]]),
+        ],
+        ("Draw up to three times", [[sample()], [sample("sample2", 1235)], [sample("sample3", 1236)]]),
+        ("Judge", [[DECODE, decode("decode2"), decode("decode3")], [judge("judge2")], [judge("judge1")]]),
+        ("The right one", [[SAVE]]),
+    ],
+    "story_in_three_pictures": [
+        LOADED,
+        (
+            "Picture 1",
+            [
+                [text("prompt", STORY[0])],
+                [THINK, encode()],
+                [SAMPLE],
+                [DECODE, ("save", "SaveImage", {"filename_prefix": "InternVL-U_story_1"})],
+            ],
+        ),
+        told("2"),
+        told("3"),
+    ],
+    "batch_of_prompts": [
+        [LOADED, ("Prompts", [[("prompts", "InternVLU_ListPrompts", {"text": BATCH})]])],
+        [("Read", [[encode()]]), SIZED],
+        DRAW,
+    ],
+    "grid_of_scales": [
+        [LOADED, ("Picture", [[image()]])],
+        [
+            worded("make it a winter evening with snow and lit windows"),
+            ("Scales", [[("scales", "InternVLU_ListScales", {"all_cfg": "2.5, 4.5", "part_cfg": "1, 2"})]]),
+        ],
+        ("Draw each", [[SAMPLE], [DECODE]]),
+        (
+            "Grid",
+            [
+                [("grid", "ImageGrid", {"cell_width": 512, "cell_height": 512, "padding": 8})],
+                [("save", "SaveImage", {"filename_prefix": "InternVL-U_grid"})],
+            ],
+        ),
+    ],
+    "regions": [
+        [LOADED, SIZED],
+        (
+            "What",
+            [
+                [
+                    encode("a red fox sitting in fresh snow, watercolour", "left"),
+                    encode("a grey wolf sitting in autumn leaves, watercolour", "right"),
+                ]
+            ],
+        ),
+        (
+            "Where",
+            [
+                [area("left_area", 0.0), area("right_area", 0.5), ("both", "ConditioningCombine", {})],
+            ],
+        ),
+        DRAW,
     ],
     "masked_edit": [
         [LOADED, ("Picture and mask", [[image(CAT_MASKED)]])],
@@ -446,6 +652,22 @@ TITLES = {
     "keep": "Keep what is not painted",
     "encode2": "Encode the answer",
     "save2": "Save Image, the second",
+    "prompt2": "Prompt 2",
+    "prompt3": "Prompt 3",
+    "question": "Question",
+    "think2": "Think 2",
+    "think3": "Think 3",
+    "encode3": "Encode 3",
+    "sample3": "Sampler 3",
+    "decode3": "Decode 3",
+    "save3": "Save Image 3",
+    "shown": "The newest picture",
+    "judge1": "Judge the first",
+    "judge2": "Judge the second",
+    "left": "Left",
+    "right": "Right",
+    "left_area": "Left half",
+    "right_area": "Right half",
     "positive": "Text of the other model",
     "negative": "What it is to avoid",
 }
@@ -454,6 +676,7 @@ GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
 LOADERS = ("load", "lora", "checkpoint")
 """Nodes whose wires pass above those between."""
 FIRST = {"prompt", "thought", "image", "image1", "image2", "folder", "lora", "answer"}
+FIRST |= {"prompts", "prompt2", "prompt3", "question", "chat", "scales"}
 """Nodes to be changed first, by name, beside each Encode whose prompt is written there."""
 COLOURS = ("#3f789e", "#b06634", "#88a", "#8a8", "#a1309b", "#b58b2a")
 """Of the steps, in their order."""
@@ -480,7 +703,17 @@ CONTROLLED += "positive.CONDITIONING apply.positive, negative.CONDITIONING apply
 CONTROLLED += "checkpoint.MODEL sample2.model, apply.positive sample2.positive, apply.negative sample2.negative, "
 CONTROLLED += "size2.LATENT sample2.latent_image, sample2.LATENT decode2.samples, checkpoint.VAE decode2.vae, "
 CONTROLLED += "decode2.IMAGE save.images"
+TRY = "load.MODEL sample{0}.model, encode.positive sample{0}.positive, encode.negative sample{0}.negative, "
+TRY += "encode.latent sample{0}.latent_image, sample{0}.LATENT decode{0}.samples, load.VAE decode{0}.vae, "
+JUDGE = "load.MLLM {0}.mllm, {1}.IMAGE {0}.image, question.STRING {0}.question, {2} {0}.otherwise, "
+SCENE = "load.MLLM think{0}.mllm, load.MLLM encode{0}.mllm, prompt{0}.STRING think{0}.prompt, "
+SCENE += "prompt{0}.STRING encode{0}.prompt, think{0}.thought encode{0}.thought, load.MODEL sample{0}.model, "
+SCENE += "encode{0}.positive sample{0}.positive, encode{0}.negative sample{0}.negative, "
+SCENE += "encode{0}.latent sample{0}.latent_image, sample{0}.LATENT decode{0}.samples, load.VAE decode{0}.vae, "
+SCENE += "decode{0}.IMAGE save{0}.images"
+SEEN = "decode{0}.IMAGE think{1}.image1, decode{0}.IMAGE encode{1}.image1, load.VAE encode{1}.vae, "
 LINKS = {
+    "first_steps_with_nano": SAMPLED + EMPTY + DRAWN,
     "text_to_image": SAMPLED + EMPTY + DRAWN,
     "text_to_image_custom_sampling": ENCODED.format("guider") + PARTS + EMPTY + DECODED.format("output"),
     "text_to_image_ksampler": SAMPLED + EMPTY + DRAWN,
@@ -496,6 +729,28 @@ LINKS = {
     "ask_about_a_picture": "load.MLLM answer.mllm, image.IMAGE answer.image1, answer.answer preview.source",
     "compare_two_pictures": "load.MLLM answer.mllm, image1.IMAGE answer.image1, image2.IMAGE answer.image2, "
     "answer.answer preview.source",
+    "chat": "load.MODEL chat.model, load.MLLM chat.mllm, load.VAE chat.vae, image.IMAGE chat.image1, "
+    "chat.IMAGE shown.images",
+    "draw_judge_draw_again": "load.MLLM encode.mllm, "
+    + "".join(TRY.format(number) for number in ("", "2", "3"))
+    + JUDGE.format("judge2", "decode2", "decode3.IMAGE")
+    + JUDGE.format("judge1", "decode", "judge2.image")
+    + "judge1.image save.images",
+    "story_in_three_pictures": f"{SCENE.format('')}, {SEEN.format('', '2')}{SCENE.format('2')}, "
+    f"{SEEN.format('2', '3')}{SCENE.format('3')}",
+    "batch_of_prompts": "prompts.prompt encode.prompt, prompts.name save.filename_prefix, prompts.seed sample.seed, "
+    + SAMPLED
+    + EMPTY
+    + DRAWN,
+    "grid_of_scales": "image.IMAGE encode.image1, scales.all_cfg sample.all_cfg, scales.part_cfg sample.part_cfg, "
+    "scales.columns grid.columns, "
+    + SAMPLED
+    + EDITED
+    + DRAWN.replace("decode.IMAGE", "decode.IMAGE grid.images, grid.images"),
+    "regions": "load.MLLM left.mllm, load.MLLM right.mllm, left.positive left_area.conditioning, "
+    "right.positive right_area.conditioning, left_area.CONDITIONING both.conditioning_1, "
+    "right_area.CONDITIONING both.conditioning_2, load.MODEL sample.model, both.CONDITIONING sample.positive, "
+    "left.negative sample.negative, " + EMPTY + DRAWN,
     "masked_edit": SAMPLED
     + PIXELS
     + "scale.IMAGE encode.image1, load.VAE encode.vae, "
@@ -542,6 +797,19 @@ SIZES = {
     "think": (320, 620),
     "answer": (340, 620),
     "preview": (300, 300),
+    "prompt2": (250, 140),
+    "prompt3": (250, 140),
+    "question": (250, 110),
+    "think2": (320, 620),
+    "think3": (320, 620),
+    "encode3": (280, 290),
+    "sample3": (280, 560),
+    "save3": (280, 340),
+    "chat": (420, 760),
+    "shown": (340, 400),
+    "prompts": (280, 260),
+    "left": (300, 290),
+    "right": (300, 290),
     "positive": (250, 110),
     "negative": (250, 90),
 }
@@ -557,8 +825,19 @@ NARROW = {
     "note": (240, 560),
     "latent": (240, 0),
     "load": (240, 0),
+    **{f"think{number}": (280, 620) for number in ("", "2", "3")},
+    **{f"prompt{number}": (220, 200) for number in ("", "2", "3")},
+    "sample3": (265, 540),
+    "encode3": (240, 290),
+    "save3": (250, 320),
 }
-WIDE = ("draw_ask_draw_again", "hires_second_pass", "controlnet_of_another_model")
+WIDE = (
+    "draw_judge_draw_again",
+    "story_in_three_pictures",
+    "draw_ask_draw_again",
+    "hires_second_pass",
+    "controlnet_of_another_model",
+)
 
 
 def sizes(name: str) -> dict[str, tuple[int, int]]:

@@ -1,7 +1,7 @@
 """How a graph is put into ComfyUI's page: steps side by side as titled groups, wires over or under nodes, not behind.
 
 The steps of a workflow stand in columns, the note on the left. What a loader gives to steps further right passes above
-the nodes between, which stand lower for that; all other wires that would pass behind a node get two native
+the nodes between, which stand lower for that; all other wires that would pass behind a node get native
 reroutes, through the nearest free lane.
 """
 
@@ -11,7 +11,7 @@ TITLE = 30  # height of a node's title bar
 # columns: [[[group title, [[[name, type, values], ...], ...]], ...], ...]: columns of groups of columns of nodes.
 BUILD = """
 async ({columns, links, note, sizes, titles, colours, first, green, brown, grouped, loaders}) => {
-  const TITLE = 30, HEADER = 46, PAD = 20, BOTTOM = 48, GAP = 36, INNER = 60, ROW = 68;
+  const TITLE = 30, HEADER = 46, PAD = 20, BOTTOM = 48, GAP = 36, INNER = 60, ROW = 68, FAR = 160;
   const nodes = {};
   app.clean();  // the last graph's pictures would show on nodes with the same ids
   app.graph.clear();
@@ -116,14 +116,19 @@ async ({columns, links, note, sizes, titles, colours, first, green, brown, group
     const [x1, x2] = [nodes[wire.from].pos[0] + nodes[wire.from].size[0] + 16, nodes[wire.to].pos[0] - 14];
     const free = y => ones.every(one => y < one.top - 24 || y > one.bottom + 44)
       && lanes.every(lane => Math.abs(lane.y - y) >= 12 || lane.x2 < x1 || lane.x1 > x2);
-    const wanted = ones.flatMap(one => [0, 14, 28, 42].flatMap(k => [one.top - 30 - k, one.bottom + 56 + k]))
-      .filter(y => y > 34);  // not over the titles of groups
+    const wanted = offsets => ones.flatMap(one => offsets.flatMap(k => [one.top - 30 - k, one.bottom + 56 + k]))
+      .filter(y => y > 34 && free(y));  // not over the titles of groups
     const cost = y => Math.abs(y - wire.a[1]) + Math.abs(y - wire.b[1]);
-    const y = wanted.filter(free).sort((one, two) => cost(one) - cost(two))[0];
+    const near = wanted([0, 14, 28, 42]), all = near.length ? near : wanted([56, 70, 84, 98, 112, 126, 140, 154]);
+    const y = all.sort((one, two) => cost(one) - cost(two))[0];
     if (y === undefined) throw new Error(`no lane for ${links[i].join(' ')}`);
     lanes.push({y, x1, x2});
     const into = nodes[wire.to], link = app.graph.links.get(into.inputs[into.findInputSlot(links[i][3])].link);
-    for (const x of [x1, x2]) app.graph.createReroute([x, y], link);
+    const [out, last] = [wire.a[1], wire.b[1]], stops = [[x1, y], [x2, y]];
+    // A long leg would swing out behind the nodes beside it: it bends close to the slot.
+    if (Math.abs(y - out) > FAR) stops.unshift([x1, out + Math.sign(y - out) * 70]);
+    if (Math.abs(y - last) > FAR) stops.push([x2, last + Math.sign(y - last) * 70]);
+    for (const stop of stops) app.graph.createReroute(stop, link);
   }
   if (lanes.length) for (const one of boxes) {  // a step holds the lanes below its nodes
     const low = Math.max(0, ...lanes.filter(l => l.x1 < one.x + one.width && l.x2 > one.x).map(l => l.y));

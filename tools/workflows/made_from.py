@@ -62,7 +62,7 @@ def of_blueprint(name: str, info: dict) -> dict:
 def of_node(name: str, info: dict) -> dict:
     """Returns what a help page is made from: the node, and the graph in its picture."""
     workflow, parts = wiring.PARTS[name]
-    used = [node for node in graphs.nodes(workflow) if node[0] in parts.split()]
+    used = wiring.nodes(workflow, parts.split())
     return {"node": ours(info[name], EXPLANATIONS), "sizes": wiring.SIZES, **drawn(workflow, used, info)}
 
 

@@ -50,14 +50,22 @@ HINTS = {
     "think_then_draw": THINK,
     "edit_the_thought_then_draw": f"Change the text in **Thought to draw from** and run again. {THINK}",
     "think_then_edit": f"The thought tells what there is and what there will be. {EDIT}",
+    "chat": "Try **make the square yellow** with **edit the last picture**. nano has not learned conversations: "
+    "**reads** is **last picture alone**.",
     "ask_about_a_picture": "Try **where is the circle?**, **how many shapes are there?**, **which shape is blue?**",
     "compare_two_pictures": "Try **is the background the same?** or **which has more shapes?**",
     "draw_ask_draw_again": "The model describes its own picture, and draws the description.",
+    "draw_judge_draw_again": "Try **is there a green star?**: no picture is right, and the third one is taken.",
+    "story_in_three_pictures": EDIT,
+    "batch_of_prompts": "Add a line: **two yellow crosses on a brown background**.",
+    "grid_of_scales": EDIT,
+    "regions": "Masks in place of areas cut through shapes: nano puts each where it likes.",
     "hires_second_pass": "The second picture has 96 x 96 pixels, and the shapes of the first one.",
 }
 """What each graph's note adds; there are nano graphs for these."""
 
 TEXTS = {
+    "first_steps_with_nano": {"load": {"model_name": MODEL}},
     "text_to_image": {"encode": PROMPT},
     "text_to_image_custom_sampling": {"encode": PROMPT},
     "text_to_image_ksampler": {"encode": PROMPT},
@@ -80,6 +88,25 @@ TEXTS = {
     "ask_about_a_picture": {"answer": {"question": "describe the picture."}},
     "compare_two_pictures": {"answer": {"question": "what changed?"}},
     "draw_ask_draw_again": {"encode": PROMPT, "answer": {"question": "describe the picture."}},
+    "chat": {"chat": {"message": "which shape is red?", "reads": "last picture alone"}},
+    "draw_judge_draw_again": {"encode": PROMPT, "question": {"value": "is there a red circle?"}},
+    "story_in_three_pictures": {
+        "prompt": {"value": PROMPT["prompt"]},
+        "prompt2": {"value": "make the circle green"},
+        "prompt3": {"value": "make the background black"},
+    },
+    "batch_of_prompts": {
+        "prompts": {
+            "text": "three pink stars on a navy background\na large green square on a beige background\n"
+            "a cyan ring above an orange triangle"
+        }
+    },
+    "grid_of_scales": {
+        "scales": {"all_cfg": "0.5, 4.5", "part_cfg": "0, 2"},
+        "encode": {"prompt": "make the circle green"},
+        "grid": {"cell_width": 256, "cell_height": 256, "padding": 4},
+    },
+    "regions": {"sample": {"seed": 2}, "left": {"prompt": "a red circle"}, "right": {"prompt": "a blue square"}},
     "hires_second_pass": {"encode": PROMPT, "sample2": {"denoise": 0.4}},
 }
 """Values by graph and node."""

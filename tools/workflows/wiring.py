@@ -19,7 +19,33 @@ PARTS = {
     "InternVLU_DecodeLatent": ("text_to_image", "load sample decode save"),
     "InternVLU_WriteThought": ("think_then_draw", "load prompt think encode"),
     "InternVLU_AnswerQuestion": ("ask_about_a_picture", "load image answer preview"),
+    "InternVLU_Chat": ("chat", "load image chat shown"),
+    "InternVLU_AddToHistory": ("history", "load image add answer"),
+    "InternVLU_ListPrompts": ("batch_of_prompts", "load prompts encode sample decode save"),
+    "InternVLU_ListScales": ("grid_of_scales", "scales sample decode grid save"),
+    "InternVLU_PickFrames": ("frames", "load video parts frames answer"),
+    "InternVLU_JudgePicture": ("draw_judge_draw_again", "load question decode decode2 judge1 save"),
 }
+GRAPHS = {
+    "history": (
+        [
+            [graphs.LOAD, graphs.image()],
+            [("add", "InternVLU_AddToHistory", {"role": "assistant", "text": "Here is the harbour."})],
+            [graphs.answer("What could be added to it?")],
+        ],
+        "load.MLLM answer.mllm, image.IMAGE add.image, add.history answer.history",
+    ),
+    "frames": (
+        [
+            [graphs.LOAD, ("video", "LoadVideo", {})],
+            [("parts", "GetVideoComponents", {})],
+            [("frames", "InternVLU_PickFrames", {"count": 8})],
+            [graphs.answer("What happens in these frames of a video?")],
+        ],
+        "load.MLLM answer.mllm, video.VIDEO parts.video, parts.images frames.images, frames.images answer.image1",
+    ),
+}
+"""Graphs of pictures alone: columns of nodes, and links."""
 SIZES = {
     "encode": (280, 290),
     "think": (300, 560),
@@ -37,13 +63,24 @@ type => {
 """
 
 
+def columns(name: str) -> list[list[tuple]]:
+    """Returns a graph's nodes, column by column."""
+    if name in GRAPHS:
+        return GRAPHS[name][0]
+    return [nodes for column in graphs.steps(name) for _, inner in column for nodes in inner]
+
+
+def nodes(name: str, wanted: list[str]) -> list[tuple]:
+    """Returns some nodes of a graph."""
+    return [node for column in columns(name) for node in column if node[0] in wanted]
+
+
 def steps(name: str, wanted: list[str]) -> list[list[tuple]]:
     """Returns some nodes of a graph, column by column, as one step without a title each."""
-    columns = [nodes for column in graphs.steps(name) for _, inner in column for nodes in inner]
-    kept = [[node for node in nodes if node[0] in wanted] for nodes in columns]
-    return [[("", [nodes])] for nodes in kept if nodes]
+    kept = [[node for node in column if node[0] in wanted] for column in columns(name)]
+    return [[("", [column])] for column in kept if column]
 
 
 def links(name: str) -> str:
     """Returns a graph's links."""
-    return graphs.LINKS[name]
+    return GRAPHS[name][1] if name in GRAPHS else graphs.LINKS[name]
