@@ -26,7 +26,7 @@ const OF_PYTHON = [
   ],
   [
     /^the text was cut after (\d+) tokens: raise (\w+) for all of it$/,
-    (...values) => text("the text was cut after {0} tokens: raise {1} for all of it", ...values),
+    (tokens, limit) => text("the text was cut after {0} tokens: raise {1} for all of it", tokens, text(limit)),
   ],
 ];
 
