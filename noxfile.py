@@ -9,6 +9,7 @@ These use .venv, which they make if need be, and the ComfyUI of `python dev.py t
     nox -s tests_older            what meets transformers, tokenizers, diffusers or the hub, on the older lines
     nox -s fuzz [-- EXAMPLES]     the inputs that hypothesis makes, 20,000 of each kind: for a night
     nox -s workflows [-- NAME]    makes the shipped workflows, their cards and the pictures of the help pages anew
+    nox -s locales                makes the nodes' texts in other languages anew, out of tools/translations
 
 The others test other versions, each in an environment of its own:
 
@@ -118,6 +119,15 @@ def workflows(session: nox.Session) -> None:
     comfyui = fetch.fetched(fetch.DEFAULT)
     environment.set_up(comfyui)
     command = (environment.PYTHON, "-m", "tools.workflows.build", "--comfyui", str(comfyui), *session.posargs)
+    session.run(*command, external=True)
+
+
+@nox.session(venv_backend="none")
+def locales(session: nox.Session) -> None:
+    """Makes `locales/` anew and names what is not translated; in the oldest ComfyUI, as the workflows."""
+    comfyui = fetch.fetched(fetch.DEFAULT)
+    environment.set_up(comfyui)
+    command = (environment.PYTHON, "-m", "tools.locales", "--comfyui", str(comfyui), *session.posargs)
     session.run(*command, external=True)
 
 

@@ -8,12 +8,15 @@ the frontend shows by itself (names, tooltips, descriptions) goes into locales/L
 scripts show (their messages, the choices of lists) into main.json, under "internvlu". A text without a translation is
 named, and so is a translation whose English text is gone: nothing goes out of date unseen.
 
-The session runs `python -m tools.locales --comfyui FOLDER`, with .venv's Python.
+The session runs `python -m tools.locales --comfyui FOLDER`, with .venv's Python; `--languages zh` makes one language
+alone, `--missing` prints what wants a translation. The help pages, web/docs/NODE/zh.md, are written by hand: the last
+line of each holds `page_stamp` of the English page that it says the same as.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -28,6 +31,8 @@ LANGUAGES = ("zh", "zh-TW", "ja", "ko")
 OURS = "InternVLU_"
 SECTION = "internvlu"
 """The key in main.json that web/js/text.js reads."""
+LIMIT = "max_new_tokens"
+"""An input that a message names."""
 FOLDER_WIDGETS = {"model_name", "mllm_name", "vae_name", "lora_name"}
 """Widgets whose choices are files."""
 _CALL = re.compile(r"""(?<![\w.])text\(\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|`((?:[^`\\$]|\\.)*)`)""")
@@ -126,7 +131,7 @@ def own_texts(nodes: Nodes, translate: Translate) -> dict[str, str]:
     found = messages()
     for node in nodes.values():
         for name, one in node["inputs"].items():
-            label = [one["name"]] if one["name"] != name else []  # web/js/nodes.js
+            label = [one["name"]] if one["name"] != name or name == LIMIT else []  # web/js/nodes.js, ofPython in text.js
             found += [*label, *one["choices"], *filter(None, [one["placeholder"]])]
     return {text: translate(text) for text in dict.fromkeys(found) if re.search(r"[A-Za-z]", text)}
 
@@ -136,11 +141,11 @@ def escaped(text: str) -> str:
     return _SPECIAL.sub(lambda found: "{'" + found[0] + "'}", text)
 
 
-def files(info: dict) -> dict[Path, str]:
-    """Returns the contents of all files of `locales/`."""
+def files(info: dict, languages: Iterable[str] = LANGUAGES) -> dict[Path, str]:
+    """Returns the contents of the files of `locales/` for English and some languages."""
     nodes = described(info)
     made = {}
-    for language in (ENGLISH, *LANGUAGES):
+    for language in (ENGLISH, *languages):
         known = translations(language)
         folder = LOCALES / language
         made[folder / "nodeDefs.json"] = _json(node_definitions(nodes, lambda text, known=known: known.get(text, text)))
@@ -154,11 +159,17 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
+def page_stamp(english: str) -> str:
+    """Returns the last line of a translated help page: which text of the English one it is of."""
+    return f"<!-- of {hashlib.sha256(english.encode()).hexdigest()[:16]} -->"
+
+
 def main() -> None:
     from .demo import server
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
+    parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=LANGUAGES, help="only these; else all")
     parser.add_argument("--missing", action="store_true", help="print the texts that want a translation, as JSON, only")
     args = parser.parse_args()
     with (
@@ -168,12 +179,12 @@ def main() -> None:
         info = comfyui.get("/object_info")
     english = texts(described(info))
     if args.missing:
-        known = {language: translations(language) for language in LANGUAGES}
+        known = {language: translations(language) for language in args.languages}
         missing = [text for text in english if any(text not in one for one in known.values())]
         print(json.dumps(missing, ensure_ascii=False, indent=1))
         return
-    found = [f"{language}: {problem}" for language in LANGUAGES for problem in problems(language, english)]
-    for file, content in files(info).items():
+    found = [f"{language}: {problem}" for language in args.languages for problem in problems(language, english)]
+    for file, content in files(info, args.languages).items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content, encoding="utf-8")
     for problem in found:

@@ -2,6 +2,7 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
+const OURS = "InternVLU_";
 const SECTION = "internvlu"; // tools/locales.py
 
 let all = null;
@@ -26,7 +27,7 @@ const OF_PYTHON = [
   ],
   [
     /^the text was cut after (\d+) tokens: raise (\w+) for all of it$/,
-    (...values) => text("the text was cut after {0} tokens: raise {1} for all of it", ...values),
+    (tokens, limit) => text("the text was cut after {0} tokens: raise {1} for all of it", tokens, text(limit)),
   ],
 ];
 
@@ -37,6 +38,40 @@ export function ofPython(english) {
     if (found) return translate(...found.slice(1));
   }
   return text(english);
+}
+
+// Pages before 1.3x lose a pack's texts when they fetch a language of their own after them: then ours are put in here.
+// What the page has translated itself is the same.
+const plain = (escaped) => escaped?.replace(/\{'(.)'\}/g, "$1");
+
+function definition(name) {
+  const language = app.extensionManager?.setting?.get?.("Comfy.Locale") ?? "en";
+  return all?.[language]?.nodeDefs?.[name];
+}
+
+function translateDefinition(nodeData) {
+  const known = definition(nodeData.name);
+  if (!known) return;
+  nodeData.display_name = plain(known.display_name) ?? nodeData.display_name;
+  nodeData.description = plain(known.description) ?? nodeData.description;
+  for (const [name, input] of Object.entries({ ...nodeData.input?.required, ...nodeData.input?.optional })) {
+    const tooltip = plain(known.inputs?.[name]?.tooltip);
+    if (tooltip && input[1]) input[1].tooltip = tooltip;
+  }
+  nodeData.output_tooltips = nodeData.output_tooltips?.map((told, i) => plain(known.outputs?.[i]?.tooltip) ?? told);
+}
+
+function nameSlots(node, known) {
+  for (const widget of node.widgets ?? []) {
+    const name = plain(known.inputs?.[widget.name]?.name);
+    if (name && (widget.label ?? widget.name) === widget.name) widget.label = name;
+    const tooltip = plain(known.inputs?.[widget.name]?.tooltip);
+    if (tooltip) widget.tooltip = tooltip;
+  }
+  for (const input of node.inputs ?? []) input.localized_name = plain(known.inputs?.[input.name]?.name) ?? input.localized_name;
+  node.outputs?.forEach((output, i) => {
+    output.localized_name = plain(known.outputs?.[i]?.name) ?? output.localized_name;
+  });
 }
 
 function translateWidget(widget) {
@@ -56,12 +91,19 @@ app.registerExtension({
     }
   },
 
+  addCustomNodeDefs(definitions) {
+    for (const [name, nodeData] of Object.entries(definitions)) if (name.startsWith(OURS)) translateDefinition(nodeData);
+  },
+
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (!nodeData.name.startsWith("InternVLU_")) return;
+    if (!nodeData.name.startsWith(OURS)) return;
+    translateDefinition(nodeData);
     const { onNodeCreated } = nodeType.prototype;
     nodeType.prototype.onNodeCreated = function (...args) {
       onNodeCreated?.apply(this, args);
       this.widgets?.forEach(translateWidget);
+      const known = definition(nodeData.name);
+      if (known) nameSlots(this, known);
     };
   },
 });

@@ -1,0 +1,96 @@
+"""The nodes' texts in other languages: complete, up to date, in the language that they say they are, and served."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+if not (ROOT / "tools" / "locales.py").is_file():
+    pytest.skip("the tools are not in the archive", allow_module_level=True)
+
+from tools import locales  # noqa: E402
+
+HAN, KANA, HANGUL = "\u4e00-\u9fff", "\u3040-\u30ff", "\uac00-\ud7af"
+SCRIPTS = {"zh": HAN, "zh-TW": HAN, "ja": HAN + KANA, "ko": HANGUL}
+SIMPLIFIED, TRADITIONAL = "图张说问没这个来对时为", "圖張說問沒這個來對時為"
+CODES = re.compile(r"`[^`]+`|<[a-z_|]+>|\{\d\}|[A-Za-z0-9_.+/-]+")
+DOCS = ROOT / "web" / "docs"
+
+
+@pytest.fixture(scope="module")
+def info(server):
+    return server.get("/object_info")
+
+
+@pytest.fixture(scope="module")
+def english(info):
+    return locales.texts(locales.described(info))
+
+
+def test_the_files_are_what_is_made_of_the_translations(info):
+    made = locales.files(info)
+    stale = [str(file) for file, text in made.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
+    assert not stale, "python dev.py nox -s locales"
+    assert {file for file in locales.LOCALES.rglob("*") if file.is_file()} == set(made)
+
+
+@pytest.mark.parametrize("language", locales.LANGUAGES)
+def test_each_text_is_translated_with_its_codes_and_none_is_left_over(language, english):
+    assert len(english) > 250
+    assert locales.problems(language, english) == []
+
+
+def test_a_missing_a_stale_and_a_broken_translation_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(locales, "TRANSLATIONS", tmp_path)
+    (tmp_path / "zh.json").write_text(json.dumps({"gone": "x", "in {0}, `code`": "y"}), encoding="utf-8")
+    found = locales.problems("zh", ["new", "in {0}, `code`"])
+    assert found == [
+        "no translation of 'new'",
+        "the English text is gone: 'gone'",
+        "`code` is missing in the translation of 'in {0}, `code`'",
+        "{0} is missing in the translation of 'in {0}, `code`'",
+    ]
+
+
+@pytest.mark.parametrize("language", locales.LANGUAGES)
+def test_each_sentence_is_in_the_script_of_its_language(language):
+    for text, translated in locales.translations(language).items():
+        if len(re.findall(r"[A-Za-z]+", CODES.sub("", text) or text)) and len(text.split()) > 4:
+            foreign = re.findall(f"[{SCRIPTS[language]}]", translated)
+            assert len(foreign) * 4 > len(text.split()), (text, translated)
+        assert not re.search(f"[{SIMPLIFIED}]" if language == "zh-TW" else "(?!)", _without_shared(translated)), translated
+        if language == "zh":
+            assert not re.search(f"[{TRADITIONAL}]", _without_shared(translated)), translated
+
+
+def _without_shared(text: str) -> str:
+    return "".join(letter for letter in text if not (letter in SIMPLIFIED and letter in TRADITIONAL))
+
+
+def test_comfyui_serves_them(server, info):
+    served = server.get("/i18n")
+    for language in locales.LANGUAGES:
+        load = served[language]["nodeDefs"]["InternVLU_LoadModel"]
+        assert load["display_name"] == locales.translations(language)["Load InternVL-U"] != "Load InternVL-U"
+        greedy = served[language][locales.SECTION]["greedy"]
+        assert greedy == locales.translations(language)["greedy"] != "greedy"
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_the_chinese_help_page_is_of_the_english_one(page):
+    english, chinese = page.read_text(encoding="utf-8"), DOCS / page.stem / "zh.md"
+    assert chinese.is_file(), f"translate {page.name}"
+    text = chinese.read_text(encoding="utf-8")
+    stamp = locales.page_stamp(english)
+    assert text.endswith(f"{stamp}\n"), f"{page.name} has changed: change {chinese} too, then its last line: {stamp}"
+    assert len(re.findall(f"[{HAN}]", text)) * 3 > len(re.findall(r"[a-z]+", english)) * 2
+    rows = [sum(line.startswith("|") for line in one.splitlines()) for one in (english, text)]
+    assert rows[0] == rows[1]
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", english):
+        assert f"](../{name})" in text and (DOCS / name).is_file()
+    missing = {code for code in re.findall(r"`[^`\n]+`", english) if code not in text}
+    assert not missing
