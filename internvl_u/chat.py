@@ -117,7 +117,7 @@ class History:
         try:
             read = checked(_Conversation, parse(text, "the conversation"), "the conversation")
         except RuntimeError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(f"{error}: a text found, the conversation of an earlier run expected") from error
         return cls(
             tuple(
                 Turn(

@@ -29,6 +29,7 @@ from ..internvl_u.images import ReferenceSizes, drawn_size, to_rgb
 from ..internvl_u.reply import Message, new_pictures, reply
 from ..internvl_u.tokenizer import Tokenizer, has_thought
 from .generate import check_history, write
+from .guidance import check_model
 from .images import to_pil_images
 from .latents import check_vae
 from .mllm import NativeMLLM, check_mllm
@@ -175,6 +176,10 @@ def talk(
         ValueError: an input is of another kind, or the message cannot be answered: then nothing is kept.
     """
     check_mllm(mllm)
+    if model is not None:
+        check_model(model)
+    if vae is not None:
+        check_vae(vae)
     before = check_history(history)
     own = History.from_json(conversation, open_picture)
     before = before.add(*own.turns)

@@ -47,7 +47,7 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
 
 
 def check_value(one: io.Input, value: Any) -> Any:
-    """Returns the value of an input that is a number or a text, a whole number as one; others are left alone.
+    """Returns the value of an input that is a number, a switch or a text; others are left alone.
 
     Raises:
         ValueError: it is something else, or out of range.
@@ -56,6 +56,10 @@ def check_value(one: io.Input, value: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError(f"{one.id}: {_described(value)} found, a text expected")
         return value
+    if isinstance(one, io.Boolean.Input):
+        if not (isinstance(value, bool) or (is_finite(value) and value in (0, 1))):
+            raise ValueError(f"{one.id}: {_described(value)} found, true or false expected")
+        return bool(value)
     if not isinstance(one, io.Int.Input | io.Float.Input):
         return value
     value = int(value) if isinstance(value, bool) else value  # ComfyUI's BOOLEAN counts as 0 or 1

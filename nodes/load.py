@@ -102,9 +102,7 @@ class LoadModel(io.ComfyNode):
         if model_name is None:
             return True  # it comes over a link and is not known yet
         try:
-            model_folders.find(model_name)
-        except model_folders.MissingPartError:
-            return True
+            model_folders.check_model(model_name)
         except FileNotFoundError as error:
             return str(error)
         return True
@@ -121,7 +119,7 @@ class LoadModel(io.ComfyNode):
             return []  # it comes over a link; what gives it is part of the cache's key
         try:
             return model_folders.fingerprint(model_folders.find(model_name, mllm_name, vae_name))
-        except model_folders.MissingPartError:
+        except FileNotFoundError:
             return []  # the run says so
 
     @classmethod

@@ -38,10 +38,6 @@ _answers: dict[tuple, bool] = {}
 _logger = logging.getLogger("internvl_u")
 
 
-class MissingPartError(FileNotFoundError):
-    """The transformer is there, and its language model or its VAE is not."""
-
-
 def register() -> None:
     """Adds `models/InternVL-U` to ComfyUI's model folders, and keys that list the GGUF files of some of them.
 
@@ -200,8 +196,27 @@ def find(name: str, language: str = AUTO, vae: str = AUTO) -> Found:
     A choice that asks for a download means the folder that it makes, whether it is there yet or not.
 
     Raises:
-        FileNotFoundError: there is none of this name; tells where it was looked for and how to get one.
+        FileNotFoundError: there is none of this name, or of one of its parts; tells where it was looked for and how to
+            get one.
     """
+    folder, transformer = _transformer_of(name)
+    return Found(
+        transformer,
+        folder if folder and language == AUTO else _language_of(name, language),
+        folder if folder and vae == AUTO else _vae_of(name, vae),
+    )
+
+
+def check_model(name: str) -> None:
+    """Makes sure that there is a model of this name, whether its other parts are there or not.
+
+    Raises:
+        FileNotFoundError: there is none; see `find`.
+    """
+    _transformer_of(name)
+
+
+def _transformer_of(name: str) -> tuple[Path | None, Path]:
     found = folders()
     folder = _by_name(found, name) or (found.get(MODEL_FOLDER.name, target()) if name in downloads() else None)
     if folder is None and is_nano_choice(name):
@@ -209,11 +224,7 @@ def find(name: str, language: str = AUTO, vae: str = AUTO) -> Found:
     transformer = folder or _by_name(transformer_files(), name)
     if transformer is None:
         raise FileNotFoundError(_missing(name))
-    return Found(
-        transformer,
-        folder if folder and language == AUTO else _language_of(name, language),
-        folder if folder and vae == AUTO else _vae_of(name, vae),
-    )
+    return folder, transformer
 
 
 def find_lora(name: str) -> Path:
@@ -239,7 +250,7 @@ def _language_of(name: str, wanted: str) -> Path:
     file = _by_name(found, wanted)
     if file is None:
         searched = ", ".join(folder_paths.get_folder_paths(LANGUAGE_KEY))
-        raise MissingPartError(
+        raise FileNotFoundError(
             _reason(_by_name(files(LANGUAGE_KEY), wanted), "vlm")
             or f"Choose another mllm_name, or put the language model that belongs to {name} there: "
             "`python -m internvl_u convert` writes it beside the transformer's file. There is no language model "
@@ -256,7 +267,7 @@ def _vae_of(name: str, wanted: str) -> Path:
         wanted = next(ours, next(qwen, AUTO))
     file = _by_name(found, wanted)
     if file is None:
-        raise MissingPartError(
+        raise FileNotFoundError(
             f"Choose another vae_name, or put {QWEN_VAE} or the VAE that `python -m internvl_u convert` writes there. "
             f"There is no VAE {wanted!r} for {name} in {', '.join(folder_paths.get_folder_paths(VAE_KEY))}."
         )

@@ -62,7 +62,9 @@ def test_each_sentence_is_in_the_script_of_its_language(language):
         if len(re.findall(r"[A-Za-z]+", CODES.sub("", text) or text)) and len(text.split()) > 4:
             foreign = re.findall(f"[{SCRIPTS[language]}]", translated)
             assert len(foreign) * 4 > len(text.split()), (text, translated)
-        assert not re.search(f"[{SIMPLIFIED}]" if language == "zh-TW" else "(?!)", _without_shared(translated)), translated
+        assert not re.search(f"[{SIMPLIFIED}]" if language == "zh-TW" else "(?!)", _without_shared(translated)), (
+            translated
+        )
         if language == "zh":
             assert not re.search(f"[{TRADITIONAL}]", _without_shared(translated)), translated
 

@@ -451,9 +451,9 @@ WRITERS = {
 }
 
 
-def test_the_nodes_write_no_files():
+def test_the_nodes_write_no_files_but_the_pictures_of_a_chat():
     for file in SHIPPED:
-        if file.parent.name != "internvl_u":
+        if file.parent.name != "internvl_u" and file != ROOT / "native" / "chat.py":  # see tests/comfy/test_chat.py
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 name = getattr(node, "attr", None) or getattr(node, "id", None)
                 assert name not in WRITERS, f"{file}:{node.lineno}"
