@@ -1,5 +1,6 @@
 """What users' saved workflows depend on: node ids, inputs and outputs; and what every node must tell."""
 
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,7 @@ def test_the_template_browser_offers_the_workflows(server):
     shipped = {file.stem for file in (Path(__file__).parent.parent.parent / "workflows").glob("*.json")}
     assert set(names) == shipped and len(shipped) == 25
     for name in names:
-        workflow = server.get(f"/api/workflow_templates/internvl-u/{name}.json")
+        workflow = server.get(f"/api/workflow_templates/internvl-u/{urllib.parse.quote(name)}.json")
         assert workflow["version"] == 0.4
         for node in workflow["nodes"]:
             if node["type"] not in {"MarkdownNote", "Note"}:
