@@ -173,6 +173,9 @@ def test_each_prompt_of_a_batch_is_drawn_into_a_file_of_its_name(server, nano_gr
 
 def test_the_parts_of_a_picture_have_prompts_of_their_own(server, nano_graph):
     graph = nano_graph("regions", seed=2)
+    for node in graph.values():
+        if node["class_type"] == "ConditioningSetAreaPercentage":
+            node["inputs"] |= {"width": 0.5, "height": 1.0}  # nano_graph has put the picture's in
     for node, prompt in zip(
         (node for node in graph.values() if node["class_type"] == "InternVLU_EncodePrompt"),
         ("a red circle", "a blue square"),

@@ -19,12 +19,12 @@ PARTS = {
     "InternVLU_DecodeLatent": ("text_to_image", "load sample decode save"),
     "InternVLU_WriteThought": ("think_then_draw", "load prompt think encode"),
     "InternVLU_AnswerQuestion": ("ask_about_a_picture", "load image answer preview"),
-    "InternVLU_Chat": ("chat", "load image chat shown"),
+    "InternVLU_Chat": ("chat", "load chat shown"),
     "InternVLU_AddToHistory": ("history", "load image add answer"),
-    "InternVLU_ListPrompts": ("batch_of_prompts", "load prompts encode sample decode save"),
-    "InternVLU_ListScales": ("grid_of_scales", "scales sample decode grid save"),
+    "InternVLU_ListPrompts": ("batch_of_prompts", "prompts encode sample save"),
+    "InternVLU_ListScales": ("grid_of_scales", "scales sample decode grid"),
     "InternVLU_PickFrames": ("frames", "load video parts frames answer"),
-    "InternVLU_JudgePicture": ("draw_judge_draw_again", "load question decode decode2 judge1 save"),
+    "InternVLU_JudgePicture": ("draw_judge_draw_again", "question decode judge2 judge1 save"),
 }
 GRAPHS = {
     "history": (
@@ -37,7 +37,7 @@ GRAPHS = {
     ),
     "frames": (
         [
-            [graphs.LOAD, ("video", "LoadVideo", {})],
+            [graphs.LOAD, ("video", "LoadVideo", {"file": "video.mp4"})],
             [("parts", "GetVideoComponents", {})],
             [("frames", "InternVLU_PickFrames", {"count": 8})],
             [graphs.answer("What happens in these frames of a video?")],
@@ -53,6 +53,11 @@ SIZES = {
     "image": (260, 330),
     "prompt": (260, 110),
     "preview": (220, 120),
+    "chat": (360, 640),
+    "add": (280, 110),
+    "parts": (230, 0),
+    "prompts": (260, 160),
+    "question": (230, 100),
 }
 
 MARK = """
