@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-
-from tools import locales
+from pack.tools import locales
 
 from .test_text import BUILD, READY, SET_NODES_2
+
 
 SHOWN = """() => {
   const think = app.graph.nodes.find(node => node.type === 'InternVLU_WriteThought');
