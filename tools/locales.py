@@ -131,7 +131,9 @@ def own_texts(nodes: Nodes, translate: Translate) -> dict[str, str]:
     found = messages()
     for node in nodes.values():
         for name, one in node["inputs"].items():
-            label = [one["name"]] if one["name"] != name or name == LIMIT else []  # web/js/nodes.js, ofPython in text.js
+            label = (
+                [one["name"]] if one["name"] != name or name == LIMIT else []
+            )  # web/js/nodes.js, ofPython in text.js
             found += [*label, *one["choices"], *filter(None, [one["placeholder"]])]
     return {text: translate(text) for text in dict.fromkeys(found) if re.search(r"[A-Za-z]", text)}
 
