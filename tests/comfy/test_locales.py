@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ def test_comfyui_serves_them(server, info):
         assert load["display_name"] == locales.translations(language)["Load InternVL-U"] != "Load InternVL-U"
         greedy = served[language][locales.SECTION]["greedy"]
         assert greedy == locales.translations(language)["greedy"] != "greedy"
+
+
+def test_the_page_finds_a_chinese_help_page_and_its_picture(server, info):
+    _, pack = info["InternVLU_WriteThought"]["python_module"].split(".")
+    base = f"{server.url}/extensions/{pack}/docs/"  # where the page looks for both, in every language
+    with urllib.request.urlopen(f"{base}InternVLU_WriteThought/zh.md") as answer:
+        text = answer.read().decode()
+    (picture,) = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    with urllib.request.urlopen(base + picture) as answer:
+        assert answer.headers.get_content_type() == "image/jpeg"
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)

@@ -126,6 +126,9 @@ def test_comfy_cli_finds_the_pack_in_order():
 def test_the_published_files_hold_nothing_that_the_registry_flags():
     names = published()
     assert ROOT / "nodes" / "load.py" in names and ROOT / "dev.py" not in names
+    assert {ROOT / "locales" / "zh" / "nodeDefs.json", ROOT / "web" / "docs" / "InternVLU_WriteThought" / "zh.md"} <= {
+        *names
+    }
     for_developers = {"tests", "tools", "training", "benchmarks", "demo", ".ci", ".github"}
     nano = ROOT / "demo" / "internvl-u-nano"
     assert not [

@@ -40,8 +40,8 @@ export function ofPython(english) {
   return text(english);
 }
 
-// Pages before 1.3x lose a pack's texts when they fetch a language of their own after them: then ours are put in here.
-// What the page has translated itself is the same.
+// The page of ComfyUI 0.3.75 fetches its own language after the packs' texts, in their place; newer ones keep both. Ours
+// are put in here. Where the page has translated a text itself, this is the same one.
 const plain = (escaped) => escaped?.replace(/\{'(.)'\}/g, "$1");
 
 function definition(name) {
@@ -65,6 +65,8 @@ function nameSlots(node, known) {
   for (const widget of node.widgets ?? []) {
     const name = plain(known.inputs?.[widget.name]?.name);
     if (name && (widget.label ?? widget.name) === widget.name) widget.label = name;
+    const area = widget.element ?? widget.inputEl;
+    if (name && area?.placeholder === widget.name) area.placeholder = name;
     const tooltip = plain(known.inputs?.[widget.name]?.tooltip);
     if (tooltip) widget.tooltip = tooltip;
   }
