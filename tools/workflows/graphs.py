@@ -840,6 +840,10 @@ WIDE = (
 )
 
 
+CLEAR = {"story_in_three_pictures": 14}
+"""How far wires keep from the sides of nodes, where not 3: newer frontends move slots a little."""
+
+
 def sizes(name: str) -> dict[str, tuple[int, int]]:
     """Returns the room that a workflow's nodes get."""
     return SIZES | (NARROW if name in WIDE else {})
