@@ -60,6 +60,7 @@ def build(page: Page, name: str, steps: list[list[tuple]], note: str | None, siz
     links = [link for link in links if {link[0], link[2]} <= names]
     values = {"columns": steps, "links": links, "note": note, "sizes": sizes, "titles": graphs.TITLES}
     values |= {"first": graphs.first(name) if note else [], "green": graphs.GREEN, "brown": graphs.BROWN}
+    values["clear"] = graphs.CLEAR.get(name, 3)
     page.evaluate(
         layout.BUILD, values | {"colours": graphs.COLOURS, "grouped": note is not None, "loaders": graphs.LOADERS}
     )

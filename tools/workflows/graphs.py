@@ -333,7 +333,7 @@ def told(number: str) -> tuple:
     """Returns the step of a story's later picture; the first one's is as that of each graph."""
     nodes = [
         [text(f"prompt{number}", STORY[int(number) - 1])],
-        [think(f"think{number}"), encode("", f"encode{number}")],
+        [encode("", f"encode{number}"), think(f"think{number}")],
     ]
     save = (f"save{number}", "SaveImage", {"filename_prefix": f"InternVL-U_story_{number}"})
     return (
@@ -467,7 +467,7 @@ STEPS_OF = {
             "Picture 1",
             [
                 [text("prompt", STORY[0])],
-                [THINK, encode()],
+                [encode(), THINK],
                 [SAMPLE],
                 [DECODE, ("save", "SaveImage", {"filename_prefix": "InternVL-U_story_1"})],
             ],
@@ -838,6 +838,10 @@ WIDE = (
     "hires_second_pass",
     "controlnet_of_another_model",
 )
+
+
+CLEAR = {"story_in_three_pictures": 14}
+"""How far wires keep from the sides of nodes, where not 3: newer frontends move slots a little."""
 
 
 def sizes(name: str) -> dict[str, tuple[int, int]]:

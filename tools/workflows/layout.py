@@ -10,7 +10,7 @@ TITLE = 30  # height of a node's title bar
 
 # columns: [[[group title, [[[name, type, values], ...], ...]], ...], ...]: columns of groups of columns of nodes.
 BUILD = """
-async ({columns, links, note, sizes, titles, colours, first, green, brown, grouped, loaders}) => {
+async ({columns, links, note, sizes, titles, colours, first, green, brown, grouped, loaders, clear}) => {
   const TITLE = 30, HEADER = 46, PAD = 20, BOTTOM = 48, GAP = 36, INNER = 60, ROW = 68, FAR = 160;
   const nodes = {};
   app.clean();  // the last graph's pictures would show on nodes with the same ids
@@ -108,7 +108,7 @@ async ({columns, links, note, sizes, titles, colours, first, green, brown, group
     return points;
   };
   const hit = (points, ones) => points.some(([x, y]) =>
-    ones.some(one => x > one.left - 3 && x < one.right + 3 && y > one.top - 3 && y < one.bottom + 3));
+    ones.some(one => x > one.left - clear && x < one.right + clear && y > one.top - 3 && y < one.bottom + 3));
   const lanes = [];
   for (let i = 0; grouped && i < links.length; i++) {
     const wire = wires()[i], ones = between(wire);

@@ -20,7 +20,7 @@ NAMES = [*graphs.FILES, *blueprints.BLUEPRINTS, *wiring.PARTS]
 OURS = "InternVLU_"
 # Widgets that list what lies in folders.
 FOLDER_WIDGETS = {"model_name", "mllm_name", "vae_name", "lora_name"}
-OF_AN_INPUT = ("default", "min", "max", "step", "round", "multiline", "display_name", "advanced", "options")
+OF_AN_INPUT = ("default", "min", "max", "step", "round", "multiline", "display_name", "options")
 OF_A_NODE = ("name", "display_name", "output", "output_name")
 EXPLANATIONS = ("tooltip", "description", "category", "output_tooltips")  # on help pages, not in workflows and pictures
 
