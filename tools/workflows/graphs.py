@@ -58,12 +58,12 @@ CHANGES = "**Prompt**: what to change, in English or Chinese."
 SIZE = "**Size**: width and height, 512 to 1024."
 SEED = "**seed** in the sampler: another number, another picture."
 PICTURE = "**Load Image**: your picture."
-EDIT_VALUES = """Official values: **steps** 20, **all_cfg** 4.5, **part_cfg** 2.0. A higher **all_cfg** follows the \
-words more closely, a higher **part_cfg** the picture."""
-DRAW_VALUES = """Official values: **steps** 20, **all_cfg** 4.5. A higher **all_cfg** follows the words more closely; \
-**part_cfg** counts only with pictures."""
-SCALES = """**scales** automatic takes the official values: after a thought **all_cfg** 3.5 and **part_cfg** 1.5, \
-without one 4.5 and 2.0."""
+EDIT_VALUES = """Official values: **steps** 20, **prompt cfg** 4.5, **picture cfg** 2.0. A higher **prompt cfg** \
+follows the words more closely, a higher **picture cfg** the picture."""
+DRAW_VALUES = """Official values: **steps** 20, **prompt cfg** 4.5. A higher **prompt cfg** follows the words more \
+closely; **picture cfg** counts only with pictures."""
+SCALES = """**scales** automatic takes the official values: after a thought **prompt cfg** 3.5 and **picture cfg** \
+1.5, without one 4.5 and 2.0."""
 THINK_VALUES = f"""**think** off: the same graph draws without a thought. **budget**: *official* is 200 tokens, *long* \
 1024. {SCALES}"""
 ANSWER_VALUES = "Official values: **max_new_tokens** 512, **greedy**: the same question gets the same answer."
@@ -75,7 +75,7 @@ NOTES = {
             "**Prompt**: try *three pink stars on a navy background*.",
             SEED,
         ],
-        "Nothing is downloaded. **steps** 20 and **all_cfg** 4.5 are the official values of both models.",
+        "Nothing is downloaded. **steps** 20 and **prompt cfg** 4.5 are the official values of both models.",
     ),
     "text_to_image": ([WORDS, SIZE, SEED], DRAW_VALUES),
     "text_to_image_custom_sampling": (
@@ -199,8 +199,8 @@ NOTES = {
     ),
     "picture_to_picture": (
         [PICTURE, "**Prompt**: the whole new picture in words. It is no instruction.", "**denoise**: how much is new."],
-        "**denoise** 0.6 keeps the rough layout, 0.3 most of the picture, 1.0 nothing. **steps** 20, **all_cfg** 4.5 "
-        "as usual. The official pipeline always starts from noise; to change one thing take **edit a picture**.",
+        "**denoise** 0.6 keeps the rough layout, 0.3 most of the picture, 1.0 nothing. **steps** 20, **prompt cfg** "
+        "4.5 as usual. The official pipeline always starts from noise; to change one thing take **edit a picture**.",
     ),
     "hires_second_pass": (
         [WORDS, "**scale_by**: how much larger the second picture is.", "**denoise** of step 5: how much is new."],
