@@ -71,6 +71,7 @@ def edited(server, edit_graph, file, width=0, height=0, **more):  # noqa: F811
     encode, decode = (server.find(nodes, f"InternVLU_{kind}") for kind in ("EncodePrompt", "DecodeLatent"))
     nodes[server.find(nodes, "InternVLU_SampleLatent")]["inputs"]["latent_image"] = [encode, 2]
     del nodes[server.find(nodes, "InternVLU_CreateLatent")]
+    nodes[decode]["inputs"].pop("size", None)  # as graphs were before there was one
     nodes[decode]["inputs"] |= more
     return nodes
 
