@@ -228,13 +228,17 @@ def test_the_size_of_an_edit_is_the_first_pictures_by_default(server, edit_graph
     case = golden("edit_placeholder")
     nodes = edit_graph(case)
     decode = server.find(nodes, "InternVLU_DecodeLatent")
-    nodes[decode]["inputs"] |= {"width": 0, "height": 0}
     nodes[server.find(nodes, "InternVLU_SampleLatent")]["inputs"]["latent_image"] = [
         server.find(nodes, "InternVLU_EncodePrompt"),
         2,
     ]
-    shape = server.picture(server.run(nodes), server.find(nodes, "SaveImage")).shape
-    assert shape == (case.height, case.width, 3)
+    with Image.open(case.images[0]) as picture:
+        own = picture.size
+    sizes = {"as drawn": (case.width, case.height), "as the edited picture": own}
+    for size, (width, height) in sizes.items():
+        nodes[decode]["inputs"] |= {"width": 0, "height": 0, "size": size}
+        shape = server.picture(server.run(nodes), server.find(nodes, "SaveImage")).shape
+        assert shape == (height, width, 3)
 
 
 def test_wrong_pictures_are_told_and_the_server_stays_usable(server, edit_graph, golden):
