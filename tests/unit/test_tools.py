@@ -70,7 +70,7 @@ def test_a_version_from_github_is_never_replaced_by_another(make_comfyui, monkey
         fetch.choose("0.33.0")
 
 
-@pytest.mark.parametrize("name", nano_graphs.TEXTS)
+@pytest.mark.parametrize("name", sorted({*nano_graphs.TEXTS} - {"first_steps_with_nano"}))  # that one is a nano graph
 def test_a_nano_graph_of_the_api_has_the_values_of_the_one_in_the_page(name):
     graph = nano_graphs.api(name)
     page = json.loads((ROOT / "demo" / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
@@ -79,7 +79,10 @@ def test_a_nano_graph_of_the_api_has_the_values_of_the_one_in_the_page(name):
     for number, node in graph.items():
         if node["class_type"] == "PreviewAny":  # its widget shows a result
             continue
-        values = [value for value in node["inputs"].values() if not isinstance(value, list)]
+        given = dict(node["inputs"])
+        if given.get("how") in ("greedy", "beams"):  # the page sends no seed where it changes nothing
+            assert given.pop("seed") == 0
+        values = [value for value in given.values() if not isinstance(value, list)]
         assert [value for value in values if value not in shown[number].get("widgets_values", [])] == []
 
 
