@@ -31,6 +31,8 @@ CHARACTERS = 1_000_000
 """The longest text: no context of tokens is as long, and nothing longer is even cut into tokens."""
 IMAGES = 64
 """The most images that a prompt may have; each takes 256 tokens of the released model's context."""
+REFERENCE_SIZES = {"official": None, "768 x 768": 768, "512 x 512": 512, "256 x 256": 256}
+"""What InternVL-U Encode calls the most pixels of a reference image, and the side of a square of that area."""
 SMALLEST, LARGEST = 16, 4096
 """Pixels per side."""
 FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old", "fp8_e5m2", "float16", "int8", "int8_convrot")

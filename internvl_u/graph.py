@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .defaults import Guidance
+from .defaults import REFERENCE_SIZES, Guidance
 from .images import drawn_size
 
 MOST_IMAGES = 8
 """Slots for reference images that InternVL-U Encode has."""
-REFERENCE_SIZES = {None: "official", **{side: f"{side} x {side}" for side in (768, 512, 256)}}
+SIZE_NAMES = {side: name for name, side in REFERENCE_SIZES.items()}
 """What InternVL-U Encode calls the sides of reference images."""
 _SEEDS = 2**64 - 1
 Nodes = dict[str, dict[str, Any]]
@@ -120,7 +120,7 @@ def api_graph(drawing: Drawing) -> Nodes:
         read["thought"] = [add("PrimitiveStringMultiline", value=str(drawing.thought)), 0]
     if not drawing.of_image:
         size = add("InternVLU_CreateLatent", preset="custom", width=width, height=height, batch_size=1)
-    read |= {"negative_prompt": drawing.negative_prompt, "reference_size": REFERENCE_SIZES[drawing.reference_size]}
+    read |= {"negative_prompt": drawing.negative_prompt, "reference_size": SIZE_NAMES[drawing.reference_size]}
     encode = add("InternVLU_EncodePrompt", prompt=drawing.prompt, system_prompt=drawing.system, **read)
     sample = add(
         "InternVLU_SampleLatent",

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from . import __version__
 from .console import shown_name
 from .defaults import NANO_CHOICE
-from .graph import MOST_IMAGES, REFERENCE_SIZES, Drawing, api_graph, page_graph
+from .graph import MOST_IMAGES, SIZE_NAMES, Drawing, api_graph, page_graph
 from .pipeline import ImageRequest, Pipeline
 from .places import nano_folder, shown_folder
 
@@ -28,7 +28,7 @@ def picture_texts(pipeline: Pipeline, request: ImageRequest, files: Sequence[Pat
     info = PngInfo()
     info.add_itxt("internvl_u", json.dumps(_settings(pipeline, request, names, model), ensure_ascii=False))
     info.add_text("parameters", parameters(pipeline, request))  # as Latin-1 where it can be, else as UTF-8
-    if len(names) <= MOST_IMAGES and request.reference_size in REFERENCE_SIZES:
+    if len(names) <= MOST_IMAGES and request.reference_size in SIZE_NAMES:
         # ComfyUI's page of 2025 takes `parameters`, made for another program, before its own graph. It alone reads this
         # chunk, which ComfyUI writes into animations, as one more text of the same name: an empty one.
         info.add(b"comf", b"parameters\0")

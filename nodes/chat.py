@@ -12,10 +12,20 @@ from ..internvl_u.reply import ACTIONS, READS
 from ..native import compat
 from ..native.chat import Settings, add_turn, blocked, talk
 from ..native.mllm import NativeMLLM
-from .inputs import IMAGES, checked, history_input, history_output, image_inputs, seed_input
+from .inputs import (
+    AS_TYPED,
+    AUTOMATIC,
+    IMAGES,
+    SCALES,
+    check_choice,
+    checked,
+    history_input,
+    history_output,
+    image_inputs,
+    scale_input,
+    seed_input,
+)
 from .load import MLLM
-
-AUTOMATIC, TYPED = SCALES = ("automatic", "as typed")
 
 
 class Chat(io.ComfyNode):
@@ -122,9 +132,8 @@ def chosen_scales(scales: str, all_cfg: float, part_cfg: float) -> tuple[float, 
     Raises:
         ValueError: `scales` is none of the choices.
     """
-    if scales not in SCALES:
-        raise ValueError(f"scales {scales!r} found, one of {', '.join(SCALES)} expected")
-    return (all_cfg, part_cfg) if scales == TYPED else None
+    check_choice("scales", scales, SCALES)
+    return (all_cfg, part_cfg) if scales == AS_TYPED else None
 
 
 def _action_inputs() -> list[io.Input]:
@@ -171,8 +180,8 @@ def _drawing_inputs() -> list[io.Input]:
             "numbers below.",
             **compat.advanced(io.Combo.Input),
         ),
-        _scale("all_cfg", GUIDANCE.all_cfg, "How strongly the words are followed, for scales as typed."),
-        _scale("part_cfg", GUIDANCE.part_cfg, "How strongly the edited pictures are kept, for scales as typed."),
+        scale_input("all_cfg", GUIDANCE.all_cfg, "How strongly the words are followed, for scales as typed."),
+        scale_input("part_cfg", GUIDANCE.part_cfg, "How strongly the edited pictures are kept, for scales as typed."),
         io.Model.Input("model", optional=True, tooltip="Needed to draw: from Load InternVL-U."),
         io.Vae.Input("vae", optional=True, tooltip="Needed to draw: from Load InternVL-U."),
     ]
@@ -191,7 +200,3 @@ def _message_input() -> io.String.Input:
 def _side(name: str) -> io.Int.Input:
     tip = "Pixels of a new picture, rounded down to a multiple of 16. 0: the model's own size. An edit keeps its size."
     return io.Int.Input(name, default=0, min=0, max=LARGEST, tooltip=tip, **compat.advanced(io.Int.Input))
-
-
-def _scale(name: str, default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)

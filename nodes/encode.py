@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..internvl_u.chat import Picture, Turn
+from ..internvl_u.defaults import REFERENCE_SIZES
 from ..native import compat
 from ..native.generate import check_history
 from ..native.images import to_pil_images
@@ -25,8 +26,6 @@ from .inputs import (
 from .load import MLLM
 
 OFFICIAL = "official"
-REFERENCE_SIZES = {OFFICIAL: None, "768 x 768": 768, "512 x 512": 512, "256 x 256": 256}
-"""Choices, and the side in pixels of a square of that area."""
 
 
 class EncodePrompt(io.ComfyNode):

@@ -21,6 +21,8 @@ FIRST, LATER = IMAGES[:4], IMAGES[4:]
 """The later four came after other inputs, whose order in saved workflows stays."""
 HISTORY = io.Custom("INTERNVL_U_HISTORY")
 HOW = ("greedy", "sampling", "beams")
+SCALES = AUTOMATIC, AS_TYPED = ("automatic", "as typed")
+"""Whether guidance takes the official scales by itself, or the numbers as they are."""
 CUSTOM = "custom"
 BUDGETS = {"official: 200": 200, "long: 1024": 1024}
 """Ready limits of a thought, in tokens."""
@@ -160,6 +162,11 @@ def generation_config(
         top_p=top_p if sampling else 1.0,
         seed=seed,
     )
+
+
+def scale_input(name: str, default: float, tooltip: str, **more: Any) -> io.Float.Input:
+    """Returns one of the two guidance strengths."""
+    return io.Float.Input(name, default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip, **more)
 
 
 def seed_input(tooltip: str) -> io.Int.Input:

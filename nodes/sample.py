@@ -11,7 +11,7 @@ from ..native import compat
 from ..native.guidance import DualGuider, check_model, drawn_with_thought
 from ..native.progress import show_note
 from ..native.sampler import dpmpp_2m_flow, flow_sigmas, sample_latent
-from .inputs import checked, seed_input
+from .inputs import AS_TYPED, AUTOMATIC, SCALES, check_choice, checked, scale_input, seed_input
 
 ALL_CFG_TIP = (
     "How strongly the words are followed (all_cfg of the official code). Higher: closer to the prompt, harder "
@@ -26,29 +26,22 @@ SCALES_TIP = (
     f"they are, become {GUIDANCE_WITH_THOUGHT.all_cfg} and {GUIDANCE_WITH_THOUGHT.part_cfg}, the official values "
     "there; other numbers count. as typed: the numbers count always."
 )
-AUTOMATIC, AS_TYPED = "automatic", "as typed"
 STEPS_TIP = "Denoising steps. More: finer and slower. 20 is the official value."
 DENOISE_TIP = "1 draws from pure noise. Below 1 keeps that much less of the way: the incoming latent shows through."
 
 
 def _all_cfg() -> io.Float.Input:
-    return _scale("all_cfg", "prompt cfg", GUIDANCE.all_cfg, ALL_CFG_TIP)
+    return scale_input("all_cfg", GUIDANCE.all_cfg, ALL_CFG_TIP, display_name="prompt cfg")
 
 
 def _part_cfg() -> io.Float.Input:
-    return _scale("part_cfg", "picture cfg", GUIDANCE.part_cfg, PART_CFG_TIP)
-
-
-def _scale(name: str, shown: str, default: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(
-        name, display_name=shown, default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip
-    )
+    return scale_input("part_cfg", GUIDANCE.part_cfg, PART_CFG_TIP, display_name="picture cfg")
 
 
 def _scales() -> io.Combo.Input:
     return io.Combo.Input(
         "scales",
-        options=[AUTOMATIC, AS_TYPED],
+        options=list(SCALES),
         default=AUTOMATIC,
         optional=True,
         tooltip=SCALES_TIP,
@@ -62,8 +55,7 @@ def chosen_scales(scales: str, typed: Guidance, positive: io.Conditioning.Type, 
     Raises:
         ValueError: there is no such choice of scales.
     """
-    if scales not in (AUTOMATIC, AS_TYPED):
-        raise ValueError(f"scales {scales!r} found, one of {AUTOMATIC}, {AS_TYPED} expected")
+    check_choice("scales", scales, SCALES)
     if scales == AS_TYPED or typed != GUIDANCE or not drawn_with_thought(positive):
         return typed
     taken = GUIDANCE_WITH_THOUGHT
