@@ -60,11 +60,34 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class LanguageConfig:
+    """Qwen3, by transformers' names. `rope_scaling` says how positions are stretched: None for not at all."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32768
+    attention_bias: bool = False
+
+    @property
+    def cache_width(self) -> int:
+        """Keys and values of one token, in numbers."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True)
 class MLLMConfig:
-    """The vision tower's sizes, and Qwen3's configuration by transformers' names."""
+    """The sizes of the vision tower and of the language model."""
 
     vision: VisionConfig
-    language: Mapping[str, Any]
+    language: LanguageConfig
 
 
 def mllm_config(shapes: Shapes, config: Mapping, source: str = "vlm/config.json") -> MLLMConfig:
@@ -75,10 +98,10 @@ def mllm_config(shapes: Shapes, config: Mapping, source: str = "vlm/config.json"
     """
     stated = checked(VLMConfig, config, source)
     vision, language = vision_config(shapes, stated, source), language_config(shapes, stated.llm_config, source)
-    if vision.output_width != language["hidden_size"]:
+    if vision.output_width != language.hidden_size:
         raise RuntimeError(
             f"{source}: mlp1.1.weight gives {vision.output_width} values per token, the language model takes "
-            f"{language['hidden_size']}: they do not belong together"
+            f"{language.hidden_size}: they do not belong together"
         )
     return MLLMConfig(vision, language)
 
@@ -149,8 +172,8 @@ def vision_config(shapes: Shapes, stated: VLMConfig, source: str) -> VisionConfi
     return result
 
 
-def language_config(shapes: Shapes, stated: LanguageSection, source: str) -> dict[str, Any]:
-    """Returns Qwen3's configuration, by transformers' names, from its weights' shapes and `llm_config`.
+def language_config(shapes: Shapes, stated: LanguageSection, source: str) -> LanguageConfig:
+    """Returns Qwen3's configuration from its weights' shapes and `llm_config`.
 
     Raises:
         RuntimeError: the weights hold no Qwen3, or contradict the JSON file.
@@ -177,15 +200,14 @@ def language_config(shapes: Shapes, stated: LanguageSection, source: str) -> dic
     stretched = None
     if scaling and scaling.rope_type != "default":
         stretched = scaling.model_dump(exclude_none=True, exclude={"rope_theta"})
-    return sizes | {
-        "model_type": stated.model_type,
-        "rope_theta": theta,
-        "rope_scaling": stretched,
-        "rms_norm_eps": stated.rms_norm_eps,
-        "max_position_embeddings": stated.max_position_embeddings,
-        "attention_bias": stated.attention_bias,
-        "tie_word_embeddings": stated.tie_word_embeddings,
-    }
+    return LanguageConfig(
+        **sizes,
+        rope_theta=theta,
+        rope_scaling=stretched,
+        rms_norm_eps=stated.rms_norm_eps,
+        max_position_embeddings=stated.max_position_embeddings,
+        attention_bias=stated.attention_bias,
+    )
 
 
 def _shape(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:

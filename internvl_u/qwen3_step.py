@@ -1,0 +1,119 @@
+"""One token through Qwen3, with as few calls as it can be: while writing, a GPU waits for them.
+
+The same arithmetic as `Qwen3.forward` for one token of one sequence, on vectors, for weights that are used as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch.nn import functional
+
+from .linear import Product, row_product, without_onednn
+from .qwen3 import Attention, KeyValueCache, Layer, Qwen3
+
+Norm = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Layer(NamedTuple):
+    """A layer's products and norms; `keys` and `values` [1, K, capacity, E] are the cache's own."""
+
+    before_attention: Norm
+    query: Product
+    key: Product
+    value: Product
+    heads_norm: Norm
+    output: Product
+    before_mlp: Norm
+    gate: Product
+    up: Product
+    down: Product
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class TokenStep:
+    """Token ids in, logits out, one after the other; see `bind`."""
+
+    def __init__(self, model: Qwen3, cache: KeyValueCache, layers: list[_Layer], final: Norm, head: Product):
+        config = model.config
+        self.cache, self._layers, self._final, self._head = cache, layers, final, head
+        self._heads, self._split = config.num_attention_heads, (-1, config.head_dim)
+        self._grouped = (1, config.num_key_value_heads, -1, config.head_dim)
+
+    @classmethod
+    def bind(cls, model: Qwen3, cache: KeyValueCache) -> TokenStep | None:
+        """Returns the step after the tokens of a cache of one sequence.
+
+        None where the model's own forward is needed: some weights are cast, moved, unpacked or patched when they are
+        used, or have a bias.
+        """
+        device, dtype = cache.keys.device, cache.keys.dtype
+        if cache.keys.shape[1] != 1:
+            return None
+        eps, width = model.config.rms_norm_eps, (model.config.num_attention_heads, model.config.num_key_value_heads)
+
+        def norm(*weights: tuple[Any, int]) -> Norm:
+            """The norm over the last axis of several groups of heads, each with its own weights."""
+            tables = [one.weight.to(device, dtype).expand(count, -1) for one, count in weights]
+            return _norm(tables[0][0] if len(tables) == 1 else torch.cat(tables), eps)
+
+        def bound(layer: Layer, keys: torch.Tensor, values: torch.Tensor) -> list[Any]:
+            attention, mlp = cast(Attention, layer.self_attn), layer.mlp
+            projections = [getattr(attention, f"{name}_proj") for name in "qkvo"]
+            query, key, value, output = (row_product(one, device, dtype) for one in projections)
+            inner = (row_product(one, device, dtype) for one in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+            heads_norm = norm((attention.q_norm, width[0]), (attention.k_norm, width[1]))
+            before = norm((layer.input_layernorm, 1)), norm((layer.post_attention_layernorm, 1))
+            return [before[0], query, key, value, heads_norm, output, before[1], *inner, keys, values]
+
+        norms = [module for module in model.modules() if hasattr(module, "eps") and hasattr(module, "weight")]
+        if any(getattr(module, "weight_function", ()) for module in norms):
+            return None
+        layers = [
+            bound(cast(Layer, layer), keys, values)
+            for layer, keys, values in zip(model.model.layers, cache.keys, cache.values, strict=True)
+        ]
+        head = row_product(model.lm_head, device, dtype)
+        if head is None or any(part is None for layer in layers for part in layer):
+            return None
+        return cls(model, cache, [_Layer(*layer) for layer in layers], norm((model.model.norm, 1)), head)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the logits [vocabulary] after the next token's embedding [D], which is written into the cache."""
+        cache = self.cache
+        place, end = cache.length, cache.length + 1
+        cosine, sine = cache.rotary[:, place]
+        half = cosine.shape[-1] // 2
+        with without_onednn(hidden.device):
+            for layer in self._layers:
+                row = layer.before_attention(hidden)
+                heads = torch.cat((layer.query(row), layer.key(row))).view(self._split)
+                heads = layer.heads_norm(heads)
+                heads = torch.addcmul(heads * cosine, heads.roll(half, -1), sine)
+                layer.keys[0, :, place] = heads[self._heads :]
+                layer.values[0, :, place] = layer.value(row).view(self._split)
+                attended = functional.scaled_dot_product_attention(
+                    heads[: self._heads].view(self._grouped), layer.keys[:, :, :end], layer.values[:, :, :end]
+                )
+                hidden = hidden + layer.output(attended.view(-1))
+                row = layer.before_mlp(hidden)
+                hidden = hidden + layer.down(functional.silu(layer.gate(row)).mul_(layer.up(row)))
+            cache.length = end
+            return self._head(self._final(hidden))
+
+
+def _norm(weight: torch.Tensor, eps: float) -> Norm:
+    """Returns the RMS norm over the last axis. In fp32 by half as many calls as torch's own takes on a processor."""
+    width = weight.shape[-1]
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return lambda values: functional.rms_norm(values, (width,), eps=eps) * weight
+    smallest, scaled = torch.tensor((width * eps) ** 0.5), weight * width**0.5
+
+    def norm(values: torch.Tensor) -> torch.Tensor:
+        length = torch.hypot(torch.linalg.vector_norm(values, dim=-1, keepdim=True), smallest)
+        return values.div(length).mul_(scaled)
+
+    return norm
