@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -12,7 +13,9 @@ from .chat import History
 from .checkpoint import WeightFormat
 from .images import ReferenceSizes, vision_pixels
 from .mllm import MLLM
+from .prefix import Piece, PrefixCache
 from .prompt import BranchPrompts, TokenizedPrompt
+from .qwen3 import KeyValueCache
 from .rope import Layout
 from .sampling import check_finite
 from .schema import ProcessorConfig, TransformerConfig, checked
@@ -74,6 +77,18 @@ def fit_history(
     )
 
 
+class ReadPrompt(NamedTuple):
+    """A prompt in the language model.
+
+    `cache` are its keys and values; `states` [tokens, len(layers) * width] the chosen layers' hidden states from the
+    user's last turn on; `last` [1, 1, width] is the output after its last token.
+    """
+
+    cache: KeyValueCache
+    states: torch.Tensor
+    last: torch.Tensor
+
+
 @dataclass(frozen=True)
 class BranchContexts:
     """The context [tokens, width] and the layout of each branch; `partial` is None without input images."""
@@ -129,12 +144,22 @@ class Encoder:
         )
 
     def image_features(
-        self, model: MLLM, images: Sequence[Image.Image], *, device: torch.device, dtype: torch.dtype
+        self,
+        model: MLLM,
+        images: Sequence[Image.Image],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        kept: PrefixCache | None = None,
     ) -> list[torch.Tensor]:
-        """Returns what the model sees in each RGB image [1, tokens, width]."""
-        size = model.vision.image_size
-        pixels = (vision_pixels(image, size, self.mean, self.std) for image in images)
-        return [model.image_features(one.to(device, dtype)).to(dtype) for one in pixels]
+        """Returns what the model sees in each RGB image [1, tokens, width]; those in `kept` are not computed again."""
+        kept = kept or PrefixCache(0)
+
+        def features(image: Image.Image) -> torch.Tensor:
+            pixels = vision_pixels(image, model.vision.image_size, self.mean, self.std)
+            return kept.features(pixels, lambda: model.image_features(pixels.to(device, dtype)).to(dtype)).to(device)
+
+        return [features(image) for image in images]
 
     def embed(
         self,
@@ -151,6 +176,46 @@ class Encoder:
             embedded[:, image.start : image.stop] = seen
         return embedded
 
+    def read(
+        self,
+        model: MLLM,
+        prompt: TokenizedPrompt,
+        features: Sequence[torch.Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        more: int = 0,
+        kept: PrefixCache | None = None,
+    ) -> ReadPrompt:
+        """Returns what the language model makes of a prompt, with room for `more` tokens after it.
+
+        A prompt comes with the features of its images. Pieces that are in `kept` are not read again. `device` and
+        `dtype` are the arithmetic's.
+        """
+        kept = kept or PrefixCache(0)
+        language, embedded = model.language_model, None
+        cache = language.new_cache(len(prompt.ids) + more, device=device, dtype=dtype)
+        digests, states, last = [kept.start()], [], None
+        for start, stop in prompt.pieces:
+            inside = [seen for place, seen in zip(prompt.images, features, strict=True) if start <= place.start < stop]
+            digests.append(kept.after(digests[-1], prompt.ids[start:stop], inside))
+            piece = kept.get(digests[-1])
+            if piece is None:
+                if embedded is None:
+                    embedded = self.embed(model, prompt, features, device=device, dtype=dtype)
+                hidden, made = language(embedded[:, start:stop], cache, self.layers)
+                assert made is not None
+                piece = Piece(*cache.part(start, stop), made[0], hidden[:, -1:].clone())
+                kept.put(digests[-1], piece)
+            else:
+                cache.extend(piece.keys, piece.values)
+            last = piece.last.to(device)
+            if stop > prompt.user_start:
+                states.append(piece.states.to(device)[max(prompt.user_start - start, 0) :])
+        kept.touch(digests)
+        assert last is not None
+        return ReadPrompt(cache, torch.cat(states), last)
+
     def encode(
         self,
         model: MLLM,
@@ -158,6 +223,7 @@ class Encoder:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        kept: PrefixCache | None = None,
     ) -> list[torch.Tensor]:
         """Returns the context [tokens, len(layers) * width] of each prompt: its user's last turn to its end.
 
@@ -167,16 +233,10 @@ class Encoder:
         """
         check_length(model, *(prompt for prompt, _ in prompts))
         check_layers(self.layers, model)
-        caches: dict[tuple[tuple[int, ...], tuple[int, ...]], object] = {}
+        kept = kept or PrefixCache()
         contexts = []
         for prompt, features in prompts:
-            embedded = self.embed(model, prompt, features, device=device, dtype=dtype)
-            seen = sum(image.start < prompt.user_start for image in prompt.images)
-            before = prompt.ids[: prompt.user_start], tuple(map(id, features[:seen]))
-            if before not in caches:
-                caches[before] = model.prefill(embedded[:, : prompt.user_start])
-            rest = embedded[:, prompt.user_start :]
-            contexts.append(model.hidden_states(rest, self.layers, caches[before])[0])
+            contexts.append(self.read(model, prompt, features, device=device, dtype=dtype, kept=kept).states)
             check_finite(contexts[-1], "the hidden states", "the language model, or a LoRA on it")
         return contexts
 
@@ -188,22 +248,18 @@ class Encoder:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        unconditional: torch.Tensor | None = None,
         earlier: Sequence[torch.Tensor] = (),
+        kept: PrefixCache | None = None,
     ) -> BranchContexts:
         """Returns the contexts of an image's branches; `features` are those of its input images.
 
-        `earlier` are those of the images of the conversation before. An `unconditional` context that is known already
-        is not computed again.
+        `earlier` are those of the images of the conversation before. What is in `kept` is not read again.
         """
         wanted: list[tuple[TokenizedPrompt, Sequence[torch.Tensor]]]
         wanted = [(prompts.conditional, (*earlier, *features))]
         if features:
             wanted.append((prompts.partial, features))
-        if unconditional is None:
-            wanted.append((prompts.unconditional, ()))
-        contexts = self.encode(model, wanted, device=device, dtype=dtype)
+        wanted.append((prompts.unconditional, ()))
+        contexts = self.encode(model, wanted, device=device, dtype=dtype, kept=kept)
         conditional, *rest = ((context, prompt.layout) for context, (prompt, _) in zip(contexts, wanted, strict=True))
-        if unconditional is not None:
-            rest.append((unconditional, prompts.unconditional.layout))
         return BranchContexts(conditional, rest[0] if features else None, rest[-1])

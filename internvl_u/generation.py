@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 
+from .beams import beam_search
 from .defaults import BEAMS, LONGEST_CONTEXT, THOUGHT_TOKENS
-from .encoder import Encoder, check_length
-from .mllm import MLLM, cache_name
+from .encoder import Encoder, ReadPrompt, check_length
+from .mllm import MLLM
 from .numbers import check_real, check_whole
+from .prefix import PrefixCache
 from .prompt import TokenizedPrompt
-
-if TYPE_CHECKING:
-    from transformers import Qwen3ForCausalLM
+from .qwen3 import KeyValueCache, Qwen3
+from .qwen3_step import TokenStep
 
 SMALLEST_TOP_P = 1e-9
 SMALLEST_PENALTY = 1e-3
@@ -73,18 +75,19 @@ def generate(
     device: torch.device,
     dtype: torch.dtype,
     on_token: OnToken | None = None,
+    kept: PrefixCache | None = None,
 ) -> list[int]:
     """Returns the ids that the model writes after `prompt`, with the one that ended it, if one did.
 
     `features` are those of the prompt's images. `on_token(ids)` is called with all ids so far after each one (with
-    beams those of the first beam); what it raises ends the generation.
+    beams those of the likeliest open text); what it raises ends the generation. What is in `kept` is not read again.
     """
     config = config or GenerationConfig()
     room = check_length(model, prompt)
     config = dataclasses.replace(config, max_new_tokens=max(min(config.max_new_tokens, room), 1))
-    embedded = encoder.embed(model, prompt, features, device=device, dtype=dtype)
-    strategy = beam_search if config.beams > 1 else sample_tokens
-    return strategy(model.language_model, embedded, config, encoder.tokenizer.stops, on_token or (lambda ids: None))
+    read = encoder.read(model, prompt, features, device=device, dtype=dtype, more=config.max_new_tokens, kept=kept)
+    strategy = search_beams if config.beams > 1 else sample_tokens
+    return strategy(model.language_model, read, config, encoder.tokenizer.stops, on_token or (lambda ids: None))
 
 
 def ended(written: Sequence[int], stops: Sequence[int]) -> bool:
@@ -98,26 +101,28 @@ def cut_warning(tokens: int, limit: str = "max_new_tokens") -> str:
 
 
 def sample_tokens(
-    language: Qwen3ForCausalLM,
-    embedded: torch.Tensor,
-    config: GenerationConfig,
-    stops: Sequence[int],
-    on_token: OnToken,
+    language: Qwen3, read: ReadPrompt, config: GenerationConfig, stops: Sequence[int], on_token: OnToken
 ) -> list[int]:
-    """Returns one token after the other. What transformers' generate does besides costs more than the choice itself."""
+    """Returns the ids that are written after a prompt, one token after the other."""
     generator = torch.Generator().manual_seed(config.seed)
-    cache = cache_name(language)
-    given, past, ids = {"inputs_embeds": embedded}, None, []
+    step = TokenStep.bind(language, read.cache) or functools.partial(_step, language, read.cache)
+    logits, ids = language.lm_head(read.last)[0, 0], []
     while True:
-        output = language.model(**given, use_cache=True, **{cache: past})
-        past = output[cache]
-        logits = language.lm_head(output.last_hidden_state[:, -1])
-        ids.append(sample_token(logits[0], config, generator, ids))
+        ids.append(sample_token(logits, config, generator, ids))
         on_token(ids.copy())
         if ids[-1] in stops or len(ids) == config.max_new_tokens:
             return ids
-        given = {"input_ids": torch.tensor([ids[-1:]], device=embedded.device)}
-        given["position_ids"] = torch.tensor([[embedded.shape[1] + len(ids) - 1]], device=embedded.device)
+        logits = step(_embed(language, ids[-1:], read.last)[0])
+
+
+def _embed(language: Qwen3, ids: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Returns the embeddings [tokens, width] of ids that were written: a special token has none of its own there."""
+    return language.model.embed_tokens(torch.tensor(ids, device=like.device)).to(like.dtype)
+
+
+def _step(language: Qwen3, cache: KeyValueCache, embedded: torch.Tensor) -> torch.Tensor:
+    """Returns the logits [vocabulary] after an embedding [width], whatever the weights are."""
+    return language.lm_head(language(embedded[None, None], cache)[0])[0, 0]
 
 
 def sample_token(
@@ -136,48 +141,37 @@ def sample_token(
 
 
 def _penalised(logits: torch.Tensor, config: GenerationConfig, written: Sequence[int]) -> torch.Tensor:
-    from transformers import RepetitionPenaltyLogitsProcessor
-
+    """Returns logits, fp32, with those of the written tokens made smaller (arXiv 1909.05858; OpenAI's presence)."""
     ids = torch.tensor(sorted(set(written)), device=logits.device)
-    penalise = RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty))
-    scores = penalise(cast(Any, ids[None]), cast(Any, logits.float()[None]))[0]
-    return scores.index_add(0, ids, torch.full_like(scores[ids], -config.presence_penalty))
+    scores = logits.float()
+    taken = scores[ids]
+    penalty = float(config.repetition_penalty)
+    taken = torch.where(taken < 0, taken * penalty, taken / penalty) - config.presence_penalty
+    return scores.index_copy(0, ids, taken)
 
 
 def _limited(scores: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    from transformers import MinPLogitsWarper, TopKLogitsWarper
-
-    warpers = [TopKLogitsWarper(config.top_k)] if config.top_k else []
-    warpers += [MinPLogitsWarper(float(config.min_p))] if config.min_p else []
-    for warper in warpers:
-        scores = warper(cast(Any, None), cast(Any, scores[None]))[0]
+    """Returns scores, -inf for tokens that are not among the `top_k` likeliest or less likely than `min_p` allows."""
+    if config.top_k:
+        smallest = scores.topk(min(config.top_k, len(scores))).values[-1]
+        scores = scores.masked_fill(scores < smallest, -torch.inf)
+    if config.min_p:
+        odds = torch.softmax(scores, dim=-1)
+        scores = scores.masked_fill(odds < config.min_p * odds.max(), -torch.inf)
     return scores
 
 
-def beam_search(
-    language: Qwen3ForCausalLM,
-    embedded: torch.Tensor,
-    config: GenerationConfig,
-    stops: Sequence[int],
-    on_token: OnToken,
+def search_beams(
+    language: Qwen3, read: ReadPrompt, config: GenerationConfig, stops: Sequence[int], on_token: OnToken
 ) -> list[int]:
-    """Returns the ids of the best beam, as transformers finds it."""
-    from transformers import StoppingCriteria, StoppingCriteriaList
+    """Returns the ids of the best of several texts that are written side by side; see `beams.beam_search`."""
+    cache = read.cache.repeated(config.beams)
 
-    class Listen(StoppingCriteria):
-        def __call__(self, input_ids, scores, **kwargs):
-            on_token(input_ids[0].tolist())
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    def advance(order: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+        nonlocal cache
+        if list(order) != list(range(len(order))):
+            cache = cache.reordered(torch.tensor(order, device=read.last.device))
+        return language.lm_head(language(_embed(language, ids, read.last)[:, None], cache)[0][:, -1])
 
-    ids = cast(Any, language).generate(
-        inputs_embeds=embedded,
-        attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device),
-        max_new_tokens=config.max_new_tokens,
-        num_beams=config.beams,
-        do_sample=False,
-        eos_token_id=list(stops),
-        pad_token_id=stops[0],
-        use_cache=True,
-        stopping_criteria=StoppingCriteriaList([Listen()]),
-    )
-    return ids[0].tolist()
+    limits: dict[str, Any] = {"beams": config.beams, "max_new_tokens": config.max_new_tokens, "stops": stops}
+    return beam_search(language.lm_head(read.last)[0, 0], advance, on_token=on_token, **limits)

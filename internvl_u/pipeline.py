@@ -24,6 +24,7 @@ from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
 from .numbers import check_real, check_whole
 from .places import locate
+from .prefix import PrefixCache
 from .prompt import (
     SYSTEM_ANSWER,
     BranchPrompts,
@@ -109,6 +110,7 @@ class Pipeline:
         self.root, self.dtype, self.device = self.files.transformer, dtype, torch.device(device)
         self.encoder = Encoder.from_checkpoint(open_checkpoint(self.files.language))
         self._networks: dict[str, torch.nn.Module] = {}
+        self._kept = PrefixCache()
 
     @torch.inference_mode()
     def draw(self, request: ImageRequest, on_step: Callable[[int], object] | None = None) -> Image.Image:
@@ -161,7 +163,7 @@ class Pipeline:
 
         `history` is the conversation before; turns that do not fit are left out, which is logged.
         """
-        model, where = self._mllm(), {"device": self.device, "dtype": self.dtype}
+        model, where = self._mllm(), {"device": self.device, "dtype": self.dtype, "kept": self._kept}
         config = config or GenerationConfig()
 
         def build(some: History) -> TokenizedPrompt:
@@ -217,7 +219,7 @@ class Pipeline:
             ValueError: a text has more placeholders than there are input images, or `reference_size` is out of range.
         """
         references = self._references(request.images, self.encoder.sizes.limited(request.reference_size))
-        model, where = self._mllm(), {"device": self.device, "dtype": self.dtype}
+        model, where = self._mllm(), {"device": self.device, "dtype": self.dtype, "kept": self._kept}
         tokenizer = self.encoder.tokenizer
 
         def build(history: History) -> BranchPrompts:

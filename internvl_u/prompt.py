@@ -12,6 +12,8 @@ from .tokenizer import IM_END, IM_START, IMG, IMG_UNCOND, PAD, ImageSlot, Piece,
 
 IMAGE_PLACEHOLDER = "<image>"
 SENTENCE_ENDS = (".", "!", "?", ",", ":", ";")
+THOUGHT_PIECE = 128
+"""Tokens of a thought that are read at once: so many of a longer one need not be read again."""
 PARTIAL_PROMPT = "Generate an image based on reference images."
 
 _NAME = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
@@ -24,19 +26,28 @@ SYSTEM_EDIT = (
     _NAME + "请描述输入图像的关键特征（颜色、形状、大小、纹理、物体、背景等），然后解释用户的文本指令应该如何改变或"
     "修改图像，从而生成一个满足用户要求的新图像，并适当保持与原始输入的一致性。："
 )
+_ANSWER: tuple[Piece, ...] = (Special(IM_START), "assistant\n")
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
     """A prompt's ids, where its images' features go, and where the user's last turn begins.
 
-    Each image takes `grid` x `grid` tokens.
+    Each image takes `grid` x `grid` tokens. The model reads a prompt in pieces, which end at `cuts` and at its end:
+    then what has been read of one prompt serves for another that begins with the same pieces, to the same bits.
     """
 
     ids: tuple[int, ...]
     images: tuple[TokenRange, ...]
     user_start: int
     grid: int
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def pieces(self) -> list[TokenRange]:
+        """The pieces in which the prompt is read."""
+        ends = (*self.cuts, len(self.ids))
+        return [TokenRange(start, end) for start, end in zip((0, *ends), ends, strict=False) if start < end]
 
     @property
     def layout(self) -> Layout:
@@ -158,7 +169,10 @@ def _with_thought(
     padding = (tokenizer.special[PAD],) * missing
     *before, drawn = prompt.ids
     images = tuple(TokenRange(image.start + missing, image.stop + missing) for image in prompt.images)
-    return TokenizedPrompt((*padding, *before, *thought, drawn), images, prompt.user_start + missing, prompt.grid)
+    ids = (*padding, *before, *thought, drawn)
+    cuts = [cut + missing for cut in prompt.cuts]
+    cuts += range(missing + len(before), len(ids), THOUGHT_PIECE)  # up to here Think has read the prompt already
+    return TokenizedPrompt(ids, images, prompt.user_start + missing, prompt.grid, tuple(cuts))
 
 
 def _prompt(
@@ -169,13 +183,27 @@ def _prompt(
     ending: Sequence[int] = (),
     earlier: Sequence[Turn] = (),
 ) -> TokenizedPrompt:
-    opening = [Special(IM_START), f"system\n{system}", Special(IM_END), "\n"]
+    ids: list[int] = []
+    images: list[TokenRange] = []
+    cuts: list[int] = []
+
+    def add(pieces: Sequence[Piece]) -> None:
+        added, places = tokenizer.encode(pieces, grid**2)
+        images.extend(TokenRange(place.start + len(ids), place.stop + len(ids)) for place in places)
+        ids.extend(added)
+
+    add([Special(IM_START), f"system\n{system}", Special(IM_END), "\n"])
     for one in earlier:
-        opening += _earlier_turn(one)
-    before, seen = tokenizer.encode(opening, grid**2)
-    ids, images = tokenizer.encode([*_opened("user", turn), Special(IM_START), "assistant\n"], grid**2)
-    images = [TokenRange(image.start + len(before), image.stop + len(before)) for image in images]
-    return TokenizedPrompt((*before, *ids, *ending), (*seen, *images), len(before), grid)
+        opening, said = _earlier_turn(one)
+        if one.role == "user":
+            cuts.append(len(ids))
+        add(opening)
+        if one.role == "assistant":
+            cuts.append(len(ids))  # where the prompt ended after which this was written
+        add(said)
+    cuts.append(len(ids))
+    add([*_opened("user", turn), *_ANSWER])
+    return TokenizedPrompt((*ids, *ending), tuple(images), cuts[-1], grid, tuple(cuts))
 
 
 def _opened(role: str, turn: Sequence[Piece]) -> list[Piece]:
@@ -184,17 +212,17 @@ def _opened(role: str, turn: Sequence[Piece]) -> list[Piece]:
     return [Special(IM_START), *words, Special(IM_END), "\n"]
 
 
-def _earlier_turn(turn: Turn) -> list[Piece]:
-    """Returns a turn of the conversation as the model read or wrote it.
+def _earlier_turn(turn: Turn) -> tuple[list[Piece], list[Piece]]:
+    """Returns a turn of the conversation as the model read or wrote it: what opens it, and the rest.
 
     A picture that it drew comes after its words, where its own `<img>` stood. What it thought is left out, as the chat
     template of Qwen3 does for turns that are over.
     """
     images = len(turn.pictures)
     if turn.role == "user":
-        return _opened("user", _user_turn(_fewer_placeholders(turn.text, images), images))
+        return [], _opened("user", _user_turn(_fewer_placeholders(turn.text, images), images))
     words = [turn.text] if turn.text else []
-    return [Special(IM_START), "assistant\n", *words, *[ImageSlot()] * images, Special(IM_END), "\n"]
+    return [*_ANSWER], [*words, *[ImageSlot()] * images, Special(IM_END), "\n"]
 
 
 def _fewer_placeholders(text: str, images: int) -> str:

@@ -8,8 +8,8 @@ Letters in shape comments: B sequences, T tokens, D width, H heads, K heads of k
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,10 @@ from torch.nn import functional
 
 from .config import LanguageConfig
 from .operations import Operations
+
+
+AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+"""See `attend`."""
 
 
 class KeyValueCache:
@@ -74,14 +78,10 @@ class Qwen3(nn.Module):
         self.lm_head = operations.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
 
     def forward(
-        self, embedded: torch.Tensor, cache: KeyValueCache, layers: Sequence[int] = ()
+        self, embedded: torch.Tensor, cache: KeyValueCache | None = None, layers: Sequence[int] = (), **more: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the last hidden states [B, T, D] of tokens [B, T, D] that follow those in `cache`.
-
-        The tokens are written into the cache. With `layers` come the hidden states of these layers side by side
-        [B, T, len(layers) * D]: layer -1 is the output after the final norm, -2 the input of the last layer.
-        """
-        return self.model(embedded, cache, layers)
+        """Returns the last hidden states [B, T, D] of tokens; see `Decoder.forward`. `lm_head` makes logits of them."""
+        return self.model(embedded, cache, layers, **more)
 
     def new_cache(
         self, capacity: int, *, batch: int = 1, device: torch.device, dtype: torch.dtype
@@ -103,24 +103,49 @@ class Decoder(nn.Module):
         self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
 
     def forward(
-        self, hidden: torch.Tensor, cache: KeyValueCache, layers: Sequence[int] = ()
+        self,
+        embedded: torch.Tensor,
+        cache: KeyValueCache | None = None,
+        layers: Sequence[int] = (),
+        *,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        end = cache.length + hidden.shape[1]
-        rotary = cache.rotary[:, cache.length : end].unbind()
-        mask = _causal_mask(cache.length, hidden)
+        """Returns the last hidden states [B, T, D] of embedded tokens [B, T, D], which follow those in `cache`.
+
+        They are written into the cache. With `layers` come the hidden states of these layers side by side
+        [B, T, len(layers) * D]: layer -1 is the output after the final norm, -2 the input of the last layer. Without a
+        cache, for training, `mask` [B, 1, T, T] may say or weigh what a token sees instead of all before it, and
+        `positions` [B, T] where it stands.
+        """
+        rotary = self._rotary(embedded, cache, positions)
+        if mask is None and cache is not None:
+            mask = _causal_mask(cache.length, embedded)
         count = len(self.layers)
         wanted = {layer % (count + 1) for layer in layers}
-        states: dict[int, torch.Tensor] = {}
+        hidden, states = embedded, {}
         for index, layer in enumerate(self.layers):
             if index in wanted:
                 states[index] = hidden
             hidden = cast(Layer, layer)(hidden, rotary, cache, mask)
         hidden = self.norm(hidden)
-        cache.length = end
+        if cache is not None:
+            cache.length += embedded.shape[1]
         if not layers:
             return hidden, None
         states[count] = hidden
         return hidden, torch.cat([states[layer % (count + 1)] for layer in layers], dim=-1)
+
+    def _rotary(
+        self, embedded: torch.Tensor, cache: KeyValueCache | None, positions: torch.Tensor | None
+    ) -> Sequence[torch.Tensor]:
+        tokens = embedded.shape[1]
+        if cache is not None:
+            return cache.rotary[:, cache.length : cache.length + tokens].unbind()
+        if positions is None:
+            positions = torch.arange(tokens, device=embedded.device)
+        table = rotary_table(self.config, positions).to(embedded)
+        return (table if positions.ndim == 1 else table.unsqueeze(2)).unbind()
 
 
 class Layer(nn.Module):
@@ -135,7 +160,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
 
     def forward(
-        self, hidden: torch.Tensor, rotary: Sequence[torch.Tensor], cache: KeyValueCache, mask: torch.Tensor | None
+        self, hidden: torch.Tensor, rotary: Sequence[torch.Tensor], cache: KeyValueCache | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, cache, mask)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -144,9 +169,11 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Causal attention of H query heads over K heads of keys and values, with a norm on each query and key head."""
 
+    attend: AttentionFunction
+
     def __init__(self, config: LanguageConfig, index: int, *, dtype=None, device=None, operations: Operations = nn):
         super().__init__()
-        self.index, self.head_dim = index, config.head_dim
+        self.index, self.head_dim, self.attend = index, config.head_dim, attend
         self.heads, self.shared = config.num_attention_heads, config.num_key_value_heads
         width, inner = config.hidden_size, self.heads * self.head_dim
         factory = {"bias": config.attention_bias, "dtype": dtype, "device": device}
@@ -158,13 +185,15 @@ class Attention(nn.Module):
         self.k_norm = operations.RMSNorm(self.head_dim, eps=config.rms_norm_eps, dtype=dtype, device=device)
 
     def forward(
-        self, hidden: torch.Tensor, rotary: Sequence[torch.Tensor], cache: KeyValueCache, mask: torch.Tensor | None
+        self, hidden: torch.Tensor, rotary: Sequence[torch.Tensor], cache: KeyValueCache | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
         batch, tokens, _ = hidden.shape
         query = rotate(self.q_norm(self._split(self.q_proj(hidden))), *rotary)
         key = rotate(self.k_norm(self._split(self.k_proj(hidden))), *rotary)
         value = self._split(self.v_proj(hidden))
-        attended = attend(query, *cache.write(self.index, key, value), mask)
+        if cache is not None:
+            key, value = cache.write(self.index, key, value)
+        attended = self.attend(query, key, value, mask)
         return self.o_proj(attended.transpose(1, 2).reshape(batch, tokens, -1))
 
     def _split(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -193,10 +222,10 @@ def attend(
 ) -> torch.Tensor:
     """Returns the attention [B, H, T, E] of queries [B, H, T, E], the last T of the tokens of [B, K, N, E].
 
-    `mask` [T, N] is needed for several tokens that follow others; without others they see only what is before them.
+    `mask` [..., T, N] says what each sees; without one T is 1 or N, and each sees what is before it, and itself.
     """
     batch, heads, tokens, width = query.shape
-    if tokens == 1:  # the heads that share a key are its queries
+    if tokens == 1 and mask is None:  # the heads that share a key are its queries
         grouped = query.view(batch, keys.shape[1], -1, width)
         return functional.scaled_dot_product_attention(grouped, keys, values).view(query.shape)
     repeats = heads // keys.shape[1]
@@ -218,9 +247,9 @@ def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> tor
 
 
 def rotary_table(config: LanguageConfig, positions: torch.Tensor) -> torch.Tensor:
-    """Returns the cosines, and the sines with the sign of their half, [2, T, E], fp32, at positions [T]."""
+    """Returns the cosines, and the sines with the sign of their half, [2, ..., E], fp32, at positions [...]."""
     frequencies, scale = _frequencies(config)
-    angle = torch.outer(positions.float(), frequencies)
+    angle = positions[..., None].float() * frequencies.to(positions.device)
     cosine, sine = angle.cos() * scale, angle.sin() * scale
     return torch.stack([torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)])
 

@@ -66,7 +66,7 @@ class CLIP(comfy.sd.CLIP):
     @property
     def mllm(self) -> NativeMLLM:
         """The MLLM under this CLIP's patcher: other nodes exchange it for one with their LoRAs and hooks."""
-        return dataclasses.replace(self._mllm, patcher=self.patcher, _empty_prompt=None, _empty_context=None)
+        return dataclasses.replace(self._mllm, patcher=self.patcher)
 
     @property
     def cond_stage_model(self) -> TextEncoder:

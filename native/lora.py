@@ -98,7 +98,7 @@ def apply_lora(
         model = _patched(model, TRANSFORMER, lora.layers[TRANSFORMER], strength_model)
     if mllm is not None and strength_mllm and lora.layers.get(LANGUAGE):
         patcher = _patched(mllm.patcher, LANGUAGE, lora.layers[LANGUAGE], strength_mllm)
-        mllm = dataclasses.replace(mllm, patcher=patcher, _empty_prompt=None, _empty_context=None)
+        mllm = dataclasses.replace(mllm, patcher=patcher)
     report = lora.summary(strengths)
     (_logger.warning if lora.unknown else _logger.info)("InternVL-U, LoRA: %s", report)
     return model, mllm, report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,15 +26,16 @@ from ..internvl_u.generation import GenerationConfig, OnToken, generate
 from ..internvl_u.images import ReferenceSizes, drawn_size, reference_pixels
 from ..internvl_u.load import check_part
 from ..internvl_u.mllm import MLLM
+from ..internvl_u.prefix import PrefixCache
 from ..internvl_u.prompt import BranchPrompts, TokenizedPrompt, branch_prompts, generation_prompt
 from ..internvl_u.rope import Layout
 from ..internvl_u.sampling import check_finite
 from . import compat
 from .conditioning import Conditioning, own_options
 from .dtypes import cast_weights, check_device, compute_dtype, operations_for
+from .embedding import with_embeddings
 from .gguf_ops import PackedPatcher, cast_packed_layers
 from .guidance import PARTIAL, THOUGHT
-from .hf_modules import cast_language_model
 from .latents import Latent, check_vae, with_edited_size
 from .model import LAYOUT
 from .quantized import quantize_layers
@@ -42,7 +44,7 @@ from .sampler import empty_latent
 _logger = logging.getLogger("internvl_u")
 OnNote = Callable[[str], object]
 Execution = dict[str, Any]
-"""The `device` and the `dtype` of the arithmetic, as keywords."""
+"""The `device` and the `dtype` of the arithmetic, and what is `kept` of earlier texts, as keywords."""
 
 
 @dataclass
@@ -52,8 +54,7 @@ class NativeMLLM:
     patcher: comfy.model_patcher.ModelPatcher
     encoder: Encoder
     dtype: torch.dtype
-    _empty_prompt: TokenizedPrompt | None = None
-    _empty_context: torch.Tensor | None = None  # of the last empty prompt: it is the same for every text
+    kept: PrefixCache = dataclasses.field(default_factory=PrefixCache)
 
     @property
     def model(self) -> MLLM:
@@ -66,8 +67,8 @@ class NativeMLLM:
         return len(self.encoder.layers) * self.model.language_model.config.hidden_size
 
     def get_ram_usage(self) -> int:
-        """Returns the bytes that ComfyUI's cache counts for this object."""
-        return self.patcher.model_size()
+        """Returns the bytes that ComfyUI's cache counts for this object: its weights, and what it has read."""
+        return self.patcher.model_size() + self.kept.bytes
 
     def is_dynamic(self) -> bool:
         """Returns whether the weights take no memory of their own: ComfyUI's cache keeps such outputs longer."""
@@ -122,16 +123,12 @@ class NativeMLLM:
         check_length(self.model, *every)
         sizes = self.encoder.sizes.limited(reference_size)
         references = {"reference_latents": self._references(vae, images, sizes)} if images and vae is not None else {}
-        known = self._empty_context if self._empty_prompt == prompts.unconditional else None
         with self._ready(max(len(prompt.ids) for prompt in every)) as where:
             seen = self.encoder.image_features(self.model, (*history.images, *images), **where)
             earlier, features = seen[: len(history.images)], seen[len(history.images) :]
-            contexts = self.encoder.encode_branches(
-                self.model, prompts, features, unconditional=known, earlier=earlier, **where
-            )
+            contexts = self.encoder.encode_branches(self.model, prompts, features, earlier=earlier, **where)
         positive = self._conditioning(*contexts.conditional, references)
         negative = self._conditioning(*contexts.unconditional, {})
-        self._empty_prompt, self._empty_context = prompts.unconditional, negative[0][0][0]
         if thinking is not None:
             positive[0][1][THOUGHT] = True
         if contexts.partial is not None:
@@ -208,12 +205,18 @@ class NativeMLLM:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[Execution]:
-        """Makes the loaded weights ready; gives the device and the dtype of the arithmetic."""
+        """Makes the loaded weights ready; gives the device and the dtype of the arithmetic, and what has been read."""
         device = self.patcher.load_device
-        cast(Any, self.model.language_model).execution = (device, self.dtype)
         with compat.device_context(device):
-            yield {"device": device, "dtype": self.dtype}
+            yield {"device": device, "dtype": self.dtype, "kept": self._kept()}
         check_unchanged(self.model.mapped)
+
+    def _kept(self) -> PrefixCache | None:
+        """Returns what has been read with these weights; None where hooks change them in a way that has no name."""
+        if getattr(self.patcher, "current_hooks", None) is not None:
+            return None
+        self.kept.weights = str(self.patcher.patches_uuid)
+        return self.kept
 
     @contextlib.contextmanager
     def _ready(self, tokens: int, config: GenerationConfig | None = None) -> Iterator[Execution]:
@@ -241,11 +244,10 @@ class NativeMLLM:
         return latents
 
     def _activations(self, tokens: int, config: GenerationConfig | None) -> int:
-        language = cast(Any, self.model.language_model.config)
+        language = self.model.language_model.config
         values = tokens * (language.num_hidden_layers * language.hidden_size + 4 * language.intermediate_size)
         if config is not None:
-            per_token = 2 * language.num_hidden_layers * language.num_key_value_heads * language.head_dim
-            values += per_token * (tokens + config.max_new_tokens) * config.beams
+            values += language.cache_width * (tokens + config.max_new_tokens) * config.beams
             values += language.vocab_size * config.beams * 4
         return values * self.dtype.itemsize
 
@@ -283,9 +285,7 @@ def _make_patcher(
     check_device(weights, load_device, part)
     plain = {name: tensor for name, tensor in weights.items() if name not in part.packed}
     compute = compute_dtype(plain, load_device)
-    operations = operations_for(plain, compute)
-    model = MLLM(config, device="meta", operations=operations)
-    cast_language_model(model.language_model, operations, compute)
+    model = MLLM(config, device="meta", operations=with_embeddings(operations_for(plain, compute), compute))
     quantize_layers(model, part.layers, compute, part.checkpoint.path)
     cast_packed_layers(model, part.packed, compute)
     model.requires_grad_(False)
