@@ -83,9 +83,7 @@ class Qwen3(nn.Module):
         """Returns the last hidden states [B, T, D] of tokens; see `Decoder.forward`. `lm_head` makes logits of them."""
         return self.model(embedded, cache, layers, **more)
 
-    def new_cache(
-        self, capacity: int, *, batch: int = 1, device: torch.device, dtype: torch.dtype
-    ) -> KeyValueCache:
+    def new_cache(self, capacity: int, *, batch: int = 1, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
         """Returns an empty cache for `capacity` tokens; `dtype` is that of the embeddings."""
         return KeyValueCache(self.config, capacity, batch=batch, device=device, dtype=dtype)
 
@@ -96,6 +94,7 @@ class Decoder(nn.Module):
     def __init__(self, config: LanguageConfig, *, dtype=None, device=None, operations: Operations = nn):
         super().__init__()
         factory = {"dtype": dtype, "device": device}
+        self.config = config
         self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, **factory)
         self.layers = nn.ModuleList(
             Layer(config, index, operations=operations, **factory) for index in range(config.num_hidden_layers)
@@ -160,7 +159,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **factory)
 
     def forward(
-        self, hidden: torch.Tensor, rotary: Sequence[torch.Tensor], cache: KeyValueCache | None, mask: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        rotary: Sequence[torch.Tensor],
+        cache: KeyValueCache | None,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, cache, mask)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -185,7 +188,11 @@ class Attention(nn.Module):
         self.k_norm = operations.RMSNorm(self.head_dim, eps=config.rms_norm_eps, dtype=dtype, device=device)
 
     def forward(
-        self, hidden: torch.Tensor, rotary: Sequence[torch.Tensor], cache: KeyValueCache | None, mask: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        rotary: Sequence[torch.Tensor],
+        cache: KeyValueCache | None,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         batch, tokens, _ = hidden.shape
         query = rotate(self.q_norm(self._split(self.q_proj(hidden))), *rotary)
@@ -217,9 +224,7 @@ class MLP(nn.Module):
         return self.down_proj(functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
-def attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Returns the attention [B, H, T, E] of queries [B, H, T, E], the last T of the tokens of [B, K, N, E].
 
     `mask` [..., T, N] says what each sees; without one T is 1 or N, and each sees what is before it, and itself.

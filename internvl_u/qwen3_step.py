@@ -40,7 +40,7 @@ class TokenStep:
     def __init__(self, model: Qwen3, cache: KeyValueCache, layers: list[_Layer], final: Norm, head: Product):
         config = model.config
         self.cache, self._layers, self._final, self._head = cache, layers, final, head
-        self._heads, self._split = config.num_attention_heads, (-1, config.head_dim)
+        self._widths, self._split = (config.num_attention_heads, config.num_key_value_heads), (-1, config.head_dim)
         self._grouped = (1, config.num_key_value_heads, -1, config.head_dim)
 
     @classmethod
@@ -93,10 +93,11 @@ class TokenStep:
                 heads = torch.cat((layer.query(row), layer.key(row))).view(self._split)
                 heads = layer.heads_norm(heads)
                 heads = torch.addcmul(heads * cosine, heads.roll(half, -1), sine)
-                layer.keys[0, :, place] = heads[self._heads :]
-                layer.values[0, :, place] = layer.value(row).view(self._split)
+                query, key = heads.split_with_sizes(self._widths)
+                layer.keys.select(2, place).copy_(key)
+                layer.values.select(2, place).copy_(layer.value(row).view(self._split))
                 attended = functional.scaled_dot_product_attention(
-                    heads[: self._heads].view(self._grouped), layer.keys[:, :, :end], layer.values[:, :, :end]
+                    query.view(self._grouped), layer.keys.narrow(2, 0, end), layer.values.narrow(2, 0, end)
                 )
                 hidden = hidden + layer.output(attended.view(-1))
                 row = layer.before_mlp(hidden)

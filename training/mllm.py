@@ -107,7 +107,7 @@ class MLLMStage:
         scenes = tuple(any_scene(rng) for _ in range(images))
         pixels = torch.cat([vision_input(render(scene), IMAGE_SIZE, rng) for scene in scenes])
         patches = self.model.vision_model(pixels.to(self.device))
-        embeddings = self.model.language_model.get_input_embeddings().weight
+        embeddings = self.model.language_model.model.embed_tokens.weight
         features = self.model.mlp1(patches)
         return weighted_sum(self.aux_head.losses(patches, features, scenes, embeddings, WEIGHTS.cell_positive), WEIGHTS)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-from internvl_u.config import MLLMConfig, VisionConfig
+from internvl_u.config import LanguageConfig, MLLMConfig, VisionConfig
 from internvl_u.mllm import MLLM
+from internvl_u.qwen3 import attend
 from internvl_u.tokenizer import ROW_TOKENS, Tokenizer
 
 from .data.sft_data import Batch
@@ -57,7 +60,9 @@ def language_config(tokenizer: Tokenizer, vocabulary: int) -> dict:
 
 def new_model(tokenizer: Tokenizer, vocabulary: int, seed: int = 0) -> MLLM:
     """Returns the nano model with random weights."""
-    model = MLLM(MLLMConfig(VISION, language_config(tokenizer, vocabulary)), device="cpu")
+    settings = language_config(tokenizer, vocabulary)
+    language = LanguageConfig(**{field.name: settings[field.name] for field in dataclasses.fields(LanguageConfig)})
+    model = MLLM(MLLMConfig(VISION, language), device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         with torch.no_grad():
@@ -81,7 +86,7 @@ def embed_tokens(model: MLLM, rows: torch.Tensor, batch: Batch) -> torch.Tensor:
 
     `rows` [vocabulary] is the special row of each token, -1 where it has none.
     """
-    table = model.language_model.get_input_embeddings()(batch.ids)
+    table = model.language_model.model.embed_tokens(batch.ids)
     row = rows[batch.ids]
     result = torch.where((row >= 0)[..., None], model.special_token_embedding(row.clamp(min=0)), table)
     if not len(batch.image_slots):
@@ -111,18 +116,31 @@ def attention_bias(mask: torch.Tensor) -> torch.Tensor:
 def logits(model: MLLM, rows: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Returns the logits [M, vocabulary] of the target tokens."""
     embeddings = embed_tokens(model, rows, batch)
-    hidden = model.language_model.model(
-        inputs_embeds=embeddings,
-        attention_mask=attention_bias(batch.mask),
-        position_ids=batch.positions,
-        use_cache=False,
-    ).last_hidden_state
+    hidden, _ = model.language_model(embeddings, mask=attention_bias(batch.mask), positions=batch.positions)
     return model.language_model.lm_head(hidden.flatten(0, 1)[batch.sources])
+
+
+def use_plain_attention(model: MLLM) -> None:
+    """Has the language model's attention computed step by step: torch's own is slow backwards on the CPU."""
+    for layer in model.language_model.model.layers:
+        layer.self_attn.attend = plain_attention
+
+
+def plain_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns the attention [B, H, T, E], step by step under an additive mask; see `internvl_u.qwen3.attend`."""
+    if mask is None or mask.dtype == torch.bool:
+        return attend(query, keys, values, mask)
+    repeats = query.shape[1] // keys.shape[1]
+    keys, values = (one.repeat_interleave(repeats, dim=1) for one in (keys, values))
+    scores = query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5 + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ values
 
 
 def compile_layers(model: MLLM) -> None:
     """Has the layers compiled: most of their time is spent on what is fused then."""
-    model.language_model.config._attn_implementation = "eager"  # torch's own attention is slow backwards on the CPU
+    use_plain_attention(model)
     for layer in model.language_model.model.layers:
         layer.compile(dynamic=False)
     for layer in model.vision_model.encoder.layers:

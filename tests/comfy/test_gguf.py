@@ -179,7 +179,7 @@ def test_a_patched_table_of_tokens_gives_what_is_unpacked(both):
     from pack.native.gguf_ops import CastPackedEmbedding, Dequantize
 
     (_, mllm, _), (_, plain, _) = both
-    table, plain_table = (one.model.language_model.get_input_embeddings() for one in (mllm, plain))
+    table, plain_table = (one.model.language_model.model.embed_tokens for one in (mllm, plain))
     ids = torch.tensor([[1, 5, 5], [7, 0, 2]])
     assert isinstance(table, CastPackedEmbedding) and torch.equal(table(ids), plain_table(ids))
     table.weight_function = [Dequantize(table.packing.format), lambda weight: weight + 1]

@@ -135,7 +135,7 @@ def test_int8_as_the_tools_of_the_field_write_it(native, plain, tmp_path, check_
 
 @pytest.mark.parametrize("dtype", ["fp8_scaled", "int8", "int8_convrot"])
 def test_a_lora_on_our_quantised_layers_adds_what_it_adds_to_plain_ones(native, checkpoint, tmp_path, dtype):
-    """Our own arithmetic, as transformers' modules have it, whole on the device and cast when used."""
+    """Our own arithmetic, as the language model has it, whole on the device and cast when used."""
     from pack.native.quantized import QuantizedLinear
 
     files = convert(checkpoint, tmp_path, dtype)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from pack.internvl_u import prompt
+from pack.internvl_u.generation import GenerationConfig
 
 
 def pytorch_attention(func, *args, **kwargs):
@@ -51,28 +53,76 @@ def test_cores_step_caches_skip_steps_and_draw_nearly_the_same(loaded, draw, gol
     assert torch.isfinite(drawn).all() and (drawn - plain).norm() / plain.norm() < tolerance
 
 
-def test_the_empty_prompt_is_encoded_once(loaded, golden, monkeypatch):
-    encoded = []
-    model = loaded.mllm.patcher.model
-    original = model.hidden_states
-    monkeypatch.setattr(
-        model, "hidden_states", lambda x, *args, **kwargs: encoded.append(x.shape[1]) or original(x, *args, **kwargs)
-    )
+@pytest.fixture
+def read(loaded, monkeypatch):
+    """The tokens that go through the language model, piece by piece, and "image" for each through the vision tower."""
+    seen = []
+    model = loaded.mllm.model
+    language, tower = model.language_model.model.forward, model.vision_model.forward
+
+    def forward(embedded, *args, **kwargs):
+        seen.append(embedded.shape[1])
+        return language(embedded, *args, **kwargs)
+
+    monkeypatch.setattr(model.language_model.model, "forward", forward)
+    monkeypatch.setattr(model.vision_model, "forward", lambda pixels: seen.append("image") or tower(pixels))
+    return seen
+
+
+def test_the_empty_prompt_is_encoded_once(loaded, read):
     first = loaded.mllm.encode("a cat")
+    assert len(read) == 3  # the system turn, the two users' turns
     second = loaded.mllm.encode("a dog")
-    assert len(encoded) == 3
+    assert len(read) == 4
     assert torch.equal(first[1][0][0], second[1][0][0])
     loaded.mllm.encode("a dog", system="something else")
-    assert len(encoded) == 5
+    assert len(read) == 7
 
 
-def test_the_vision_tower_sees_each_picture_once(loaded, golden, monkeypatch):
+def test_think_and_encode_read_prompt_and_picture_once(loaded, read, golden):
     from PIL import Image
 
-    seen = []
-    model = loaded.mllm.patcher.model
-    original = model.image_features
-    monkeypatch.setattr(model, "image_features", lambda pixels: seen.append(pixels.shape) or original(pixels))
-    pictures = [Image.open(file).convert("RGB") for file in golden("edit_one").images]
-    loaded.mllm.encode("a cat", images=pictures, vae=loaded.vae)
-    assert len(seen) == 1
+    picture = Image.open(golden("edit_one").images[0]).convert("RGB")
+    text = "turn all that is red into something blue, and leave what is blue as it is, but make it larger than it was"
+    ids = loaded.mllm.generate(text, system=prompt.SYSTEM_EDIT, images=[picture], config=GenerationConfig(10))
+    assert read.count("image") == 1
+    thought = loaded.mllm.encoder.tokenizer.decode_thought(ids)
+    read.clear()
+    encoded = loaded.mllm.encode(text, images=[picture], vae=loaded.vae, thought=thought)
+    assert "image" not in read and read[0] == len(thought.ids) + 1
+    read.clear()
+    again = loaded.mllm.encode(text, images=[picture], vae=loaded.vae, thought=thought)
+    assert read == [] and torch.equal(again[0][0][0], encoded[0][0][0])
+
+
+def test_what_has_been_read_counts_as_memory_and_is_bounded(loaded):
+    weights = loaded.mllm.patcher.model_size()
+    assert loaded.mllm.get_ram_usage() == weights
+    loaded.mllm.encode("a cat")
+    used = loaded.mllm.get_ram_usage() - weights
+    assert used == loaded.mllm.kept.bytes > 0
+    loaded.mllm.kept.limit = used
+    for text in ("one", "two", "three"):
+        loaded.mllm.encode(text)
+        assert loaded.mllm.get_ram_usage() - weights <= used
+
+
+def test_a_clip_shares_what_has_been_read(loaded, read, parts):
+    from pack.native.clip import CLIP
+
+    loaded.mllm.encode("a cat")
+    read.clear()
+    clip = CLIP(loaded.mllm)
+    clip.encode_from_tokens_scheduled(clip.tokenize("a cat"))
+    assert read == [] and clip.get_ram_usage() == 0
+
+
+def test_nothing_is_kept_of_weights_that_hooks_have_changed(loaded, read):
+    import comfy.hooks
+
+    loaded.mllm.patcher.current_hooks = comfy.hooks.HookGroup()
+    for _ in range(2):
+        read.clear()
+        loaded.mllm.encode("a cat")
+        assert len(read) == 3
+    assert loaded.mllm.kept.bytes == 0

@@ -182,14 +182,15 @@ def test_a_configuration_is_not_larger_than_it_can_be(broken, monkeypatch):
 
 
 def test_settings_that_transformers_would_obey_are_not_handed_on(broken):
-    """Such as 10 ** 12 labels, of which it would make a table, or a number of beams."""
+    """Such as 10 ** 12 labels, of which it would make a table, or a number of beams: it reads stretched positions."""
     config = json.loads((broken / VLM).read_text())
     config["llm_config"] |= {"num_labels": HUGE, "pruned_heads": {"0": [0]}, "pad_token_id": HUGE, "num_beams": 7}
     config["llm_config"] |= {"quantization_config": {"quant_method": "x"}, "auto_map": {"AutoConfig": "x.Y"}}
+    config["llm_config"]["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0}
     (broken / VLM).write_text(json.dumps(config))
-    model = load.load_mllm(broken)
-    assert len(model.language_model.config.id2label) < 10
-    assert not hasattr(model.language_model.config, "quantization_config")
+    language = load.load_mllm(broken).language_model
+    assert not {"num_labels", "pruned_heads", "num_beams", "auto_map"} & vars(language.config).keys()
+    assert torch.isfinite(language(torch.zeros(1, 3, language.config.hidden_size))[0]).all()
 
 
 @pytest.mark.parametrize(

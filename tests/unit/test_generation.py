@@ -12,6 +12,8 @@ from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from pack.internvl_u.tokenizer import Thought, trim_thought
 from PIL import Image
 
+from pack.tests.plain_qwen3 import plain_qwen3, written
+
 
 @pytest.fixture(scope="module")
 def pipeline(checkpoint):
@@ -150,22 +152,19 @@ def test_an_empty_thought_of_the_model_is_a_thought_and_an_empty_text_is_none(pi
     assert not torch.allclose(*contexts, atol=1e-2)
 
 
-def test_greedy_writing_equals_transformers_generate(pipeline, golden):
+@pytest.mark.parametrize("beams", [1, 2, 3, 5])
+@pytest.mark.parametrize("new", [1, 2, 40])
+def test_writing_equals_transformers_generate(pipeline, beams, new):
     tokenizer, model = pipeline.encoder.tokenizer, pipeline._mllm()
+    plain = plain_qwen3(model.language_model)
     for text in ("tell me everything", "一只猫", "x" * 200):
         opening = prompt.generation_prompt(tokenizer, text, system=prompt.SYSTEM_ANSWER)
         where = {"device": torch.device("cpu"), "dtype": torch.float32}
-        embedded = pipeline.encoder.embed(model, opening, (), **where)
         with torch.inference_mode():
-            expected = model.language_model.generate(
-                inputs_embeds=embedded,
-                attention_mask=torch.ones(embedded.shape[:2], dtype=torch.long),
-                max_new_tokens=40,
-                do_sample=False,
-                eos_token_id=list(tokenizer.stops),
-                pad_token_id=tokenizer.stops[0],
-            )[0].tolist()
-        assert pipeline.generate(text, (), prompt.SYSTEM_ANSWER, GenerationConfig(40)) == expected
+            embedded = pipeline.encoder.embed(model, opening, (), **where)
+        expected = written(plain, embedded, tokenizer.stops, max_new_tokens=new, num_beams=beams)
+        config = GenerationConfig(new, beams=beams)
+        assert pipeline.generate(text, (), prompt.SYSTEM_ANSWER, config) == expected
 
 
 def test_top_p_keeps_the_likeliest_tokens_only():

@@ -237,7 +237,7 @@ def test_hidden_states_are_nearly_those_of_the_folder(checkpoint, converted):
         model = load.load_mllm(source, dtype=torch.float32)
         with torch.inference_mode():
             embedded = model.embed([5, 6, 7, 8, 9], {}, torch.device("cpu"))
-            states.append(model.hidden_states(embedded, (-1, -2)))
+            states.append(model.language_model(embedded, None, (-1, -2))[1])
     assert states[0].dtype == torch.float32 and relative(*states) < {"Q4_K": 0.1}.get(dtype, 0.05)
 
 

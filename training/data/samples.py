@@ -20,7 +20,7 @@ from internvl_u.prompt import TokenizedPrompt
 from internvl_u.rope import Layout
 from internvl_u.tokenizer import Tokenizer
 
-from ..mllm_model import IMAGE_SIZE, attention_bias, embed_tokens, special_rows
+from ..mllm_model import IMAGE_SIZE, attention_bias, embed_tokens, special_rows, use_plain_attention
 from ..vae_model import LATENTS_MEAN, LATENTS_STD, encode_frame
 from . import captions, edits, riddles
 from .scenes import (
@@ -79,7 +79,7 @@ class SampleBuilder:
         self.device = model.special_token_embedding.weight.device
         self.rows = special_rows(tokenizer, model.language_model.config.vocab_size).to(self.device)
         self.grid = model.vision.grid
-        model.language_model.config._attn_implementation = "eager"
+        use_plain_attention(model)
 
     @torch.no_grad()
     def build(self, rng: random.Random, count: int, sizes: dict[tuple[int, int], float]) -> list[Sample]:
@@ -179,14 +179,10 @@ class SampleBuilder:
         """Returns the hidden states [B, T, 2 * width] that the transformer is given, bf16."""
         with torch.autocast(self.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             embeddings = embed_tokens(self.model, self.rows, batch)
-            states = self.model.language_model.model(
-                inputs_embeds=embeddings,
-                attention_mask=attention_bias(batch.mask),
-                position_ids=batch.positions,
-                use_cache=False,
-                output_hidden_states=True,
-            ).hidden_states
-        return torch.cat([states[-1], states[-2]], dim=-1).bfloat16()
+            _, states = self.model.language_model(
+                embeddings, layers=(-1, -2), mask=attention_bias(batch.mask), positions=batch.positions
+            )
+        return states.bfloat16()
 
     def latents(self, scenes: Sequence[Scene]) -> list[torch.Tensor]:
         """Returns the normalised latents [16, h, w] of the scenes' images at the sizes of `OUTPUT_SIZES`."""
