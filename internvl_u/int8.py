@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import cast
 
 import torch
+from torch import nn
+from torch.nn import functional
 
 FORMAT = "int8_tensorwise"
 LARGEST = 127
@@ -49,3 +52,23 @@ def dequantize(quantized: torch.Tensor, scale: torch.Tensor, group: int = 0) -> 
     """Returns the matrix [rows, columns], fp32, that int8 values and scales ([rows, 1], [rows] or one) stand for."""
     values = quantized.float() * scale.float().reshape(-1, 1)
     return rotate(values, group) if group else values
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer whose matrix stays as it is stored; layers become it by a change of class."""
+
+    scale: torch.Tensor
+    group: int
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rotated = rotate(input, self.group) if self.group else input
+        product = functional.linear(rotated, self.weight.to(input.dtype)).float()
+        product = (product * self.scale.to(input.device)).to(input.dtype)
+        return product if self.bias is None else product + self.bias
+
+
+def keep_packed(layer: nn.Module, scale: torch.Tensor, group: int) -> None:
+    """Makes a linear layer take its matrix in int8, with a scale for each row or one for all."""
+    layer.__class__ = Int8Linear
+    packed = cast(Int8Linear, layer)
+    packed.scale, packed.group = scale.float().flatten(), group

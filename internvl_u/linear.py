@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -58,10 +58,11 @@ def _int8_product(layer: nn.Module, matrix: torch.Tensor, scale: torch.Tensor, d
         return None
     group = int(getattr(layer, "group", 0))
     ones, scales = torch.ones(len(matrix), dtype=torch.bfloat16), scale.float().flatten()
+    multiply = cast(Any, torch)._weight_int8pack_mm
 
     def product(row: torch.Tensor) -> torch.Tensor:
         row = int8.rotate(row, group) if group else row
-        whole = torch._weight_int8pack_mm(row.bfloat16()[None], matrix, ones)[0]
+        whole = multiply(row.bfloat16()[None], matrix, ones)[0]
         return (whole.float() * scales).to(dtype)
 
     return product

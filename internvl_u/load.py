@@ -42,8 +42,8 @@ def load_mllm(
 ) -> MLLM:
     """Returns the multimodal language model. With `dtype` None the files' own is kept.
 
-    Matrices of a GGUF file stay packed, and are turned into `dtype` when a layer runs; int8 and scaled fp8 are unpacked
-    here.
+    Matrices of a GGUF file and of int8 stay packed, and are turned into `dtype` when a layer runs; scaled fp8 is
+    unpacked here.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -72,23 +72,30 @@ def _filled(model: Network, part: Part, dtype: torch.dtype | None, device: torch
     check_shapes(shapes_of(model.state_dict()), part.shapes, part.name)
     kept = dtype or next((tensor.dtype for tensor in part.plain.values()), torch.float32)
     pack_layers(model, part.packed, kept)
-    load_weights(model, _unpacked(part, kept), part.name)
+    load_weights(model, _unpacked(part, kept, model), part.name)
     model.to(device=device, dtype=dtype).eval()
     model.mapped = part.mapped_by(model.state_dict())
     return model
 
 
-def _unpacked(part: Part, dtype: torch.dtype) -> Weights:
-    """Returns the weights of a part, those of quantised layers as the values, of `dtype`, that they stand for."""
+def _unpacked(part: Part, dtype: torch.dtype, model: nn.Module) -> Weights:
+    """Returns the weights of a part, those of quantised layers as the values, of `dtype`, that they stand for.
+
+    In int8 the language model stays: it reads its matrices once for each token that it writes. The transformer uses
+    each for thousands of tokens at once.
+    """
     weights = dict(part.weights)
-    for layer, one in part.layers.items():
+    for name, one in part.layers.items():
         if one.format not in OURS:
             raise RuntimeError(
-                f"{part.checkpoint.path}: {layer} is in {one.format}, which ComfyUI alone computes with; one of "
+                f"{part.checkpoint.path}: {name} is in {one.format}, which ComfyUI alone computes with; one of "
                 f"{', '.join(OURS)} expected here"
             )
-        name = f"{layer}.weight"
-        weights[name] = int8.dequantize(weights[name], one.scale, one.group).to(dtype)
+        layer = model.get_submodule(name)
+        if one.format == int8.FORMAT and part.name == "vlm" and isinstance(layer, nn.Linear):
+            int8.keep_packed(layer, one.scale, one.group)
+            continue
+        weights[f"{name}.weight"] = int8.dequantize(weights[f"{name}.weight"], one.scale, one.group).to(dtype)
     return weights
 
 

@@ -1,8 +1,8 @@
 """What has been read, kept for the next prompt that begins the same way: prefix caching.
 
-A prompt is read in pieces (`TokenizedPrompt.pieces`). Keys, values and hidden states of a piece depend on it and on what
-is before it alone, so they are found by a digest of both. Because the pieces are the same whatever is kept, so are the
-bits of the results.
+A prompt is read in pieces (`TokenizedPrompt.pieces`). Keys, values and hidden states of a piece depend on it and on
+what is before it alone, so they are found by a digest of both. Because the pieces are the same whatever is kept, so are
+the bits of the results.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -82,7 +82,7 @@ class PrefixCache:
     def _digest(self, start: bytes, tensors: Iterable[torch.Tensor]) -> Digest:
         digest = hashlib.blake2b(self.weights.encode() + b"|" + start, digest_size=20)
         for tensor in tensors:
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(cast(Any, tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))
         return digest.digest()
 
     def _keep(self, digest: Digest, tensors: tuple[torch.Tensor, ...]) -> None:

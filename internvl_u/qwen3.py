@@ -18,7 +18,6 @@ from torch.nn import functional
 from .config import LanguageConfig
 from .operations import Operations
 
-
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 """See `attend`."""
 

@@ -10,9 +10,8 @@ from pack.internvl_u.generation import GenerationConfig, sample_token
 from pack.internvl_u.images import to_rgb
 from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from pack.internvl_u.tokenizer import Thought, trim_thought
-from PIL import Image
-
 from pack.tests.plain_qwen3 import plain_qwen3, written
+from PIL import Image
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from pack.internvl_u import mllm, prompt
+from pack.internvl_u import prompt
 from pack.internvl_u.checkpoint import open_checkpoint
 from pack.internvl_u.encoder import Encoder
 from pack.internvl_u.images import to_rgb

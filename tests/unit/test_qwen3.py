@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from pack.internvl_u import int8
 from pack.internvl_u.config import LanguageConfig
 from pack.internvl_u.linear import LARGE, row_product, without_onednn
 from pack.internvl_u.qwen3 import Qwen3
@@ -218,3 +219,21 @@ def test_onednn_is_on_again_after_an_error_and_stays_off_where_it_was_off():
         assert not mkldnn.enabled
     finally:
         mkldnn.enabled = True
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("group", [0, 16])
+@pytest.mark.parametrize("scales", ["a row", "one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_rows_are_what_the_matrix_stands_for(group, scales, dtype):
+    generator = torch.Generator().manual_seed(0)
+    matrix, row = torch.randn(48, 64, generator=generator), torch.randn(64, generator=generator).to(dtype)
+    scale = int8.scale_of(matrix, group)
+    scale = scale.max().reshape(1, 1) if scales == "one" else scale
+    layer = torch.nn.Linear(64, 48, bias=False)
+    rotated = int8.rotate(matrix, group) if group else matrix
+    layer.weight = torch.nn.Parameter((rotated / scale).round().to(torch.int8), requires_grad=False)
+    int8.keep_packed(layer, scale, group)
+    exact = int8.dequantize(layer.weight, scale, group) @ row.float()
+    for product in (layer(row), layer(row[None, None])[0, 0], row_product(layer, CPU, dtype)(row)):
+        assert product.dtype == dtype and (product.float() - exact).norm() / exact.norm() < 8e-3
