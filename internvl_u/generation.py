@@ -130,17 +130,40 @@ def sample_token(
 ) -> int:
     """Returns a token of logits [vocabulary]: the likeliest, or at temperature above 0 one by chance."""
     if written and config.penalises:
-        logits = _penalised(logits, config, written)
+        logits = penalised(logits, config, written)
     if config.temperature == 0:
         return int(logits.argmax())
+    odds, tokens = distribution(logits, config)
     # Chance comes from the CPU, so that a seed does not depend on the device and no global generator is touched.
-    odds = torch.softmax(_limited(logits.float().cpu() / config.temperature, config), dim=-1)
-    odds, tokens = odds.sort(descending=True, stable=True)  # bf16 logits are often equal
-    odds[odds.cumsum(0) - odds >= config.top_p] = 0.0
-    return int(tokens[torch.multinomial(odds, 1, generator=generator)])
+    sums = odds.double().cumsum(0)
+    place = int(torch.searchsorted(sums, torch.rand(1, generator=generator, dtype=torch.double) * sums[-1], right=True))
+    place = min(place, len(sums) - 1)
+    return place if tokens is None else int(tokens[place])
 
 
-def _penalised(logits: torch.Tensor, config: GenerationConfig, written: Sequence[int]) -> torch.Tensor:
+def distribution(logits: torch.Tensor, config: GenerationConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the probabilities [n], on the CPU, that a token is drawn by, and their tokens: None for all in order.
+
+    Limits are applied in the order of transformers' processors: temperature, `top_k`, `min_p`, `top_p`. With limits
+    the likeliest comes first, and of equally likely tokens (which bf16 has many of) that of the smaller id.
+    """
+    scores = logits.float() / config.temperature
+    odds = torch.softmax(scores, dim=-1)
+    count = len(odds)
+    if not config.top_k and not config.min_p and config.top_p == 1:
+        return odds.cpu(), None
+    lowest = odds.max() * config.min_p
+    if 0 < config.top_k < count:
+        lowest = torch.maximum(lowest, odds.topk(config.top_k).values[-1])
+    odds = torch.where(odds >= lowest, odds, 0.0)
+    odds = odds / odds.sum()
+    # All that are less likely than this have less than 1 - top_p together: none of the likeliest is among them.
+    tokens = (odds >= max((1 - config.top_p) / count, SMALLEST_TOP_P / count)).nonzero()[:, 0]
+    odds, order = odds[tokens].cpu().sort(descending=True, stable=True)
+    return odds.masked_fill(odds.cumsum(0) - odds >= config.top_p, 0.0), tokens.cpu()[order]
+
+
+def penalised(logits: torch.Tensor, config: GenerationConfig, written: Sequence[int]) -> torch.Tensor:
     """Returns logits, fp32, with those of the written tokens made smaller (arXiv 1909.05858; OpenAI's presence)."""
     ids = torch.tensor(sorted(set(written)), device=logits.device)
     scores = logits.float()
@@ -148,17 +171,6 @@ def _penalised(logits: torch.Tensor, config: GenerationConfig, written: Sequence
     penalty = float(config.repetition_penalty)
     taken = torch.where(taken < 0, taken * penalty, taken / penalty) - config.presence_penalty
     return scores.index_copy(0, ids, taken)
-
-
-def _limited(scores: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """Returns scores, -inf for tokens that are not among the `top_k` likeliest or less likely than `min_p` allows."""
-    if config.top_k:
-        smallest = scores.topk(min(config.top_k, len(scores))).values[-1]
-        scores = scores.masked_fill(scores < smallest, -torch.inf)
-    if config.min_p:
-        odds = torch.softmax(scores, dim=-1)
-        scores = scores.masked_fill(odds < config.min_p * odds.max(), -torch.inf)
-    return scores
 
 
 def search_beams(

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from pack.internvl_u import prompt
-from pack.internvl_u.generation import GenerationConfig, sample_token
+from pack.internvl_u.generation import GenerationConfig, distribution, penalised, sample_token
 from pack.internvl_u.images import to_rgb
 from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from pack.internvl_u.tokenizer import Thought, trim_thought
@@ -179,6 +179,53 @@ def test_low_temperature_is_nearly_greedy(pipeline):
     assert (
         pipeline.generate("hello", (), prompt.SYSTEM_ANSWER, GenerationConfig(10, temperature=1e-4, seed=5)) == greedy
     )
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 50, 10**6])
+@pytest.mark.parametrize("min_p", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.95, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_are_those_of_transformers_processors(temperature, top_k, min_p, top_p, dtype):
+    import transformers
+
+    logits = (3 * torch.randn(1000, generator=torch.Generator().manual_seed(3))).to(dtype)
+    processors = [transformers.TemperatureLogitsWarper(temperature)]
+    processors += [transformers.TopKLogitsWarper(top_k)] if top_k else []
+    processors += [transformers.MinPLogitsWarper(min_p)] if min_p else []
+    processors += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    scores = logits.float()[None]
+    for process in processors:
+        scores = process(None, scores)
+    expected = torch.softmax(scores[0], -1)
+    odds, tokens = distribution(
+        logits, GenerationConfig(temperature=temperature, top_k=top_k, min_p=min_p, top_p=top_p)
+    )
+    found = torch.zeros(1000)
+    found[slice(None) if tokens is None else tokens] = odds
+    found /= found.sum()
+    if dtype == torch.float32 or top_p == 1:
+        assert torch.allclose(found, expected, atol=1e-6)
+    else:  # of equally likely tokens at the border, one may be in and one out
+        assert torch.allclose(found.sort().values, expected.sort().values, atol=1e-6)
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.log(torch.tensor([0.5, 0.05, 0.25, 0.2]))
+    for settings in ({}, {"top_k": 4}, {"top_p": 0.999999}):
+        generator, config = torch.Generator().manual_seed(0), GenerationConfig(temperature=1.0, **settings)
+        drawn = torch.bincount(torch.tensor([sample_token(logits, config, generator) for _ in range(4000)])) / 4000
+        assert torch.allclose(drawn, logits.exp(), atol=0.03)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 100.0])
+def test_the_repetition_penalty_is_that_of_transformers(penalty):
+    import transformers
+
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[3, 4, 4, 49]]), logits[None])[0]
+    config = GenerationConfig(repetition_penalty=penalty)
+    assert torch.allclose(penalised(logits, config, (3, 4, 4, 49)), expected)
 
 
 LOGITS = torch.tensor([2.0, 1.9, 1.0, -1.0, -3.0])
