@@ -18,6 +18,7 @@ from .numbers import check_real, check_whole
 from .prefix import PrefixCache
 from .prompt import TokenizedPrompt
 from .qwen3 import KeyValueCache, Qwen3
+from .qwen3_graph import GraphedStep
 from .qwen3_step import TokenStep
 
 SMALLEST_TOP_P = 1e-9
@@ -105,7 +106,9 @@ def sample_tokens(
 ) -> list[int]:
     """Returns the ids that are written after a prompt, one token after the other."""
     generator = torch.Generator().manual_seed(config.seed)
-    step = TokenStep.bind(language, read.cache) or functools.partial(_step, language, read.cache)
+    bound = TokenStep.bind(language, read.cache)
+    lean = bound and (GraphedStep.of(bound) or bound)
+    step = lean or functools.partial(_step, language, read.cache)
     logits, ids = language.lm_head(read.last)[0, 0], []
     while True:
         ids.append(sample_token(logits, config, generator, ids))

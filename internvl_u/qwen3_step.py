@@ -17,7 +17,7 @@ from .qwen3 import Attention, KeyValueCache, Layer, Qwen3
 Norm = Callable[[torch.Tensor], torch.Tensor]
 
 
-class _Layer(NamedTuple):
+class BoundLayer(NamedTuple):
     """A layer's products and norms; `keys` and `values` [1, K, capacity, E] are the cache's own."""
 
     before_attention: Norm
@@ -34,12 +34,17 @@ class _Layer(NamedTuple):
     values: torch.Tensor
 
 
+Attend = Callable[[BoundLayer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, query [1, K, H / K, E], key [K, E], value [K, E]) -> attended [1, K, H / K, E]."""
+
+
 class TokenStep:
     """Token ids in, logits out, one after the other; see `bind`."""
 
-    def __init__(self, model: Qwen3, cache: KeyValueCache, layers: list[_Layer], final: Norm, head: Product):
+    def __init__(self, model: Qwen3, cache: KeyValueCache, layers: list[BoundLayer], final: Norm, head: Product):
         config = model.config
-        self.cache, self._layers, self._final, self._head = cache, layers, final, head
+        self.width = config.hidden_size
+        self.cache, self.layers, self._final, self._head = cache, layers, final, head
         self._widths, self._split = (config.num_attention_heads, config.num_key_value_heads), (-1, config.head_dim)
         self._grouped = (1, config.num_key_value_heads, -1, config.head_dim)
 
@@ -79,31 +84,40 @@ class TokenStep:
         head = row_product(model.lm_head, device, dtype)
         if head is None or any(part is None for layer in layers for part in layer):
             return None
-        return cls(model, cache, [_Layer(*layer) for layer in layers], norm((model.model.norm, 1)), head)
+        return cls(model, cache, [BoundLayer(*layer) for layer in layers], norm((model.model.norm, 1)), head)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the logits [vocabulary] after the next token's embedding [D], which is written into the cache."""
         cache = self.cache
         place, end = cache.length, cache.length + 1
-        cosine, sine = cache.rotary[:, place]
-        half = cosine.shape[-1] // 2
+
+        def attend(layer: BoundLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            layer.keys.select(2, place).copy_(key)
+            layer.values.select(2, place).copy_(value)
+            return functional.scaled_dot_product_attention(
+                query, layer.keys.narrow(2, 0, end), layer.values.narrow(2, 0, end)
+            )
+
+        cosine, sine = cache.rotary[:, place].unbind()
         with without_onednn(hidden.device):
-            for layer in self._layers:
-                row = layer.before_attention(hidden)
-                heads = torch.cat((layer.query(row), layer.key(row))).view(self._split)
-                heads = layer.heads_norm(heads)
-                heads = torch.addcmul(heads * cosine, heads.roll(half, -1), sine)
-                query, key = heads.split_with_sizes(self._widths)
-                layer.keys.select(2, place).copy_(key)
-                layer.values.select(2, place).copy_(layer.value(row).view(self._split))
-                attended = functional.scaled_dot_product_attention(
-                    query.view(self._grouped), layer.keys.narrow(2, 0, end), layer.values.narrow(2, 0, end)
-                )
-                hidden = hidden + layer.output(attended.view(-1))
-                row = layer.before_mlp(hidden)
-                hidden = hidden + layer.down(functional.silu(layer.gate(row)).mul_(layer.up(row)))
-            cache.length = end
-            return self._head(self._final(hidden))
+            logits = self.run(hidden, cosine, sine, attend)
+        cache.length = end
+        return logits
+
+    def run(self, hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Returns the logits [vocabulary] after an embedding [D]; `attend` writes into the cache and reads from it."""
+        half = cosine.shape[-1] // 2
+        for layer in self.layers:
+            row = layer.before_attention(hidden)
+            heads = torch.cat((layer.query(row), layer.key(row))).view(self._split)
+            heads = layer.heads_norm(heads)
+            heads = torch.addcmul(heads * cosine, heads.roll(half, -1), sine)
+            query, key = heads.split_with_sizes(self._widths)
+            attended = attend(layer, query.view(self._grouped), key, layer.value(row).view(self._split))
+            hidden = hidden + layer.output(attended.view(-1))
+            row = layer.before_mlp(hidden)
+            hidden = hidden + layer.down(functional.silu(layer.gate(row)).mul_(layer.up(row)))
+        return self._head(self._final(hidden))
 
 
 def _norm(weight: torch.Tensor, eps: float) -> Norm:

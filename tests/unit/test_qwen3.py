@@ -1,13 +1,16 @@
 """The language model beside transformers' Qwen3, whose arithmetic it has."""
 
+import contextlib
 import dataclasses
+import types
 
 import pytest
 import torch
-from pack.internvl_u import int8
+from pack.internvl_u import int8, qwen3_graph
 from pack.internvl_u.config import LanguageConfig
 from pack.internvl_u.linear import LARGE, row_product, without_onednn
 from pack.internvl_u.qwen3 import Qwen3
+from pack.internvl_u.qwen3_graph import GraphedStep
 from pack.internvl_u.qwen3_step import TokenStep
 from pack.tests.plain_qwen3 import plain_qwen3
 from torch.backends import mkldnn
@@ -174,6 +177,76 @@ def test_a_step_makes_at_most_half_of_the_calls_of_transformers():
     with Calls() as theirs:
         plain(inputs_embeds=embedded[:, 8:], use_cache=True, **{name: read[name]})
     assert 0 < ours.count <= 0.55 * theirs.count
+
+
+class Replayed:
+    """Stands for CUDA's graphs: what is recorded runs again at each replay, and its result lies where it lay."""
+
+    def __init__(self, monkeypatch):
+        self.recordings = self.replays = 0
+        nothing = contextlib.nullcontext
+        stream = types.SimpleNamespace(wait_stream=lambda other: None)
+        fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda one: nothing()}
+        fakes |= {"CUDAGraph": lambda: types.SimpleNamespace(replay=None), "graph": lambda graph: nothing()}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        record = GraphedStep._record
+
+        def recorded(step, span):
+            self.recordings += 1
+            _, logits = record(step, span)
+
+            def replay():
+                self.replays += 1
+                logits.copy_(step.run(span))
+
+            return replay, logits
+
+        monkeypatch.setattr(GraphedStep, "_record", recorded)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("capacity", [40, 25])
+def test_a_recorded_step_gives_what_the_step_gives(capacity, monkeypatch, near):
+    """The order of reads and writes, and the mask; a GPU is not asked."""
+    monkeypatch.setattr(qwen3_graph, "SPAN", 16)
+    replayed = Replayed(monkeypatch)
+    model, embedded = make(SMALL), embeddings(SMALL, 25)
+    caches = [cache_for(model, capacity) for _ in range(2)]
+    for cache in caches:
+        cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)  # what is not written yet counts nothing
+        model(embedded[:, :5], cache)
+    step, graphed = TokenStep.bind(model, caches[0]), GraphedStep(TokenStep.bind(model, caches[1]))
+    for token in embedded[0, 5:]:
+        near(graphed(token), step(token), 1e-5)
+    assert caches[0].length == caches[1].length == 25
+    assert (replayed.recordings, replayed.replays) == (2, 20)
+
+
+@torch.inference_mode()
+def test_a_step_without_a_place_in_its_code_compiles_once_for_all_tokens(near):
+    model, embedded = make(SMALL), embeddings(SMALL, 12)
+    caches = [cache_for(model, 16) for _ in range(2)]
+    for cache in caches:
+        cache.keys.zero_(), cache.values.zero_()
+        model(embedded[:, :5], cache)
+    step, graphed = TokenStep.bind(model, caches[0]), GraphedStep(TokenStep.bind(model, caches[1]))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda: graphed.run(16), backend="eager", fullgraph=True)
+    for place, token in enumerate(embedded[0, 5:], 5):
+        graphed.hidden.copy_(token)
+        graphed.place.fill_(place)
+        near(compiled(), step(token), 1e-5)
+    counters = torch._dynamo.utils.counters["stats"]
+    assert counters["unique_graphs"] == 1
+
+
+def test_graphs_are_for_cuda_and_those_who_ask(monkeypatch):
+    model = make(SMALL)
+    step = TokenStep.bind(model, cache_for(model, 5))
+    assert GraphedStep.of(step) is None
+    monkeypatch.setenv("INTERNVLU_CUDA_GRAPHS", "1")
+    assert GraphedStep.of(step) is None  # on a processor
 
 
 @torch.inference_mode()
