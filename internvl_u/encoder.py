@@ -12,6 +12,7 @@ from PIL import Image
 from .chat import History
 from .checkpoint import WeightFormat
 from .images import ReferenceSizes, vision_pixels
+from .linear import fitting_threads
 from .mllm import MLLM
 from .prefix import Piece, PrefixCache
 from .prompt import BranchPrompts, TokenizedPrompt
@@ -192,7 +193,19 @@ class Encoder:
         A prompt comes with the features of its images. Pieces that are in `kept` are not read again. `device` and
         `dtype` are the arithmetic's.
         """
-        kept = kept or PrefixCache(0)
+        with fitting_threads(model.language_model.typical_matrix):
+            return self._read(model, prompt, features, device, dtype, more, kept or PrefixCache(0))
+
+    def _read(
+        self,
+        model: MLLM,
+        prompt: TokenizedPrompt,
+        features: Sequence[torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        more: int,
+        kept: PrefixCache,
+    ) -> ReadPrompt:
         language, embedded = model.language_model, None
         cache = language.new_cache(len(prompt.ids) + more, device=device, dtype=dtype)
         digests, states, last = [kept.start()], [], None

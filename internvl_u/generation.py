@@ -13,6 +13,7 @@ import torch
 from .beams import beam_search
 from .defaults import BEAMS, LONGEST_CONTEXT, THOUGHT_TOKENS
 from .encoder import Encoder, ReadPrompt, check_length
+from .linear import fitting_threads
 from .mllm import MLLM
 from .numbers import check_real, check_whole
 from .prefix import PrefixCache
@@ -88,7 +89,8 @@ def generate(
     config = dataclasses.replace(config, max_new_tokens=max(min(config.max_new_tokens, room), 1))
     read = encoder.read(model, prompt, features, device=device, dtype=dtype, more=config.max_new_tokens, kept=kept)
     strategy = search_beams if config.beams > 1 else sample_tokens
-    return strategy(model.language_model, read, config, encoder.tokenizer.stops, on_token or (lambda ids: None))
+    with fitting_threads(model.language_model.typical_matrix):
+        return strategy(model.language_model, read, config, encoder.tokenizer.stops, on_token or (lambda ids: None))
 
 
 def ended(written: Sequence[int], stops: Sequence[int]) -> bool:

@@ -82,6 +82,11 @@ class Qwen3(nn.Module):
         """Returns the last hidden states [B, T, D] of tokens; see `Decoder.forward`. `lm_head` makes logits of them."""
         return self.model(embedded, cache, layers, **more)
 
+    @property
+    def typical_matrix(self) -> torch.Tensor:
+        """One of the matrices that most of a token's time goes to."""
+        return cast(Layer, self.model.layers[0]).mlp.up_proj.weight
+
     def new_cache(self, capacity: int, *, batch: int = 1, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
         """Returns an empty cache for `capacity` tokens; `dtype` is that of the embeddings."""
         return KeyValueCache(self.config, capacity, batch=batch, device=device, dtype=dtype)

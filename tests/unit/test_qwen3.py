@@ -8,7 +8,7 @@ import pytest
 import torch
 from pack.internvl_u import int8, qwen3_graph
 from pack.internvl_u.config import LanguageConfig
-from pack.internvl_u.linear import LARGE, row_product, without_onednn
+from pack.internvl_u.linear import LARGE, fitting_threads, row_product, without_onednn
 from pack.internvl_u.qwen3 import Qwen3
 from pack.internvl_u.qwen3_graph import GraphedStep
 from pack.internvl_u.qwen3_step import TokenStep
@@ -310,3 +310,17 @@ def test_int8_rows_are_what_the_matrix_stands_for(group, scales, dtype):
     exact = int8.dequantize(layer.weight, scale, group) @ row.float()
     for product in (layer(row), layer(row[None, None])[0, 0], row_product(layer, CPU, dtype)(row)):
         assert product.dtype == dtype and (product.float() - exact).norm() / exact.norm() < 8e-3
+
+
+def test_small_matrices_have_one_thread_and_what_was_set_comes_back(monkeypatch):
+    threads = [4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    with fitting_threads(torch.empty(LARGE // 4)):
+        assert threads == [4]
+    with fitting_threads(torch.empty(LARGE // 4, device="meta")):
+        assert threads == [4]
+    with pytest.raises(KeyError), fitting_threads(torch.empty(8)):
+        assert threads == [4, 1]
+        raise KeyError
+    assert threads == [4, 1, 4]
