@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .defaults import STEPS
+from .files import shown
 from .numbers import check_real
 
 
@@ -57,6 +59,10 @@ class GuidanceIntervals(NamedTuple):
             return Branches(False, words, words)
         return Branches(words or pictures, pictures, words)
 
+    def named(self) -> dict[str, float]:
+        """Returns the four numbers by the names that they have everywhere, such as all_cfg_start."""
+        return {f"{name}_{end}": value for name, one in self._asdict().items() for end, value in one._asdict().items()}
+
     def check(self) -> None:
         """Makes sure that both are intervals.
 
@@ -69,3 +75,32 @@ class GuidanceIntervals(NamedTuple):
 
 ALWAYS = GuidanceIntervals()
 EVERY_BRANCH = Branches()
+
+
+class Speed(NamedTuple):
+    """How a picture is drawn: denoising steps, and where guidance works."""
+
+    steps: int = STEPS
+    intervals: GuidanceIntervals = ALWAYS
+
+    def filled(self, speed: str) -> Speed:
+        """Returns the same with what a preset has in the place of what is left at its default.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        if speed not in SPEEDS:
+            raise ValueError(f"speed {shown(speed)} found, one of {', '.join(SPEEDS)} expected")
+        preset, usual = SPEEDS[speed], Interval()
+        given = zip(self.intervals, preset.intervals, strict=True)
+        intervals = GuidanceIntervals(*(ready if typed == usual else typed for typed, ready in given))
+        return Speed(preset.steps if self.steps == STEPS else self.steps, intervals)
+
+
+QUALITY, BALANCED, FAST = "quality", "balanced", "fast"
+SPEEDS = {
+    QUALITY: Speed(),
+    BALANCED: Speed(12, GuidanceIntervals(Interval(end=0.6), Interval(end=0.6))),
+    FAST: Speed(8, GuidanceIntervals(Interval(end=0.5), Interval(end=0.5))),
+}
+"""Presets; the first one is official."""
