@@ -291,7 +291,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="SVG file to draw")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = [point for point in points() if point.name in arguments.points]
+    known = {point.name: point for point in points()}
+    chosen = [known[name] for name in arguments.points]
     if arguments.comfyui is None:
         chosen = [point for point in chosen if point.cache is None]
     bench = Bench(arguments.first, arguments.count, arguments.comfyui)

@@ -199,16 +199,16 @@ def predict(
         used = Branches(False, bool(model_options.get("disable_cfg1_optimization", False)))
     else:
         used = _branches_at(guider, level, middle is not None, _covered(negative, level))
-    if not used.partial and not used.unconditional:
-        return comfy.samplers.sampling_function(
-            guider.inner_model, x, sigma, negative, positive, 1.0, model_options, seed
-        )
     if not used.partial:
         middle = None
     elif not used.unconditional:
         negative, middle = middle, None
-
-    model, branches = guider.inner_model, [positive, negative] if middle is None else [positive, negative, middle]
+    unguided = not used.partial and not used.unconditional
+    branches = [positive] if unguided else [positive, negative] if middle is None else [positive, negative, middle]
+    _wake_cache(model_options, [entry for branch in branches for entry in branch if _covers(entry, level)])
+    model = guider.inner_model
+    if unguided:
+        return comfy.samplers.sampling_function(model, x, sigma, negative, positive, 1.0, model_options, seed)
     out = _evaluate_branches(model, branches, x, sigma, guider.cfg, model_options)
     if "sampler_cfg_function" not in model_options:
         partial = None if middle is None else out[2]
@@ -227,10 +227,20 @@ def _branches_at(guider: CFGGuider, level: float, references: bool, negative: bo
 
 
 def _covered(entries: list[Options] | None, level: float) -> bool:
-    """Returns whether one of the conditions is used at a noise level: core's nodes may limit them to others."""
-    always = {"timestep_start": math.inf, "timestep_end": -math.inf}
-    limits = [always | entry for entry in entries or ()]
-    return any(limit["timestep_end"] <= level <= limit["timestep_start"] for limit in limits)
+    return any(_covers(entry, level) for entry in entries or ())
+
+
+def _covers(entry: Options, level: float) -> bool:
+    """Returns whether a condition is used at a noise level: core's nodes may limit it to others."""
+    return entry.get("timestep_end", -math.inf) <= level <= entry.get("timestep_start", math.inf)
+
+
+def _wake_cache(model_options: Options, entries: list[Options]) -> None:
+    """Keeps core's EasyCache from skipping a step with a condition that it has not seen: it has nothing to repeat."""
+    cache = model_options.get("transformer_options", {}).get("easycache")
+    seen = getattr(cache, "uuid_cache_diffs", None)
+    if seen and any(entry["uuid"] not in seen for entry in entries):
+        cast(Any, cache).cumulative_change_rate = math.inf
 
 
 def _part_cfg(guider: CFGGuider) -> float:

@@ -122,7 +122,7 @@ CALLS: dict[str, tuple[int, str]] = {
     "comfy_api.latest.io.Conditioning.Input": (1, "tooltip"),
     "comfy_api.latest.io.Conditioning.Output": (0, "display_name tooltip"),
     "comfy_api.latest.io.Custom": (1, ""),
-    "comfy_api.latest.io.Float.Input": (1, "default display_name max min round step tooltip"),
+    "comfy_api.latest.io.Float.Input": (1, "default display_name max min optional round step tooltip"),
     "comfy_api.latest.io.Float.Output": (0, "display_name is_output_list tooltip"),
     "comfy_api.latest.io.Guider.Output": (0, "tooltip"),
     "comfy_api.latest.io.Image.Input": (1, "extra_dict lazy optional tooltip"),
