@@ -13,7 +13,12 @@ from .inputs import check_choice
 
 NO_SPEED = f"{QUALITY} (official)"
 _PRESETS = {NO_SPEED if name == QUALITY else name: name for name in SPEEDS}
-SPEED_TIP = ""
+SPEED_TIP = (
+    "quality: all as typed. balanced: 12 steps, guidance in the first 60 % of the schedule, half of the work of 20 "
+    "steps. fast: 8 steps, guidance in the first half, 30 % of the work. What is left at its default (20 steps, 0 and "
+    "1) is set, and the node says so. Price in 800 scenes of the nano model, 64 pixels: 0.1 and 0.4 points fewer right "
+    "pictures, +- 0.5; with the released model it is not measured. Pictures of a seed differ in detail."
+)
 _SCALES = {"all_cfg": "prompt cfg", "part_cfg": "picture cfg"}
 
 
