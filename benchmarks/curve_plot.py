@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 440, 62, 24, 40, 52
 COLOURS = ("#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
 """Of Okabe and Ito's palette, which most people tell apart."""
-STEP = 5.0
+STEP, HIGHEST = 5.0, 5.0
+"""Points between two lines, and at the upper edge."""
 Row = dict[str, Any]
 
 
 def plot(rows: Sequence[Row]) -> str:
-    """Returns a picture of the rows' `right %` over `work %`, a line for each `curve`, named points, error bars."""
-    lowest = STEP * int(min(row["right %"] - row.get("+-", 0) for row in rows) / STEP)
+    """Returns a picture of the rows' `against full` over `work %`: a line for each `curve`, names, standard errors."""
+    lowest = STEP * math.floor(min(row["against full"] - row["+-"] for row in rows) / STEP)
     parts = [*_axes(lowest)]
     for number, curve in enumerate(dict.fromkeys(row["curve"] for row in rows)):
         colour, own = COLOURS[number % len(COLOURS)], [row for row in rows if row["curve"] == curve]
-        places = sorted((_x(row["work %"]), _y(row["right %"], lowest)) for row in own)
+        places = sorted((_x(row["work %"]), _y(row["against full"], lowest)) for row in own)
         if curve not in ("preset", "step cache"):
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
@@ -36,7 +38,7 @@ def _x(work: float) -> float:
 
 
 def _y(right: float, lowest: float) -> float:
-    return TOP + (HEIGHT - TOP - BOTTOM) * (100 - right) / (100 - lowest)
+    return TOP + (HEIGHT - TOP - BOTTOM) * (HIGHEST - right) / (HIGHEST - lowest)
 
 
 def _axes(lowest: float) -> list[str]:
@@ -45,20 +47,22 @@ def _axes(lowest: float) -> list[str]:
         parts.append(_line(_x(work), TOP, _x(work), HEIGHT - BOTTOM, "#e4e4e4"))
         parts.append(_text(_x(work), HEIGHT - BOTTOM + 18, f"{work}"))
     right = lowest
-    while right <= 100:
+    while right <= HIGHEST:
         parts.append(_line(LEFT, _y(right, lowest), WIDTH - RIGHT, _y(right, lowest), "#e4e4e4"))
         parts.append(_text(LEFT - 8, _y(right, lowest) + 4, f"{right:g}", "end"))
         right += STEP
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "counted operations, % of 20 full steps"))
     parts.append(
-        _text(LEFT, TOP - 20, "pictures that the pixel judge finds right, % (nano model, mean of the tasks)", "start")
+        _text(
+            LEFT, TOP - 20, "right pictures against 20 full steps on the same scenes, in points (nano model)", "start"
+        )
     )
     return parts
 
 
 def _point(row: Row, colour: str, lowest: float) -> list[str]:
-    x, y, error = _x(row["work %"]), _y(row["right %"], lowest), row.get("+-", 0.0)
-    parts = [_line(x, _y(row["right %"] - error, lowest), x, _y(row["right %"] + error, lowest), colour)]
+    x, y, error = _x(row["work %"]), _y(row["against full"], lowest), row["+-"]
+    parts = [_line(x, _y(row["against full"] - error, lowest), x, _y(row["against full"] + error, lowest), colour)]
     name = html.escape(row["point"])
     parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{name}</title></circle>')
     label = row["point"].removesuffix(" steps").split(" steps,")[0]
