@@ -75,6 +75,11 @@ def _draw(options: argparse.Namespace) -> None:
         thought=options.thought,
         negative_prompt=options.negative_prompt,
         reference_size=options.reference_size,
+        all_cfg_start=options.all_cfg_start,
+        all_cfg_end=options.all_cfg_end,
+        part_cfg_start=options.part_cfg_start,
+        part_cfg_end=options.part_cfg_end,
+        speed=options.speed,
     )
     if options.think:
         thought = pipeline.think(request, GenerationConfig(options.max_new_tokens))
@@ -92,7 +97,8 @@ def _draw_files(pipeline: Pipeline, request: ImageRequest, outs: Sequence[Path],
 
     wishes = [dataclasses.replace(request, seed=request.seed + number) for number in range(len(outs))]
     infos = [picture_texts(pipeline, wish, options.image, options.model) for wish in wishes]
-    with tqdm(total=request.steps * len(outs), unit="step", desc="draw") as bar:
+    steps = request.way.steps
+    with tqdm(total=steps * len(outs), unit="step", desc="draw") as bar:
         whole = 0
 
         def show(done: int) -> None:
@@ -101,7 +107,7 @@ def _draw_files(pipeline: Pipeline, request: ImageRequest, outs: Sequence[Path],
         drawn = pipeline.draw_several(request, [wish.seed for wish in wishes], show)
         for out, info, image in zip(outs, infos, drawn, strict=True):
             save_image(image, out, info)
-            whole += request.steps
+            whole += steps
 
 
 def _numbered(out: Path, count: int) -> list[Path]:

@@ -21,6 +21,7 @@ from .defaults import (
     STEPS,
     THOUGHT_TOKENS,
 )
+from .speed import QUALITY, SPEEDS
 from .tasks import AS_WRITTEN, TASKS
 
 
@@ -85,6 +86,22 @@ def _add_draw(parser: argparse.ArgumentParser) -> None:
         help="pictures; of several each has the next seed and is FILE-1.png, FILE-2.png ... (default %(default)s)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
+    for scale, what in (("all", "--all-cfg"), ("part", "--part-cfg")):
+        for end, default in (("start", 0.0), ("end", 1.0)):
+            parser.add_argument(
+                f"--{scale}-cfg-{end}",
+                type=float,
+                default=default,
+                metavar="X",
+                help=f"{end} of the part of the schedule, 0 to 1, where {what} works (default %(default)s)",
+            )
+    parser.add_argument(
+        "--speed",
+        choices=SPEEDS,
+        default=QUALITY,
+        help="fewer steps and less guidance, where these are left as they are: how far that shows is measured for the "
+        "nano model alone; quality is official (default %(default)s)",
+    )
 
 
 def _add_ask(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from .defaults import REFERENCE_SIZES, Guidance
 from .images import drawn_size
+from .speed import ALWAYS, GuidanceIntervals
 
 MOST_IMAGES = 8
 """Slots for reference images that InternVL-U Encode has."""
@@ -36,6 +37,7 @@ class Drawing(NamedTuple):
     guidance: Guidance
     negative_prompt: str = ""
     reference_size: int | None = None
+    intervals: GuidanceIntervals = ALWAYS
 
 
 class _Kind(NamedTuple):
@@ -76,7 +78,7 @@ _KINDS = {
     "InternVLU_SampleLatent": _Kind(
         (("model", "MODEL"), *_CONDITIONINGS, ("latent_image", "LATENT")),
         (("LATENT", "LATENT"),),
-        ("seed", _FIXED, "steps", "all_cfg", "part_cfg", "denoise"),
+        ("seed", _FIXED, "steps", "all_cfg", "part_cfg", "denoise", "scales", *ALWAYS.named()),
         2,
         (300, 262),
     ),
@@ -122,6 +124,9 @@ def api_graph(drawing: Drawing) -> Nodes:
         size = add("InternVLU_CreateLatent", preset="custom", width=width, height=height, batch_size=1)
     read |= {"negative_prompt": drawing.negative_prompt, "reference_size": SIZE_NAMES[drawing.reference_size]}
     encode = add("InternVLU_EncodePrompt", prompt=drawing.prompt, system_prompt=drawing.system, **read)
+    limits: dict[str, object] = {}
+    if drawing.intervals != ALWAYS:
+        limits = {"scales": "as typed", **drawing.intervals.named()}
     sample = add(
         "InternVLU_SampleLatent",
         seed=drawing.seed if drawing.seed >= 0 else drawing.seed + _SEEDS,  # as torch takes negative ones
@@ -129,6 +134,7 @@ def api_graph(drawing: Drawing) -> Nodes:
         all_cfg=drawing.guidance.all_cfg,
         part_cfg=drawing.guidance.part_cfg,
         denoise=1.0,
+        **limits,
         model=[load, 0],
         positive=[encode, 0],
         negative=[encode, 1],
@@ -162,7 +168,7 @@ def page_graph(nodes: Nodes) -> dict[str, Any]:
                 "inputs": _slots(name, node, nodes, links),
                 "outputs": [{"name": output, "type": type, "links": []} for output, type in kind.outputs],
                 "properties": {"Node name for S&R": node["class_type"]},
-                "widgets_values": [_CONSTANT.get(widget, node["inputs"].get(widget)) for widget in kind.widgets],
+                "widgets_values": _widgets(kind, node),
             }
         )
         bottoms[kind.column] += kind.size[1] + 60
@@ -170,6 +176,14 @@ def page_graph(nodes: Nodes) -> dict[str, Any]:
         made[source - 1]["outputs"][output]["links"].append(number)
     ids = {"last_node_id": len(nodes), "last_link_id": len(links)}
     return {**ids, "nodes": made, "links": links, "groups": [], "config": {}, "extra": {}, "version": 0.4}
+
+
+def _widgets(kind: _Kind, node: dict[str, Any]) -> list[Any]:
+    """Returns the values of a node's widgets; the page has defaults for the last ones that are missing."""
+    values = [_CONSTANT.get(widget, node["inputs"].get(widget)) for widget in kind.widgets]
+    while values and values[-1] is None:
+        values.pop()
+    return values
 
 
 def _slots(name: str, node: dict[str, Any], nodes: Nodes, links: list[list[Any]]) -> list[dict[str, Any]]:

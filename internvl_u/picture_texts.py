@@ -41,7 +41,7 @@ def picture_texts(pipeline: Pipeline, request: ImageRequest, files: Sequence[Pat
 def parameters(pipeline: Pipeline, request: ImageRequest) -> str:
     """Returns the text that viewers and sites read, in the form that AUTOMATIC1111's web UI has made usual."""
     (width, height), guidance = pipeline.size(request), request.guidance
-    values = {"Steps": request.steps, "Sampler": SAMPLER, "CFG scale": guidance.all_cfg}
+    values = {"Steps": request.way.steps, "Sampler": SAMPLER, "CFG scale": guidance.all_cfg}
     if request.images:
         values["Image CFG scale"] = guidance.part_cfg
     values |= {"Seed": request.seed, "Size": f"{width}x{height}"}
@@ -59,8 +59,9 @@ def model_name(pipeline: Pipeline) -> str:
 
 def _settings(pipeline: Pipeline, request: ImageRequest, images: list[str], model: Path) -> dict[str, object]:
     (width, height), guidance = pipeline.size(request), request.guidance
-    settings = {name: getattr(request, name) for name in ("prompt", "system", "thought", "steps", "seed")}
+    settings = {name: getattr(request, name) for name in ("prompt", "system", "thought", "seed", "speed")}
     settings |= {name: getattr(request, name) for name in ("negative_prompt", "reference_size")}
+    settings |= {"steps": request.way.steps, **request.way.intervals.named()}
     settings |= {"width": width, "height": height, **guidance._asdict(), "dtype": str(pipeline.dtype)[6:]}
     return settings | {"images": images, "model": shown_name(model.absolute().name), "version": __version__}
 
@@ -77,11 +78,12 @@ def _drawing(pipeline: Pipeline, request: ImageRequest, images: list[str]) -> Dr
         images=images,
         size=pipeline.size(request),
         of_image=bool(images) and not asked,
-        steps=request.steps,
+        steps=request.way.steps,
         seed=request.seed,
         guidance=request.guidance,
         negative_prompt=request.negative_prompt,
         reference_size=request.reference_size,
+        intervals=request.way.intervals,
     )
 
 

@@ -35,6 +35,7 @@ from .prompt import (
 )
 from .rope import grid_of
 from .sampling import Denoiser, DrawingContexts
+from .speed import ALWAYS, QUALITY, GuidanceIntervals, Interval, Speed
 from .tokenizer import Thought, has_thought
 from .vae import StandaloneVAE
 
@@ -50,6 +51,9 @@ class ImageRequest:
     `negative_prompt` is what to keep away from, which is not official; `reference_size` the most that the transformer
     sees of each image, as the side in pixels of a square of equal area, None for the official size. `history` is the
     conversation before, as far as it fits.
+
+    Outside start..end, shares of the schedule in 0..1, a scale is 1 and costs less. `speed` is a preset of
+    `speed.SPEEDS`: it sets steps and intervals where they are left as they are.
     """
 
     prompt: str
@@ -65,6 +69,11 @@ class ImageRequest:
     negative_prompt: str = ""
     reference_size: int | None = None
     history: History = History()
+    all_cfg_start: float = 0.0
+    all_cfg_end: float = 1.0
+    part_cfg_start: float = 0.0
+    part_cfg_end: float = 1.0
+    speed: str = QUALITY
 
     def __post_init__(self):
         check_whole("seed", self.seed, -(2**63), 2**64 - 1)
@@ -72,6 +81,13 @@ class ImageRequest:
         for name in ("all_cfg", "part_cfg"):
             if getattr(self, name) is not None:
                 check_real(name, getattr(self, name))
+        self.way.intervals.check()
+
+    @property
+    def way(self) -> Speed:
+        """The steps and the intervals of guidance, those of the preset where none are given."""
+        words, pictures = (self.all_cfg_start, self.all_cfg_end), (self.part_cfg_start, self.part_cfg_end)
+        return Speed(self.steps, GuidanceIntervals(Interval(*words), Interval(*pictures))).filled(self.speed)
 
     @property
     def guidance(self) -> Guidance:
@@ -132,11 +148,11 @@ class Pipeline:
         width, height = self.size(request)
         drawn = image_module.drawn_size(width, height)
         self._vae()  # one that cannot be loaded is not found after minutes of work
-        sigmas = sampling.flow_sigmas(request.steps)
+        sigmas, intervals = sampling.flow_sigmas(request.way.steps), request.way.intervals
         contexts = self.encode_prompt(request)
         for seed in seeds:
             noise = image_module.noise(*drawn, seed)
-            latent = self.sample(contexts, noise, sigmas, request.guidance, on_step)
+            latent = self.sample(contexts, noise, sigmas, request.guidance, on_step, intervals)
             yield image_module.resize(image_module.to_image(self.decode(latent)[0]), width, height)
 
     def size(self, request: ImageRequest) -> tuple[int, int]:
@@ -250,10 +266,11 @@ class Pipeline:
         sigmas: torch.Tensor,
         guidance: Guidance,
         on_step: Callable[[int], object] | None = None,
+        intervals: GuidanceIntervals = ALWAYS,
     ) -> torch.Tensor:
         """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
         model = self._on_device("mmdit", lambda: load_mmdit(self.files.transformer, dtype=self.dtype))
-        denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype)
+        denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype, intervals)
 
         def report(index: int, *_: torch.Tensor) -> None:
             check_unchanged(model.mapped)

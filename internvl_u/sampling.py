@@ -17,6 +17,7 @@ from .defaults import LONGEST_SCHEDULE, Guidance
 from .mmdit import MMDiT, time_embedding
 from .numbers import check_whole
 from .rope import Grid, Layout, grid_of
+from .speed import ALWAYS, EVERY_BRANCH, Branches, GuidanceIntervals
 
 TRAIN_STEPS = 1000
 SHIFT = 3.0
@@ -54,6 +55,11 @@ def _shifted(level):
     return SHIFT * level / (1 + (SHIFT - 1) * level)
 
 
+def percent_to_sigma(percent: float) -> float:
+    """Returns the noise level at a share of the schedule, 0..1: 1 before its first step, 0 at its end."""
+    return _shifted(1.0 - percent)
+
+
 def whole_timestep(sigma: torch.Tensor) -> torch.Tensor:
     """Returns the timestep of a noise level, cut to a whole number as the official scheduler does."""
     return torch.floor(sigma * TRAIN_STEPS)
@@ -66,17 +72,21 @@ def dual_guidance(
     all_cfg: float,
     part_cfg: float,
     timestep: torch.Tensor,
+    scale_words: bool = True,
 ) -> torch.Tensor:
     """Returns the guided velocity, of the shape of the three velocities [B, C, ...].
 
     `part_cfg` scales what the references bring, `all_cfg` what the words bring on top. `timestep` [B] are whole
-    timesteps; above 930 each difference is damped where its norm over the channels exceeds 1.
+    timesteps; above 930 each difference is damped where its norm over the channels exceeds 1. Without
+    `scale_words` what the words bring is taken as it is, neither scaled nor damped.
     """
     damped = (timestep > DAMPED_ABOVE).reshape(-1, *[1] * (conditional.ndim - 1))
-    words = _damp(conditional - partial, damped)
+    words = conditional - partial
+    if scale_words:
+        words = all_cfg * _damp(words, damped)
     if partial is unconditional:
-        return unconditional + all_cfg * words
-    return unconditional + part_cfg * _damp(partial - unconditional, damped) + all_cfg * words
+        return unconditional + words
+    return unconditional + part_cfg * _damp(partial - unconditional, damped) + words
 
 
 def _damp(difference: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:
@@ -100,10 +110,19 @@ class Denoiser:
     """The transformer with dual guidance: (latent [1, 16, h, w], sigma) -> the clean latent that it sees.
 
     Branches of equal references share a call: two in one for an image from text; when editing two and then one.
+    Outside the `intervals` only the branches that then count are evaluated.
     """
 
-    def __init__(self, model: MMDiT, contexts: DrawingContexts, size: Grid, guidance: Guidance, dtype: torch.dtype):
-        self.model, self.guidance, self.dtype = model, guidance, dtype
+    def __init__(
+        self,
+        model: MMDiT,
+        contexts: DrawingContexts,
+        size: Grid,
+        guidance: Guidance,
+        dtype: torch.dtype,
+        intervals: GuidanceIntervals = ALWAYS,
+    ):
+        self.model, self.guidance, self.dtype, self.intervals = model, guidance, dtype, intervals
         references = contexts.references
         grids = [grid_of(reference) for reference in references]
         seeing = [branch for branch in (contexts.conditional, contexts.partial) if branch is not None]
@@ -113,21 +132,28 @@ class Denoiser:
 
     def __call__(self, latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         timestep = whole_timestep(sigma).reshape(1)
-        conditional, partial, unconditional = self.velocities(latent, timestep)
-        return latent - sigma * dual_guidance(conditional, partial, unconditional, *self.guidance, timestep)
+        branches = EVERY_BRANCH
+        if self.intervals != ALWAYS:  # reading the level waits for a GPU
+            branches = self.intervals.branches_at(float(sigma), percent_to_sigma, len(self.groups) > 1)
+        velocities = self.velocities(latent, timestep, branches)
+        return latent - sigma * dual_guidance(*velocities, *self.guidance, timestep, branches.words)
 
     def velocities(
-        self, latent: torch.Tensor, timestep: torch.Tensor
+        self, latent: torch.Tensor, timestep: torch.Tensor, wanted: Branches = EVERY_BRANCH
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the velocities, fp32, of the conditional, partial and unconditional branch."""
+        """Returns the velocities, fp32, of the conditional, partial and unconditional branch.
+
+        In the place of one that is not wanted stands the one that it cancels out with.
+        """
         time = time_embedding(timestep.to(self.dtype))
-        velocities: list[torch.Tensor] = []
-        for branches, references in self.groups:
-            count = len(branches)
-            latents, *seen = (one.to(self.dtype).expand(count, -1, -1, -1) for one in (latent, *references))
-            velocities += self.model(latents, time.expand(count, -1), branches, seen).float().split(1)
-        conditional, *partial, unconditional = velocities
-        return conditional, partial[0] if partial else unconditional, unconditional
+        edits = len(self.groups) > 1
+        counts = (1 + wanted.partial, int(wanted.unconditional)) if edits else (1 + wanted.unconditional,)
+        found: list[torch.Tensor] = []
+        for (branches, references), count in zip(self.groups, counts):
+            if count:
+                latents, *seen = (one.to(self.dtype).expand(count, -1, -1, -1) for one in (latent, *references))
+                found += self.model(latents, time.expand(count, -1), branches[:count], seen).float().split(1)
+        return found[0], found[1] if edits and wanted.partial else found[-1], found[-1]
 
 
 def check_finite(values: torch.Tensor, what: str, cause: str) -> None:

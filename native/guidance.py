@@ -22,6 +22,7 @@ from torch.nn import functional
 from ..internvl_u.defaults import GUIDANCE
 from ..internvl_u.numbers import check_real
 from ..internvl_u.sampling import check_finite, dual_guidance, whole_timestep
+from ..internvl_u.speed import ALWAYS, Branches, GuidanceIntervals
 from .conditioning import Conditioning, check_conditioning
 from .latents import check_numbers, latent_samples, noise_mask
 
@@ -39,6 +40,7 @@ class DualGuider(CFGGuider):
     """A GUIDER with both strengths; without it `cfg` of a sampler node is `all_cfg`, and `part_cfg` is 2.0."""
 
     part_cfg = GUIDANCE.part_cfg
+    intervals = ALWAYS
 
     def set_scales(self, all_cfg: float, part_cfg: float) -> None:
         """Sets the guidance of the words and the guidance of the references.
@@ -50,6 +52,15 @@ class DualGuider(CFGGuider):
         check_real("part_cfg", part_cfg)
         self.set_cfg(all_cfg)
         self.part_cfg = part_cfg
+
+    def set_intervals(self, intervals: GuidanceIntervals) -> None:
+        """Sets the parts of the schedule in which the two scales work.
+
+        Raises:
+            ValueError: one of them is none.
+        """
+        intervals.check()
+        self.intervals = intervals
 
     def set_conds(self, positive: Conditioning, negative: Conditioning) -> None:
         """Sets the conditionings.
@@ -118,7 +129,7 @@ def _guided(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> torch.Tenso
     middle = _partial_conds(guider.conds)
     if middle:
         guider.conds["middle"] = middle
-    guider.predict_noise = functools.partial(predict, guider)
+    guider.predict_noise = functools.partial(predict, guider, usual_cfg=guider.cfg)
     try:
         return executor(*args, **kwargs)
     finally:
@@ -168,32 +179,68 @@ def predict(
     sigma: torch.Tensor,
     model_options: Options | None = None,
     seed: int | None = None,
+    *,
+    usual_cfg: float | None = None,
 ) -> torch.Tensor:
     """Returns the guided clean latent of a guider's conditions.
 
-    Follows `comfy.samplers.sampling_function`, with three conditions instead of two.
+    Follows `comfy.samplers.sampling_function`, with three conditions instead of two, of which those are evaluated that
+    count at this level. `usual_cfg` is the guider's at the start of the run: where a node has changed it to 1 for this
+    step, there is no guidance at all.
     """
     conds, model_options = guider.conds, model_options or {}
-    middle = conds.get("middle")
-    only_positive = (
-        math.isclose(guider.cfg, 1.0) and middle is None and not model_options.get("disable_cfg1_optimization", False)
-    )
-    if only_positive or conds.get("positive") is None or conds.get("negative") is None:
+    positive, negative = conds.get("positive"), conds.get("negative")
+    if positive is None or negative is None:
         return type(guider).predict_noise(guider, x, sigma, model_options, seed)
-
-    model, branches = guider.inner_model, [conds["positive"], conds["negative"]]
-    if middle is not None:
-        branches.append(middle)
+    level = float(sigma.flatten()[0])
+    middle = conds.get("middle") if _covered(conds.get("middle"), level) else None
+    usual_cfg = guider.cfg if usual_cfg is None else usual_cfg
+    if math.isclose(guider.cfg, 1.0) and (middle is None or not math.isclose(usual_cfg, 1.0)):
+        used = Branches(False, bool(model_options.get("disable_cfg1_optimization", False)))
+    else:
+        used = _branches_at(guider, level, middle is not None, _covered(negative, level))
+    if not used.partial:
+        middle = None
+    elif not used.unconditional:
+        negative, middle = middle, None
+    unguided = not used.partial and not used.unconditional
+    branches = [positive] if unguided else [positive, negative] if middle is None else [positive, negative, middle]
+    _wake_cache(model_options, [entry for branch in branches for entry in branch if _covers(entry, level)])
+    model = guider.inner_model
+    if unguided:
+        return comfy.samplers.sampling_function(model, x, sigma, negative, positive, 1.0, model_options, seed)
     out = _evaluate_branches(model, branches, x, sigma, guider.cfg, model_options)
     if "sampler_cfg_function" not in model_options:
-        model_options = model_options | {
-            "sampler_cfg_function": _guidance_function(
-                out[2] if middle is not None else None, guider.cfg, _part_cfg(guider)
-            )
-        }
+        partial = None if middle is None else out[2]
+        combine = _guidance_function(partial, guider.cfg, _part_cfg(guider), used.words)
+        model_options = model_options | {"sampler_cfg_function": combine}
     return comfy.samplers.cfg_function(
         model, out[0], out[1], guider.cfg, x, sigma, model_options=model_options, cond=branches[0], uncond=branches[1]
     )
+
+
+def _branches_at(guider: CFGGuider, level: float, references: bool, negative: bool) -> Branches:
+    """Returns the branches that count at a noise level, by the guider's intervals and where there is a `negative`."""
+    intervals, to_sigma = getattr(guider, "intervals", ALWAYS), guider.inner_model.model_sampling.percent_to_sigma
+    used = intervals.branches_at(level, to_sigma, references)
+    return used if negative or not used.unconditional else Branches(references, False)
+
+
+def _covered(entries: list[Options] | None, level: float) -> bool:
+    return any(_covers(entry, level) for entry in entries or ())
+
+
+def _covers(entry: Options, level: float) -> bool:
+    """Returns whether a condition is used at a noise level: core's nodes may limit it to others."""
+    return entry.get("timestep_end", -math.inf) <= level <= entry.get("timestep_start", math.inf)
+
+
+def _wake_cache(model_options: Options, entries: list[Options]) -> None:
+    """Keeps core's EasyCache from skipping a step with a condition that it has not seen: it has nothing to repeat."""
+    cache = model_options.get("transformer_options", {}).get("easycache")
+    seen = getattr(cache, "uuid_cache_diffs", None)
+    if seen and any(entry["uuid"] not in seen for entry in entries):
+        cast(Any, cache).cumulative_change_rate = math.inf
 
 
 def _part_cfg(guider: CFGGuider) -> float:
@@ -226,7 +273,7 @@ def _evaluate_branches(
 
 
 def _guidance_function(
-    partial: torch.Tensor | None, all_cfg: float, part_cfg: float
+    partial: torch.Tensor | None, all_cfg: float, part_cfg: float, words: bool = True
 ) -> Callable[[Options], torch.Tensor]:
     """Returns the `sampler_cfg_function` of dual guidance; see `comfy.samplers.cfg_function`."""
 
@@ -236,6 +283,7 @@ def _guidance_function(
         # ComfyUI hands over clean latents; guidance is on velocities.
         conditional, unconditional = ((x - args[key]) / level for key in ("cond_denoised", "uncond_denoised"))
         middle = unconditional if partial is None else (x - partial) / level
-        return level * dual_guidance(conditional, middle, unconditional, all_cfg, part_cfg, whole_timestep(sigma))
+        velocities = conditional, middle, unconditional
+        return level * dual_guidance(*velocities, all_cfg, part_cfg, whole_timestep(sigma), words)
 
     return combine

@@ -19,6 +19,7 @@ from ..internvl_u import sampling
 from ..internvl_u.defaults import LONGEST_SCHEDULE
 from ..internvl_u.images import LATENT_STRIDE, latent_size
 from ..internvl_u.numbers import check_real, check_whole
+from ..internvl_u.speed import ALWAYS, GuidanceIntervals
 from . import compat
 from .conditioning import Conditioning
 from .guidance import DualGuider, check_model
@@ -66,8 +67,9 @@ def sample_latent(
     all_cfg: float,
     part_cfg: float,
     denoise: float = 1.0,
+    intervals: GuidanceIntervals = ALWAYS,
 ) -> Latent:
-    """Returns the drawn LATENT: official solver, schedule and guidance.
+    """Returns the drawn LATENT: official solver, schedule and guidance, which works in its `intervals` alone.
 
     Raises:
         ValueError: an input is of another model, of no numbers or out of range.
@@ -77,6 +79,7 @@ def sample_latent(
     guider = DualGuider(model)
     guider.set_conds(positive, negative)
     guider.set_scales(all_cfg, part_cfg)
+    guider.set_intervals(intervals)
     sigmas = flow_sigmas(steps, denoise)
     samples = compat.fitted_latent(model, latent)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))

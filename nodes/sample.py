@@ -12,6 +12,7 @@ from ..native.guidance import DualGuider, check_model, drawn_with_thought
 from ..native.progress import show_note
 from ..native.sampler import dpmpp_2m_flow, flow_sigmas, sample_latent
 from .inputs import AS_TYPED, AUTOMATIC, SCALES, check_choice, checked, scale_input, seed_input
+from .speed import NO_SPEED, chosen_speed, interval_inputs, speed_input
 
 ALL_CFG_TIP = (
     "How strongly the words are followed (all_cfg of the official code). Higher: closer to the prompt, harder "
@@ -49,19 +50,25 @@ def _scales() -> io.Combo.Input:
     )
 
 
-def chosen_scales(scales: str, typed: Guidance, positive: io.Conditioning.Type, hidden: Any) -> Guidance:
-    """Returns the scales to draw with; the node says where they are not the typed ones.
+def chosen_scales(scales: str, typed: Guidance, positive: io.Conditioning.Type) -> tuple[Guidance, str]:
+    """Returns the scales to draw with, and a sentence where they are not the typed ones.
 
     Raises:
         ValueError: there is no such choice of scales.
     """
     check_choice("scales", scales, SCALES)
     if scales == AS_TYPED or typed != GUIDANCE or not drawn_with_thought(positive):
-        return typed
+        return typed, ""
     taken = GUIDANCE_WITH_THOUGHT
     numbers = f"prompt cfg {taken.all_cfg} and picture cfg {taken.part_cfg} taken (all_cfg, part_cfg)"
-    show_note(hidden, f"{numbers}, the official values after a thought", log=True)
-    return taken
+    return taken, f"{numbers}, the official values after a thought"
+
+
+def _tell(hidden: Any, *sentences: str) -> None:
+    """Says below the node, and in the log, what was taken in the place of what is typed there."""
+    told = "\n".join(filter(None, sentences))
+    if told:
+        show_note(hidden, told, log=True)
 
 
 def _steps() -> io.Int.Input:
@@ -107,6 +114,8 @@ class SampleLatent(io.ComfyNode):
                 _part_cfg(),
                 _denoise(),
                 _scales(),
+                *interval_inputs(),
+                speed_input(),
             ],
             outputs=[io.Latent.Output(tooltip="The drawn latent, for InternVL-U Decode or VAE Decode.")],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
@@ -139,10 +148,18 @@ class SampleLatent(io.ComfyNode):
         part_cfg: float,
         denoise: float,
         scales: str = AS_TYPED,
+        all_cfg_start: float = 0.0,
+        all_cfg_end: float = 1.0,
+        part_cfg_start: float = 0.0,
+        part_cfg_end: float = 1.0,
+        speed: str = NO_SPEED,
     ) -> io.NodeOutput:
-        taken = chosen_scales(scales, Guidance(all_cfg, part_cfg), positive, cls.hidden)
-        settings = {"seed": seed, "steps": steps, "denoise": denoise} | taken._asdict()
-        return io.NodeOutput(sample_latent(model, positive, negative, latent_image, **settings))
+        limits = (all_cfg_start, all_cfg_end, part_cfg_start, part_cfg_end)
+        way, on_speed = chosen_speed(speed, limits, steps)
+        taken, on_scales = chosen_scales(scales, Guidance(all_cfg, part_cfg), positive)
+        _tell(cls.hidden, on_scales, on_speed)
+        settings = {"seed": seed, "steps": way.steps, "denoise": denoise, "intervals": way.intervals}
+        return io.NodeOutput(sample_latent(model, positive, negative, latent_image, **settings, **taken._asdict()))
 
 
 class CreateGuider(io.ComfyNode):
@@ -155,7 +172,7 @@ class CreateGuider(io.ComfyNode):
             display_name="InternVL-U Guider",
             category="InternVL-U/custom sampling",
             description="Dual guidance with both strengths, for SamplerCustomAdvanced.",
-            inputs=[*_conditionings(), _all_cfg(), _part_cfg(), _scales()],
+            inputs=[*_conditionings(), _all_cfg(), _part_cfg(), _scales(), *interval_inputs(), speed_input()],
             outputs=[io.Guider.Output(tooltip="For the guider of SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             **compat.search_aliases("cfg guider", "dual cfg", "guidance", "custom sampling"),
@@ -171,11 +188,20 @@ class CreateGuider(io.ComfyNode):
         all_cfg: float,
         part_cfg: float,
         scales: str = AS_TYPED,
+        all_cfg_start: float = 0.0,
+        all_cfg_end: float = 1.0,
+        part_cfg_start: float = 0.0,
+        part_cfg_end: float = 1.0,
+        speed: str = NO_SPEED,
     ) -> io.NodeOutput:
         check_model(model)
         guider = DualGuider(model)
         guider.set_conds(positive, negative)
-        guider.set_scales(*chosen_scales(scales, Guidance(all_cfg, part_cfg), positive, cls.hidden))
+        way, on_speed = chosen_speed(speed, (all_cfg_start, all_cfg_end, part_cfg_start, part_cfg_end))
+        taken, on_scales = chosen_scales(scales, Guidance(all_cfg, part_cfg), positive)
+        _tell(cls.hidden, on_scales, on_speed)
+        guider.set_scales(*taken)
+        guider.set_intervals(way.intervals)
         return io.NodeOutput(guider)
 
 
@@ -209,12 +235,15 @@ class ScheduleSteps(io.ComfyNode):
             display_name="InternVL-U Scheduler",
             category="InternVL-U/custom sampling",
             description="The official noise levels for a number of steps, for SamplerCustomAdvanced.",
-            inputs=[_steps(), _denoise()],
+            inputs=[_steps(), _denoise(), speed_input()],
             outputs=[io.Sigmas.Output(tooltip="For the sigmas of SamplerCustomAdvanced.")],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             **compat.search_aliases("sigmas", "schedule", "steps", "denoise", "custom sampling"),
         )
 
     @classmethod
     @checked
-    def execute(cls, steps: int, denoise: float) -> io.NodeOutput:
-        return io.NodeOutput(flow_sigmas(steps, denoise))
+    def execute(cls, steps: int, denoise: float, speed: str = NO_SPEED) -> io.NodeOutput:
+        way, on_speed = chosen_speed(speed, steps=steps)
+        _tell(cls.hidden, on_speed)
+        return io.NodeOutput(flow_sigmas(way.steps, denoise))

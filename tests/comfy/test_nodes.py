@@ -14,6 +14,7 @@ MORE_PICTURES = ["image5", "image6", "image7", "image8"]
 WRITING = ["max_new_tokens", "how", "temperature", "top_p", "beams", "seed"]
 CHATTING = ["action", "reads", "width", "height", "steps", "seed", "max_new_tokens", "scales", "all_cfg", "part_cfg"]
 HISTORY = "INTERNVL_U_HISTORY"
+INTERVALS = ["all_cfg_start", "all_cfg_end", "part_cfg_start", "part_cfg_end"]
 FROZEN = {
     "InternVLU_LoadModel": (
         ["model_name", "precision", "mllm_name", "vae_name"],
@@ -40,12 +41,30 @@ FROZEN = {
     ),
     "InternVLU_CreateLatent": (["preset", "width", "height", "batch_size"], ["LATENT"]),
     "InternVLU_SampleLatent": (
-        ["model", "positive", "negative", "latent_image", "seed", "steps", "all_cfg", "part_cfg", "denoise", "scales"],
+        [
+            *[
+                "model",
+                "positive",
+                "negative",
+                "latent_image",
+                "seed",
+                "steps",
+                "all_cfg",
+                "part_cfg",
+                "denoise",
+                "scales",
+            ],
+            *INTERVALS,
+            "speed",
+        ],
         ["LATENT"],
     ),
-    "InternVLU_CreateGuider": (["model", "positive", "negative", "all_cfg", "part_cfg", "scales"], ["GUIDER"]),
+    "InternVLU_CreateGuider": (
+        ["model", "positive", "negative", "all_cfg", "part_cfg", "scales", *INTERVALS, "speed"],
+        ["GUIDER"],
+    ),
     "InternVLU_SelectSampler": ([], ["SAMPLER"]),
-    "InternVLU_ScheduleSteps": (["steps", "denoise"], ["SIGMAS"]),
+    "InternVLU_ScheduleSteps": (["steps", "denoise", "speed"], ["SIGMAS"]),
     "InternVLU_DecodeLatent": (["vae", "samples", "width", "height", "size"], ["IMAGE"]),
     "InternVLU_WriteThought": (
         ["mllm", "prompt", *WRITING, "system_prompt", *PICTURES, *MORE_PICTURES, "think", "budget", "history"],
@@ -124,7 +143,9 @@ def test_rarely_used_inputs_are_folded_where_the_host_can(info):
         expected |= {(f"InternVLU_{name}", field) for field in ("temperature", "top_p", "beams", "system_prompt")}
     expected |= {("InternVLU_EncodePrompt", "system_prompt")}
     expected |= {("InternVLU_DecodeLatent", field) for field in ("width", "height")}
-    expected |= {(f"InternVLU_{name}", "scales") for name in ("SampleLatent", "CreateGuider")}
+    for name in ("SampleLatent", "CreateGuider"):
+        expected |= {(f"InternVLU_{name}", field) for field in ("scales", "speed", *INTERVALS)}
+    expected |= {("InternVLU_ScheduleSteps", "speed")}
     assert folded in (set(), expected)
     assert bool(folded) == ("search_aliases" in info["InternVLU_LoadModel"])
 
@@ -136,7 +157,9 @@ def test_widgets_are_called_what_a_user_understands_and_keep_their_ids(info):
         for field, _, more in inputs(node)
         if "display_name" in more
     }
-    assert called == {"how": "decoding", "all_cfg": "prompt cfg", "part_cfg": "picture cfg"}
+    scales = {"all_cfg": "prompt cfg", "part_cfg": "picture cfg"}
+    scales |= {f"{name}_{end}": f"{shown} {end}" for name, shown in scales.items() for end in ("start", "end")}
+    assert called == {"how": "decoding"} | scales
 
 
 def test_help_pages_exist_for_every_node(info, server):

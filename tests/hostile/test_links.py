@@ -13,6 +13,8 @@ ASKED = {"max_new_tokens": 2, "how": "greedy", "temperature": 0.7, "top_p": 0.9,
 PICTURES = {f"image{i}": ["picture", 0] for i in range(1, 9)}
 CONDITIONS = {"model": ["load", 0], "positive": ["encode", 0], "negative": ["encode", 1]}
 SCALES = {"all_cfg": 4.5, "part_cfg": 2.0}
+SPEED = {"speed": "quality (official)"}
+LESS = {"all_cfg_start": 0.0, "all_cfg_end": 1.0, "part_cfg_start": 0.0, "part_cfg_end": 1.0} | SPEED
 NODES = {
     "InternVLU_LoadModel": {"model_name": "tiny", "precision": "fp32", "mllm_name": "auto", "vae_name": "auto"},
     "InternVLU_EncodePrompt": {"mllm": ["load", 1], "prompt": "a cat", "system_prompt": "", "vae": ["load", 2]}
@@ -36,9 +38,10 @@ NODES = {
         **SCALES,
         "denoise": 1.0,
         "scales": "automatic",
+        **LESS,
     },
-    "InternVLU_CreateGuider": {**CONDITIONS, **SCALES, "scales": "automatic"},
-    "InternVLU_ScheduleSteps": {"steps": 4, "denoise": 1.0},
+    "InternVLU_CreateGuider": {**CONDITIONS, **SCALES, "scales": "automatic", **LESS},
+    "InternVLU_ScheduleSteps": {"steps": 4, "denoise": 1.0, **SPEED},
     "InternVLU_DecodeLatent": {"vae": ["load", 2], "samples": ["drawn", 0], "width": 0, "height": 0}
     | {"size": "as drawn"},
     "InternVLU_ListPrompts": {"text": "a cat"},
@@ -74,8 +77,9 @@ NOT_CONNECTED = {
     "InternVLU_LoadLoRA": {"model", "mllm"},
     "InternVLU_Chat": {"model", "vae"},  # an answer needs neither
     "InternVLU_AddToHistory": {"image"},
-    "InternVLU_SampleLatent": {"scales"},
-    "InternVLU_CreateGuider": {"scales"},
+    "InternVLU_SampleLatent": {"scales", *LESS},
+    "InternVLU_CreateGuider": {"scales", *LESS},
+    "InternVLU_ScheduleSteps": {"speed"},
 }
 TEXTS = {"prompt", "question", "system_prompt", "thought", "negative_prompt", "text", "message"}
 FILES = {"model_name", "mllm_name", "vae_name", "lora_name"}
@@ -136,7 +140,7 @@ def test_the_table_has_every_input_of_every_node(littered):
         for name in given.get(kind, ())
     ]
     assert sorted(inputs) == sorted(INPUTS)
-    assert len(INPUTS) * len(VALUES) == 620
+    assert len(INPUTS) * len(VALUES) == 675
 
 
 @pytest.mark.parametrize("node, name", INPUTS)

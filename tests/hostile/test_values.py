@@ -41,6 +41,26 @@ def test_what_is_no_number_is_no_strength(littered, name, value):
     refused(littered, graph(**{name: float(value)}), name)
 
 
+def with_sampler(littered, **values):
+    nodes = graph()
+    nodes[littered.find(nodes, "InternVLU_SampleLatent")]["inputs"] |= values
+    return nodes
+
+
+@pytest.mark.parametrize("name", ["all_cfg_start", "all_cfg_end", "part_cfg_start", "part_cfg_end"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5, 1.5])
+def test_what_is_no_share_of_a_schedule_is_no_end_of_an_interval(littered, name, value):
+    refused(littered, with_sampler(littered, **{name: value}), name)
+
+
+def test_an_interval_does_not_end_before_its_start_and_a_preset_is_one_of_the_list(littered):
+    ends = with_sampler(littered, part_cfg_start=0.7, part_cfg_end=0.3, speed="fast")
+    refused(littered, ends, "part_cfg_end 0.3 found, part_cfg_start (0.7) or more expected")
+    late = with_sampler(littered, all_cfg_start=0.7, speed="quality (official)")
+    assert littered.run(late)["status"]["status_str"] == "success"
+    refused(littered, with_sampler(littered, speed="turbo"), "turbo")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["all_cfg", "part_cfg"])
 def test_the_library_refuses_a_strength_that_is_no_number(name, value):
