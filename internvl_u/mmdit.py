@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from .config import MMDiTConfig
 from .files import FileState
+from .modulation import BlockModulation, StepModulation
 from .packing import BranchInput, Packing, pack
 from .patches import patchify, token_grid, unpatchify
 from .rope import Grid, Layout, position_ids, rotary_table
@@ -28,9 +29,16 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(query, key, value) [B, H, tokens, E] -> [B, tokens, H * E], softmax over all keys, scale E ** -0.5."""
 
 RunBlock = Callable[
-    [int, "Block", torch.Tensor, torch.Tensor, torch.Tensor, "Packing", "int | None"], tuple[torch.Tensor, torch.Tensor]
+    [int, "Block", torch.Tensor, torch.Tensor, "torch.Tensor | BlockModulation", "Packing", "int | None"],
+    tuple[torch.Tensor, torch.Tensor],
 ]
-"""(index, block, image [B, N, D], text [T, D], modulation [B, D], packing, image_tokens) -> image and text after it."""
+"""(index, block, image [B, N, D], text [T, D], modulation, packing, image_tokens) -> image and text after it.
+
+The modulation is what a block's own is made of [B, D], or that itself.
+"""
+
+ModulationAt = Callable[["MMDiT", torch.Tensor, torch.dtype], StepModulation]
+"""(model, sinusoids [B, 256], dtype) -> the modulation of samples at these noise levels; see `Modulations.at`."""
 
 EPS = 1e-6
 FLOAT16_EXPONENT = 14
@@ -43,7 +51,7 @@ def call_block(
     block: Block,
     image: torch.Tensor,
     text: torch.Tensor,
-    modulation: torch.Tensor,
+    modulation: torch.Tensor | BlockModulation,
     packing: Packing,
     image_tokens: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +131,7 @@ class MMDiT(nn.Module):
         branches: Sequence[BranchInput],
         references: Sequence[torch.Tensor] = (),
         run_block: RunBlock | None = None,
+        modulation_at: ModulationAt | None = None,
     ) -> torch.Tensor:
         """Returns the velocity [B, channels, height, width] of `latents` [B, channels, height, width].
 
@@ -130,12 +139,15 @@ class MMDiT(nn.Module):
 
         `time` is `time_embedding(timestep)`; there is one branch per sample; each reference is a batch of latents
         [B, channels, h, w]. `run_block` may wrap or replace the call of a block. All tensors but the rotary tables are
-        cast to the dtype of `latents`.
+        cast to the dtype of `latents`. With `modulation_at` the layers of modulation are not run here.
         """
         image, grid = self.embed_image(latents, references)
         packing = pack(branches, image)
         text = self.embed_text(torch.cat([branch.context.to(image.device) for branch in branches]), latents.dtype)
-        modulation = self.embed_time(time, latents.dtype)
+        if modulation_at is None:
+            modulation = self.embed_time(time, latents.dtype)
+        else:
+            modulation = modulation_at(self, time, latents.dtype)
         image = self.run_blocks(image, text, modulation, packing, grid[0] * grid[1], run_block)
         return self.velocity(image, modulation, grid, latents.shape[-2:])
 
@@ -156,11 +168,39 @@ class MMDiT(nn.Module):
         """Returns what all modulations are made of [B, D], from the sinusoids [B, 256]."""
         return functional.silu(self.time_text_embed(time.to(dtype)))
 
+    def modulation(self, time: torch.Tensor, dtype: torch.dtype) -> StepModulation:
+        """Returns the modulation of everything at the noise levels of sinusoids [R, 256]."""
+        level = functional.silu(self.run_once(self.time_text_embed, time.to(dtype)))
+        blocks = [
+            (self.run_once(block.img_mod, level), self.run_once(block.txt_mod, level))
+            for block in cast("Sequence[Block]", self.transformer_blocks)
+        ]
+        return StepModulation(level, blocks, self.run_once(self.norm_out.linear, level))
+
+    def modulation_layers(self) -> list[nn.Module]:
+        """Returns the modules that `modulation` runs, which read nothing but the noise level."""
+        blocks = cast("Sequence[Block]", self.transformer_blocks)
+        each = [layer for block in blocks for layer in (block.img_mod, block.txt_mod)]
+        return [self.time_text_embed, *each, self.norm_out.linear]
+
+    def run_once(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Runs a layer where `hidden` is. One that lies elsewhere stays there, and lends its weights for the call."""
+        weights = {name: weight.to(hidden.device) for name, weight in layer.named_parameters()}
+        return torch.func.functional_call(layer, weights, (hidden,))
+
+    def to_sample(self, device: torch.device) -> MMDiT:
+        """Moves what each step of a run with `Modulations` needs; the layers of modulation stay where they are."""
+        once = {module for layer in self.modulation_layers() for module in layer.modules()}
+        for module in set(self.modules()) - once:
+            if not any(True for _ in module.children()):
+                module.to(device)
+        return self
+
     def run_blocks(
         self,
         image: torch.Tensor,
         text: torch.Tensor,
-        modulation: torch.Tensor,
+        modulation: torch.Tensor | StepModulation,
         packing: Packing,
         image_tokens: int,
         run_block: RunBlock | None = None,
@@ -170,10 +210,13 @@ class MMDiT(nn.Module):
         last = len(self.transformer_blocks) - 1
         for i, block in enumerate(self.transformer_blocks):
             kept = image_tokens if i == last else None
-            image, text = run_block(i, cast("Block", block), image, text, modulation, packing, kept)
+            given = modulation if isinstance(modulation, torch.Tensor) else modulation.block(i)
+            image, text = run_block(i, cast("Block", block), image, text, given, packing, kept)
         return image
 
-    def velocity(self, image: torch.Tensor, modulation: torch.Tensor, grid: Grid, size: Sequence[int]) -> torch.Tensor:
+    def velocity(
+        self, image: torch.Tensor, modulation: torch.Tensor | StepModulation, grid: Grid, size: Sequence[int]
+    ) -> torch.Tensor:
         """Returns the velocity [B, channels, *size] that the image's tokens [B, rows * columns, D] stand for."""
         output = self.proj_out(self.norm_out(image, modulation))
         return unpatchify(output, grid, self.config.patch_size)[..., : size[0], : size[1]]
@@ -213,7 +256,7 @@ class Block(nn.Module):
         self,
         image: torch.Tensor,
         text: torch.Tensor,
-        modulation: torch.Tensor,
+        modulation: torch.Tensor | BlockModulation,
         packing: Packing,
         attention: Attention,
         image_tokens: int | None = None,
@@ -223,9 +266,11 @@ class Block(nn.Module):
         With `image_tokens` set (the last block) only so many image tokens are carried on, and the text comes back as it
         was.
         """
-        img_mod = self.img_mod(modulation)[:, None]  # [B, 1, 6 D]
+        if isinstance(modulation, torch.Tensor):
+            modulation = BlockModulation(modulation, self.img_mod(modulation), self.txt_mod(modulation))
+        img_mod = modulation.image[:, None]  # [B or 1, 1, 6 D]
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, -1)
-        txt_mod = self.txt_mod(modulation)[packing.sample]  # [B, 6 D] -> [T, 6 D]
+        txt_mod = modulation.text if len(modulation.text) == 1 else modulation.text[packing.sample]  # [T or 1, 6 D]
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, -1)
 
         img_out, txt_out = self.attn(
@@ -334,8 +379,9 @@ class OutputNorm(nn.Module):
         super().__init__()
         self.linear = operations.Linear(width, 2 * width, dtype=dtype, device=device)
 
-    def forward(self, image: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.linear(modulation)[:, None].chunk(2, -1)
+    def forward(self, image: torch.Tensor, modulation: torch.Tensor | StepModulation) -> torch.Tensor:
+        level, made = (modulation, None) if isinstance(modulation, torch.Tensor) else (modulation.level, modulation.out)
+        scale, shift = (self.linear(level) if made is None else made)[:, None].chunk(2, -1)
         return modulate(image, shift, scale)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from .defaults import LONGEST_SCHEDULE, Guidance
 from .mmdit import MMDiT, time_embedding
+from .modulation import Modulations
 from .numbers import check_whole
 from .rope import Grid, Layout, grid_of
 
@@ -100,10 +101,22 @@ class Denoiser:
     """The transformer with dual guidance: (latent [1, 16, h, w], sigma) -> the clean latent that it sees.
 
     Branches of equal references share a call: two in one for an image from text; when editing two and then one.
+    With `sigmas`, the noise levels of a run to come, their modulation is computed at the first call and kept.
     """
 
-    def __init__(self, model: MMDiT, contexts: DrawingContexts, size: Grid, guidance: Guidance, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: MMDiT,
+        contexts: DrawingContexts,
+        size: Grid,
+        guidance: Guidance,
+        dtype: torch.dtype,
+        sigmas: torch.Tensor | None = None,
+    ):
         self.model, self.guidance, self.dtype = model, guidance, dtype
+        self.modulations = None
+        if sigmas is not None:
+            self.modulations = Modulations(time_embedding(whole_timestep(sigmas[sigmas > 0]).to(dtype)))
         references = contexts.references
         grids = [grid_of(reference) for reference in references]
         seeing = [branch for branch in (contexts.conditional, contexts.partial) if branch is not None]
@@ -121,11 +134,13 @@ class Denoiser:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the velocities, fp32, of the conditional, partial and unconditional branch."""
         time = time_embedding(timestep.to(self.dtype))
+        modulation_at = None if self.modulations is None else self.modulations.at
         velocities: list[torch.Tensor] = []
         for branches, references in self.groups:
             count = len(branches)
             latents, *seen = (one.to(self.dtype).expand(count, -1, -1, -1) for one in (latent, *references))
-            velocities += self.model(latents, time.expand(count, -1), branches, seen).float().split(1)
+            inputs = (latents, time.expand(count, -1), branches, seen)
+            velocities += self.model(*inputs, modulation_at=modulation_at).float().split(1)
         conditional, *partial, unconditional = velocities
         return conditional, partial[0] if partial else unconditional, unconditional
 
