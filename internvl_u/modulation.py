@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,12 +30,13 @@ class BlockModulation(NamedTuple):
     text: torch.Tensor  # [R, 6 D]
 
 
-class StepModulation(NamedTuple):
+@dataclass
+class StepModulation:
     """What the transformer is modulated by at R noise levels: those of a call's samples, or of many calls."""
 
     level: torch.Tensor  # [R, D], what all the rest is made of
     blocks: Sequence[tuple[torch.Tensor, torch.Tensor]]  # image and text of each block, [R, 6 D]
-    out: torch.Tensor | None  # [R, 2 D], of the last norm; None where it is not made yet
+    out: torch.Tensor | None  # [R, 2 D], of the last norm; where it is None it is made of `level`
 
     def rows(self, rows: Sequence[int]) -> StepModulation:
         """Returns the modulation of samples at the given rows, in one row where all of them share it."""
@@ -53,8 +55,8 @@ class StepModulation(NamedTuple):
 class Modulations:
     """The modulation of one sampling run, kept by noise level. It is for one model, whose weights do not change in it.
 
-    At the first call the whole schedule is computed, or as much as is kept of a long one; noise levels outside it, which
-    some samplers ask for, when they are met.
+    At the first call the whole schedule is computed, or as much of a long one as is kept; noise levels outside it, for
+    which some samplers ask, when they are met.
     """
 
     def __init__(self, schedule: torch.Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import comfy.patcher_extension
@@ -104,15 +105,17 @@ class _Call:
 
     def __init__(self, options: Options, modulations: Modulations | None):
         self.options, self.modulations = options, modulations
-        self.level: torch.Tensor | None = None  # [B, D], where replacements of blocks are given a copy
+        self.level: torch.Tensor | None = None
+        self.shown: StepModulation | None = None  # to replacements of blocks, which may write into a copy of `level`
 
     def modulation_at(self, model: MMDiT, time: torch.Tensor, dtype: torch.dtype) -> StepModulation:
-        """Returns the modulation of samples, see `ModulationAt`; what a block's replacement may change is a copy."""
+        """Returns the modulation of samples; see `ModulationAt`."""
         made = cast(Modulations, self.modulations).at(model, time, dtype)
         if not self.options.get("patches_replace", {}).get("dit"):
             return made
         self.level = made.level.expand(len(time), -1)
-        return made._replace(level=self.level.clone(), out=None)
+        self.shown = replace(made, level=self.level.clone())
+        return self.shown
 
     def run_block(
         self,
@@ -135,19 +138,21 @@ class _Call:
 
         def original(args: Options) -> Options:
             given = args["vec"]
-            if not isinstance(made, torch.Tensor) and (self.level is None or _same(given, self.level)):
+            if not isinstance(made, torch.Tensor) and (self.shown is None or _same(given, self.level)):
                 given = made
             img, txt = block(args["img"], args["txt"], given, args["pe"], attention, image_tokens)
             return {"img": img, "txt": txt}
 
         vec = made if isinstance(made, torch.Tensor) else made.level
         args = {"img": image, "txt": text, "vec": vec, "pe": packing, "transformer_options": options}
-        replace = options.get("patches_replace", {}).get("dit", {}).get(("double_block", index))
-        out = original(args) if replace is None else replace(args, {"original_block": original})
+        replacement = options.get("patches_replace", {}).get("dit", {}).get(("double_block", index))
+        out = original(args) if replacement is None else replacement(args, {"original_block": original})
+        if self.shown is not None and not _same(self.shown.level, self.level):
+            self.shown.out = None
         for patch in options.get("patches", {}).get("double_block", ()):
             out = patch({**out, "x": None, "block_index": index, "transformer_options": options})
         return out["img"], out["txt"]
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+def _same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)

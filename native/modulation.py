@@ -90,7 +90,8 @@ def _weights(model: Any, network: MMDiT) -> object | None:
     patcher = model.current_patcher
     if patcher is None:
         return None
-    changing = {key for patches in patcher.hook_patches.values() for key in patches} | set(patcher.weight_wrapper_patches)
+    changing = {key for patches in patcher.hook_patches.values() for key in patches}
+    changing.update(patcher.weight_wrapper_patches)
     if changing:
         of_modulation = {id(module) for layer in network.modulation_layers() for module in layer.modules()}
         names = tuple(f"{_PREFIX}{name}." for name, module in network.named_modules() if id(module) in of_modulation)
