@@ -198,7 +198,7 @@ class MMDiT(nn.Module):
         run_block: RunBlock | None = None,
     ) -> torch.Tensor:
         """Returns the first `image_tokens` tokens [B, image_tokens, D] after all blocks: those of the image itself."""
-        run_block = run_block or call_block
+        run_block = call_block if run_block is None else run_block
         last = len(self.transformer_blocks) - 1
         for i, block in enumerate(self.transformer_blocks):
             kept = image_tokens if i == last else None

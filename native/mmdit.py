@@ -80,7 +80,12 @@ class NativeMMDiT(MMDiT):
         return out.reshape(x.shape)
 
     def run_once(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Runs a layer: ComfyUI brings its weights to where they are needed."""
+        """Runs a layer; ComfyUI brings its weights to where they are needed.
+
+        Row by row where it rounds its input by one scale for all rows: noise levels must not see each other.
+        """
+        if any(_rounds_input(module) for module in layer.modules()):
+            return torch.cat([layer(row) for row in hidden.split(1)])
         return layer(hidden)
 
     def _remembered(self, time: torch.Tensor, options: Options) -> Modulations | None:
@@ -88,6 +93,11 @@ class NativeMMDiT(MMDiT):
             return None
         run = options.get(modulation.KEY)
         return None if run is None else run.of(self, time, options)
+
+
+def _rounds_input(layer: nn.Module) -> bool:
+    """Returns whether a layer of ComfyUI's multiplies in int8, fp8 or the like, not only stores its weights so."""
+    return getattr(layer, "layout_type", None) is not None and not getattr(layer, "_full_precision_mm", False)
 
 
 def single_frame(latents: torch.Tensor) -> torch.Tensor:

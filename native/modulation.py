@@ -7,7 +7,6 @@ computes its modulation.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -47,7 +46,7 @@ class RunModulations:
     """The modulation of one sampling run, of each of the networks that take part in it (one per GPU)."""
 
     def __init__(self, guider: Any):
-        self._guider = weakref.ref(guider)
+        self._guider = guider
         self._known: dict[int, tuple[object, Modulations]] = {}
 
     def __deepcopy__(self, memo: object) -> RunModulations:
@@ -58,6 +57,7 @@ class RunModulations:
         for _, modulations in self._known.values():
             modulations.clear()
         self._known.clear()
+        self._guider = None
 
     def of(self, network: MMDiT, time: torch.Tensor, options: Mapping[str, Any]) -> Modulations | None:
         """Returns what is remembered of a network as its weights are now; None where they are not known to stay so.
@@ -77,11 +77,10 @@ class RunModulations:
 
     def _model(self, network: MMDiT) -> Any:
         """Returns the run's model, or its copy for another GPU, that has this network."""
-        guider = self._guider()
-        if guider is None:
+        if self._guider is None:
             return None
-        copies = guider.model_options.get("multigpu_clones", {}).values()
-        models = [patcher.model for patcher in (guider.model_patcher, *copies)]
+        copies = self._guider.model_options.get("multigpu_clones", {}).values()
+        models = [patcher.model for patcher in (self._guider.model_patcher, *copies)]
         return next((model for model in models if model.diffusion_model is network), None)
 
 
