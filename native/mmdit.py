@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .model import PromptContext
 
 Options = dict[str, Any]
+_SCALED_BY_ROW = ("TensorWiseINT8Layout",)
+"""ComfyUI's layouts of quantised layers that round each row of their input by itself."""
 
 
 class NativeMMDiT(MMDiT):
@@ -96,8 +98,9 @@ class NativeMMDiT(MMDiT):
 
 
 def _rounds_input(layer: nn.Module) -> bool:
-    """Returns whether a layer of ComfyUI's multiplies in int8, fp8 or the like, not only stores its weights so."""
-    return getattr(layer, "layout_type", None) is not None and not getattr(layer, "_full_precision_mm", False)
+    """Returns whether a layer of ComfyUI's multiplies in few bits, its input rounded by one scale for all rows."""
+    layout = getattr(layer, "layout_type", None)
+    return layout not in (None, *_SCALED_BY_ROW) and not getattr(layer, "_full_precision_mm", False)
 
 
 def single_frame(latents: torch.Tensor) -> torch.Tensor:

@@ -427,10 +427,30 @@ def test_a_step_moves_less_by_all_of_the_modulation(stored, moved, modulation, f
         patch.delattr(modulation.FlowPatcher, "_load_list")
         expected, before = moved(patcher, budget)
     drawn, after = moved(patcher, budget)
-    near(drawn, expected, 2e-5)
+    in_int8 = any(getattr(layer, "layout_type", "") == "TensorWiseINT8Layout" for layer in once)
+    near(
+        drawn, expected, 2e-2 if in_int8 else 2e-5
+    )  # multiplied in int8, the last bit of a number may be 1 / 127 of it
     assert len(before) == len(after) == 4 and len(set(before)) == len(set(after[1:])) == 1
     assert sum(after) <= sum(before) and before[1] - after[1] > 0.4 * size_of(once)
     assert after[1] == 0 if share == 1.0 else after[1] < 0.5 * before[1]
+
+
+def test_levels_do_not_see_each_other_where_a_layer_rounds_by_one_scale_for_all(loaded):
+    """fp8 products in ComfyUI, which only some GPUs have: stood in for by a layer."""
+
+    class Rounding(torch.nn.Linear):
+        layout_type = "TensorCoreFP8Layout"
+
+        def forward(self, hidden):
+            scale = hidden.abs().max() / 7
+            return super().forward((hidden / scale).round() * scale)
+
+    network = loaded.model.model.diffusion_model
+    layer, hidden = Rounding(64, 32), torch.randn(3, 64) * torch.tensor([[1.0], [0.01], [1.0]])
+    expected = torch.cat([layer(row) for row in hidden.split(1)])
+    assert not torch.allclose(layer(hidden), expected, atol=1e-3)
+    assert torch.equal(network.run_once(torch.nn.Sequential(layer), hidden), expected)
 
 
 def test_the_modulation_is_the_first_to_leave_the_device(stored):
