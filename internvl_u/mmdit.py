@@ -18,21 +18,26 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .attention import EPS, Attention, JointAttention, scaled_dot_product
 from .config import MMDiTConfig
 from .files import FileState
+from .modulation import BlockModulation, StepModulation
 from .packing import BranchInput, Packing, pack
 from .patches import patchify, token_grid, unpatchify
 from .rope import Grid, Layout, position_ids, rotary_table
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(query, key, value) [B, H, tokens, E] -> [B, tokens, H * E], softmax over all keys, scale E ** -0.5."""
-
 RunBlock = Callable[
-    [int, "Block", torch.Tensor, torch.Tensor, torch.Tensor, "Packing", "int | None"], tuple[torch.Tensor, torch.Tensor]
+    [int, "Block", torch.Tensor, torch.Tensor, "torch.Tensor | BlockModulation", "Packing", "int | None"],
+    tuple[torch.Tensor, torch.Tensor],
 ]
-"""(index, block, image [B, N, D], text [T, D], modulation [B, D], packing, image_tokens) -> image and text after it."""
+"""(index, block, image [B, N, D], text [T, D], modulation, packing, image_tokens) -> image and text after it.
 
-EPS = 1e-6
+The modulation is what a block's own is made of [B, D], or that itself.
+"""
+
+ModulationAt = Callable[["MMDiT", torch.Tensor, torch.dtype], StepModulation]
+"""(model, sinusoids [B, 256], dtype) -> the modulation of samples at these noise levels; see `Modulations.at`."""
+
 FLOAT16_EXPONENT = 14
 """Contexts are brought below 2 ** 14 for float16, which ends at 2 ** 16."""
 TIME_WIDTH = 256
@@ -43,17 +48,12 @@ def call_block(
     block: Block,
     image: torch.Tensor,
     text: torch.Tensor,
-    modulation: torch.Tensor,
+    modulation: torch.Tensor | BlockModulation,
     packing: Packing,
     image_tokens: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs a block with torch's own attention; see `RunBlock`."""
     return block(image, text, modulation, packing, scaled_dot_product, image_tokens)
-
-
-def scaled_dot_product(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Returns torch's own attention; see `Attention`."""
-    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def time_frequencies(device: torch.device | None = None) -> torch.Tensor:
@@ -123,6 +123,7 @@ class MMDiT(nn.Module):
         branches: Sequence[BranchInput],
         references: Sequence[torch.Tensor] = (),
         run_block: RunBlock | None = None,
+        modulation_at: ModulationAt | None = None,
     ) -> torch.Tensor:
         """Returns the velocity [B, channels, height, width] of `latents` [B, channels, height, width].
 
@@ -130,12 +131,15 @@ class MMDiT(nn.Module):
 
         `time` is `time_embedding(timestep)`; there is one branch per sample; each reference is a batch of latents
         [B, channels, h, w]. `run_block` may wrap or replace the call of a block. All tensors but the rotary tables are
-        cast to the dtype of `latents`.
+        cast to the dtype of `latents`. With `modulation_at` the layers of modulation are not run here.
         """
         image, grid = self.embed_image(latents, references)
         packing = pack(branches, image)
         text = self.embed_text(torch.cat([branch.context.to(image.device) for branch in branches]), latents.dtype)
-        modulation = self.embed_time(time, latents.dtype)
+        if modulation_at is None:
+            modulation = self.embed_time(time, latents.dtype)
+        else:
+            modulation = modulation_at(self, time, latents.dtype)
         image = self.run_blocks(image, text, modulation, packing, grid[0] * grid[1], run_block)
         return self.velocity(image, modulation, grid, latents.shape[-2:])
 
@@ -156,24 +160,55 @@ class MMDiT(nn.Module):
         """Returns what all modulations are made of [B, D], from the sinusoids [B, 256]."""
         return functional.silu(self.time_text_embed(time.to(dtype)))
 
+    def modulation(self, time: torch.Tensor, dtype: torch.dtype) -> StepModulation:
+        """Returns the modulation of everything at the noise levels of sinusoids [R, 256]."""
+        level = functional.silu(self.run_once(self.time_text_embed, time.to(dtype)))
+        blocks = [
+            (self.run_once(block.img_mod, level), self.run_once(block.txt_mod, level))
+            for block in cast("Sequence[Block]", self.transformer_blocks)
+        ]
+        return StepModulation(level, blocks, self.run_once(self.norm_out.linear, level))
+
+    def modulation_layers(self) -> list[nn.Module]:
+        """Returns the modules that `modulation` runs, which read nothing but the noise level."""
+        blocks = cast("Sequence[Block]", self.transformer_blocks)
+        each = [layer for block in blocks for layer in (block.img_mod, block.txt_mod)]
+        return [self.time_text_embed, *each, self.norm_out.linear]
+
+    def run_once(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Runs a layer where `hidden` is. One that lies elsewhere stays there, and lends its weights for the call."""
+        weights = {name: weight.to(hidden.device) for name, weight in layer.named_parameters()}
+        return torch.func.functional_call(layer, weights, (hidden,))
+
+    def to_sample(self, device: torch.device) -> MMDiT:
+        """Moves what each step of a run with `Modulations` needs; the layers of modulation stay where they are."""
+        once = {module for layer in self.modulation_layers() for module in layer.modules()}
+        for module in set(self.modules()) - once:
+            if not any(True for _ in module.children()):
+                module.to(device)
+        return self
+
     def run_blocks(
         self,
         image: torch.Tensor,
         text: torch.Tensor,
-        modulation: torch.Tensor,
+        modulation: torch.Tensor | StepModulation,
         packing: Packing,
         image_tokens: int,
         run_block: RunBlock | None = None,
     ) -> torch.Tensor:
         """Returns the first `image_tokens` tokens [B, image_tokens, D] after all blocks: those of the image itself."""
-        run_block = run_block or call_block
+        run_block = call_block if run_block is None else run_block
         last = len(self.transformer_blocks) - 1
         for i, block in enumerate(self.transformer_blocks):
             kept = image_tokens if i == last else None
-            image, text = run_block(i, cast("Block", block), image, text, modulation, packing, kept)
+            given = modulation if isinstance(modulation, torch.Tensor) else modulation.block(i)
+            image, text = run_block(i, cast("Block", block), image, text, given, packing, kept)
         return image
 
-    def velocity(self, image: torch.Tensor, modulation: torch.Tensor, grid: Grid, size: Sequence[int]) -> torch.Tensor:
+    def velocity(
+        self, image: torch.Tensor, modulation: torch.Tensor | StepModulation, grid: Grid, size: Sequence[int]
+    ) -> torch.Tensor:
         """Returns the velocity [B, channels, *size] that the image's tokens [B, rows * columns, D] stand for."""
         output = self.proj_out(self.norm_out(image, modulation))
         return unpatchify(output, grid, self.config.patch_size)[..., : size[0], : size[1]]
@@ -213,7 +248,7 @@ class Block(nn.Module):
         self,
         image: torch.Tensor,
         text: torch.Tensor,
-        modulation: torch.Tensor,
+        modulation: torch.Tensor | BlockModulation,
         packing: Packing,
         attention: Attention,
         image_tokens: int | None = None,
@@ -223,9 +258,11 @@ class Block(nn.Module):
         With `image_tokens` set (the last block) only so many image tokens are carried on, and the text comes back as it
         was.
         """
-        img_mod = self.img_mod(modulation)[:, None]  # [B, 1, 6 D]
+        if isinstance(modulation, torch.Tensor):
+            modulation = BlockModulation(modulation, self.img_mod(modulation), self.txt_mod(modulation))
+        img_mod = modulation.image[:, None]  # [B or 1, 1, 6 D]
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod.chunk(6, -1)
-        txt_mod = self.txt_mod(modulation)[packing.sample]  # [B, 6 D] -> [T, 6 D]
+        txt_mod = modulation.text if len(modulation.text) == 1 else modulation.text[packing.sample]  # [T or 1, 6 D]
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.chunk(6, -1)
 
         img_out, txt_out = self.attn(
@@ -241,59 +278,6 @@ class Block(nn.Module):
             return image, text
         text = text + txt_gate1.to(text) * txt_out
         return image, text + txt_gate2.to(text) * self.txt_mlp(modulate(text, txt_shift2, txt_scale2))
-
-
-class JointAttention(nn.Module):
-    """Attention over both streams of a sample, each stream with its own projections and a sigmoid output gate."""
-
-    def __init__(self, width: int, heads: int, *, dtype=None, device=None, operations=nn):
-        super().__init__()
-        factory = {"dtype": dtype, "device": device}
-        self.heads = heads
-        self.to_q = operations.Linear(width, 2 * width, **factory)  # per head: the query, then its gate
-        self.to_k = operations.Linear(width, width, **factory)
-        self.to_v = operations.Linear(width, width, **factory)
-        self.add_q_proj = operations.Linear(width, 2 * width, **factory)
-        self.add_k_proj = operations.Linear(width, width, **factory)
-        self.add_v_proj = operations.Linear(width, width, **factory)
-        self.to_out = nn.ModuleList([operations.Linear(width, width, **factory)])
-        self.to_add_out = operations.Linear(width, width, **factory)
-        head_width = width // heads
-        self.norm_q = operations.RMSNorm(head_width, eps=EPS, **factory)
-        self.norm_k = operations.RMSNorm(head_width, eps=EPS, **factory)
-        self.norm_added_q = operations.RMSNorm(head_width, eps=EPS, **factory)
-        self.norm_added_k = operations.RMSNorm(head_width, eps=EPS, **factory)
-
-    def forward(
-        self, image: torch.Tensor, text: torch.Tensor, packing: Packing, attention: Attention, image_tokens: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns image [B, N, D] and text [T, D] attended; with `image_tokens` set so many tokens, and no text."""
-        img_k = rotate(self.norm_k(self._split(self.to_k(image))), packing.rotary_image)
-        txt_k = rotate(self.norm_added_k(self._split(self.add_k_proj(text))), packing.rotary_text)
-        img_v, txt_v = self._split(self.to_v(image)), self._split(self.add_v_proj(text))
-        img_q, img_gate = self._split(self.to_q(image[:, :image_tokens])).chunk(2, -1)
-        img_q = rotate(self.norm_q(img_q), packing.rotary_image[:, :, :image_tokens])
-        txt_q = txt_gate = None
-        if image_tokens is None:
-            txt_q, txt_gate = self._split(self.add_q_proj(text)).chunk(2, -1)
-            txt_q = rotate(self.norm_added_q(txt_q), packing.rotary_text)
-
-        img_parts, txt_parts = [], []
-        for samples, tokens, length in packing.groups():
-            query, key, value = (
-                _join(img[samples], None if txt is None else txt[tokens], length)
-                for img, txt in ((img_q, txt_q), (img_k, txt_k), (img_v, txt_v))
-            )
-            attended = attention(query, key, value)  # [b, H, n, E] -> [b, n, D]
-            img_parts.append(attended[:, : img_q.shape[1]])
-            txt_parts.append(attended[:, img_q.shape[1] :].flatten(0, 1))
-        img_out = self.to_out[0](torch.cat(img_parts)) * torch.sigmoid(img_gate.flatten(-2))
-        if txt_gate is None:
-            return img_out, None
-        return img_out, self.to_add_out(torch.cat(txt_parts)) * torch.sigmoid(txt_gate.flatten(-2))
-
-    def _split(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.unflatten(-1, (self.heads, -1))  # [..., H * E] -> [..., H, E]
 
 
 class Modulation(nn.Sequential):
@@ -334,8 +318,9 @@ class OutputNorm(nn.Module):
         super().__init__()
         self.linear = operations.Linear(width, 2 * width, dtype=dtype, device=device)
 
-    def forward(self, image: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.linear(modulation)[:, None].chunk(2, -1)
+    def forward(self, image: torch.Tensor, modulation: torch.Tensor | StepModulation) -> torch.Tensor:
+        level, made = (modulation, None) if isinstance(modulation, torch.Tensor) else (modulation.level, modulation.out)
+        scale, shift = (self.linear(level) if made is None else made)[:, None].chunk(2, -1)
         return modulate(image, shift, scale)
 
 
@@ -347,17 +332,3 @@ def modulate(tokens: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> 
 def _wide(stream: torch.Tensor) -> torch.Tensor:
     """Returns a stream in a dtype that its sum over the blocks fits: float16 alone is too narrow."""
     return stream.float() if stream.dtype == torch.float16 else stream
-
-
-def rotate(heads: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Returns heads [..., H, E] with adjacent pairs rotated by `table` (cosine, sine) [2, ..., 1, E / 2]."""
-    cosine, sine = table
-    real, imaginary = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
-    return turned.flatten(-2).to(heads.dtype)
-
-
-def _join(image: torch.Tensor, text: torch.Tensor | None, length: int) -> torch.Tensor:
-    if text is not None:
-        image = torch.cat([image, text.unflatten(0, (-1, length))], dim=1)
-    return image.transpose(1, 2)  # [b, n, H, E] -> [b, H, n, E]

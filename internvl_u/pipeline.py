@@ -22,6 +22,7 @@ from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .images import ReferenceSizes
 from .load import load_mllm, load_mmdit, load_vae
 from .mllm import MLLM
+from .mmdit import MMDiT
 from .numbers import check_real, check_whole
 from .places import locate
 from .prefix import PrefixCache
@@ -270,14 +271,15 @@ class Pipeline:
     ) -> torch.Tensor:
         """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
         model = self._on_device("mmdit", lambda: load_mmdit(self.files.transformer, dtype=self.dtype))
-        denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype, intervals)
+        levels = sigmas.to(self.device)
+        denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype, intervals, levels)
 
         def report(index: int, *_: torch.Tensor) -> None:
             check_unchanged(model.mapped)
             if on_step is not None:
                 on_step(index + 1)
 
-        latent = sampling.sample(denoise, noise.to(self.device), sigmas.to(self.device), report)
+        latent = sampling.sample(denoise, noise.to(self.device), levels, report)
         sampling.check_finite(latent, "the drawn latent", "the transformer")
         return latent
 
@@ -308,7 +310,8 @@ class Pipeline:
             self._networks[name] = load()
         network = self._networks[name]
         check_unchanged(getattr(network, "mapped", ()))
-        return cast(Network, network).to(self.device)
+        move = network.to_sample if isinstance(network, MMDiT) else network.to
+        return cast(Network, move(self.device))
 
 
 def _fitting(

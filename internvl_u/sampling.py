@@ -15,6 +15,7 @@ import torch
 
 from .defaults import LONGEST_SCHEDULE, Guidance
 from .mmdit import MMDiT, time_embedding
+from .modulation import Modulations
 from .numbers import check_whole
 from .rope import Grid, Layout, grid_of
 from .speed import ALWAYS, EVERY_BRANCH, Branches, GuidanceIntervals
@@ -110,7 +111,8 @@ class Denoiser:
     """The transformer with dual guidance: (latent [1, 16, h, w], sigma) -> the clean latent that it sees.
 
     Branches of equal references share a call: two in one for an image from text; when editing two and then one.
-    Outside the `intervals` only the branches that then count are evaluated.
+    Outside the `intervals` only the branches that then count are evaluated. With `sigmas`, the noise levels of a run to
+    come, their modulation is computed at the first call and kept.
     """
 
     def __init__(
@@ -121,8 +123,12 @@ class Denoiser:
         guidance: Guidance,
         dtype: torch.dtype,
         intervals: GuidanceIntervals = ALWAYS,
+        sigmas: torch.Tensor | None = None,
     ):
         self.model, self.guidance, self.dtype, self.intervals = model, guidance, dtype, intervals
+        self.modulations = None
+        if sigmas is not None:
+            self.modulations = Modulations(time_embedding(whole_timestep(sigmas[sigmas > 0]).to(dtype)))
         references = contexts.references
         grids = [grid_of(reference) for reference in references]
         seeing = [branch for branch in (contexts.conditional, contexts.partial) if branch is not None]
@@ -146,13 +152,15 @@ class Denoiser:
         In the place of one that is not wanted stands the one that it cancels out with.
         """
         time = time_embedding(timestep.to(self.dtype))
+        modulation_at = None if self.modulations is None else self.modulations.at
         edits = len(self.groups) > 1
         counts = (1 + wanted.partial, int(wanted.unconditional)) if edits else (1 + wanted.unconditional,)
         found: list[torch.Tensor] = []
         for (branches, references), count in zip(self.groups, counts):
             if count:
                 latents, *seen = (one.to(self.dtype).expand(count, -1, -1, -1) for one in (latent, *references))
-                found += self.model(latents, time.expand(count, -1), branches[:count], seen).float().split(1)
+                inputs = (latents, time.expand(count, -1), branches[:count], seen)
+                found += self.model(*inputs, modulation_at=modulation_at).float().split(1)
         return found[0], found[1] if edits and wanted.partial else found[-1], found[-1]
 
 

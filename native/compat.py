@@ -69,6 +69,12 @@ def make_patcher(
     return cls(model, load_device=load_device, offload_device=offload_device, **more)
 
 
+def can_stream() -> bool:
+    """Returns whether this ComfyUI has patchers that stream weights, and has chosen to use them."""
+    plain = comfy.model_patcher.ModelPatcher
+    return getattr(comfy.model_patcher, "CoreModelPatcher", plain) is not plain
+
+
 def is_dynamic(patcher: ModelPatcher) -> bool:
     """Returns whether a patcher streams its weights from disk (0.33 and newer)."""
     return getattr(patcher, "is_dynamic", bool)()

@@ -163,6 +163,7 @@ CALLS: dict[str, tuple[int, str]] = {
 
 OPTIONAL = {
     "comfy.model_patcher.CoreModelPatcher": "0.33: streams weights; before it, ModelPatcher",
+    "comfy.model_patcher.ModelPatcher._load_list": "private: without it the largest layers are loaded first",
     "comfy.model_patcher.ModelPatcher.is_dynamic": "0.33",
     "comfy.model_management.archive_model_dtypes": "0.33",
     "comfy.model_management.cuda_device_context": "0.33: several GPUs",

@@ -11,6 +11,7 @@ SCRIPTS = (
     "curve",
     "fidelity",
     "load",
+    "modulation",
     "operations",
     "picture",
     "quality",
