@@ -108,7 +108,7 @@ def _head(x: Bands, layers: Layers, name: str) -> Iterator[torch.Tensor]:
 def _attention(x: torch.Tensor, layers: Layers, name: str) -> torch.Tensor:
     normalised = bands.normalised(x, layers.gamma(f"{name}.norm", x))
     q, k, v = _pointwise(normalised, layers, f"{name}.to_qkv").chunk(3, dim=1)
-    return _pointwise(layers.attend(name, q, k, v), layers, f"{name}.proj").add_(x)
+    return _pointwise(_laid_out(layers.attend(name, q, k, v)), layers, f"{name}.proj").add_(x)
 
 
 def _activated(x: Bands, layers: Layers, name: str) -> Iterator[torch.Tensor]:
