@@ -46,7 +46,7 @@ def decode(latents: torch.Tensor, layers: Layers) -> torch.Tensor:
     x = _pointwise(_laid_out(latents), layers, "post_quant_conv")
     (x,) = _filtered(bands.convolved, [x], layers, "decoder.conv_in")
     x = _middle(x, layers, "decoder.mid_block")
-    size, images = bands.band_bytes(x.device), iter([x])
+    size, images = bands.band_bytes(x), iter([x])
     for level in range(LEVELS):
         name = f"decoder.up_blocks.{level}"
         images = bands.regrouped(images, size)
@@ -61,7 +61,7 @@ def decode(latents: torch.Tensor, layers: Layers) -> torch.Tensor:
 def encode(images: torch.Tensor, layers: Layers) -> torch.Tensor:
     """Returns the mode [B, 16, h, w], not normalised, of images [B, 3, 8 h, 8 w] in [-1, 1]."""
     images = _laid_out(images)
-    size = bands.band_bytes(images.device)
+    size = bands.band_bytes(images)
     # What goes in has 3 channels, what it becomes many.
     x = bands.regrouped([images], max(size // 32, 1))
     x = _filtered(bands.convolved, x, layers, "encoder.conv_in")
@@ -78,7 +78,7 @@ def encode(images: torch.Tensor, layers: Layers) -> torch.Tensor:
 
 def _laid_out(x: torch.Tensor) -> torch.Tensor:
     """Returns the tensor with its channels last on a CPU, where convolutions and sums over channels are faster so."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    return x.contiguous(memory_format=torch.channels_last) if bands.on_cpu(x) else x
 
 
 def _middle(x: torch.Tensor, layers: Layers, name: str) -> torch.Tensor:

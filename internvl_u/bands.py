@@ -20,9 +20,14 @@ _CACHE = 4 << 20
 _MEMORY = 256 << 20
 
 
-def band_bytes(device: torch.device) -> int:
+def on_cpu(x: torch.Tensor) -> bool:
+    """Returns whether a tensor is computed with on a CPU, where what is best was measured."""
+    return x.device.type == "cpu"
+
+
+def band_bytes(x: torch.Tensor) -> int:
     """Returns how many bytes a band should have: on a CPU what its cores' caches hold, elsewhere most maps whole."""
-    return _CACHE * torch.get_num_threads() if device.type == "cpu" else _MEMORY
+    return _CACHE * torch.get_num_threads() if on_cpu(x) else _MEMORY
 
 
 def regrouped(bands: Bands, size: int) -> Iterator[torch.Tensor]:
@@ -52,7 +57,7 @@ def doubled(bands: Bands, weight: torch.Tensor, bias: torch.Tensor) -> Iterator[
     """
     fused = None
     for window, edge in _windows(bands):
-        if window.device.type == "cpu":
+        if on_cpu(window):
             fused = fused_kernel(weight) if fused is None else fused
             yield functional.conv_transpose2d(window, fused, bias, stride=2, padding=(1 if edge else 3, 1))
             continue

@@ -7,11 +7,12 @@ Its weights, their casting and offloading stay ComfyUI's, and so does the way of
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import comfy.ops
+import comfy.sd
 import torch
 from torch import nn
 
@@ -20,6 +21,7 @@ from ..internvl_u.vae import vae_shapes, wan_name
 from ..internvl_u.weights import shapes_of
 from . import compat
 
+Memory = Callable[[torch.Size, torch.dtype], float]
 _KNOWN = {
     *("WanVAE", "Encoder3d", "Decoder3d", "ResidualBlock", "AttentionBlock", "Resample", "CausalConv3d", "RMS_norm"),
     *("Conv2d", "SiLU", "Dropout", "Identity", "Sequential", "Upsample", "ZeroPad2d"),
@@ -27,15 +29,32 @@ _KNOWN = {
 """The classes of the network's modules: with another one it computes something that is not known here."""
 
 
-def shorten(network: nn.Module) -> bool:
-    """Lets a VAE network of ComfyUI take the short way for one frame, and returns whether it does.
+_DECODING, _ENCODING = 2200, 1500
+"""Values for each pixel that one frame needs at most: ComfyUI 0.33's numbers; 0.3.75 has those of videos alone."""
 
-    One that is not built as the Wan 2.1 network is known to be is left as it is.
+
+def shorten(vae: comfy.sd.VAE) -> bool:
+    """Lets ComfyUI's VAE take the short way for one frame, and ask for no more memory; returns whether it does.
+
+    One whose network is not built as the Wan 2.1 network is known to be is left as it is.
     """
-    if not _is_known(network):
+    network = vae.first_stage_model
+    if not isinstance(network, nn.Module) or not _is_known(network):
         return False
     network.__class__ = _shortened(type(network))
+    vae.memory_used_decode = _for_one_frame(vae.memory_used_decode, _DECODING * 8 * 8)
+    vae.memory_used_encode = _for_one_frame(vae.memory_used_encode, _ENCODING)
     return True
+
+
+def _for_one_frame(used: Memory, values: int) -> Memory:
+    def capped(shape: torch.Size, dtype: torch.dtype) -> float:
+        needed = used(shape, dtype)
+        if len(shape) != 5 or shape[2] != 1:
+            return needed
+        return min(needed, values * shape[3] * shape[4] * dtype.itemsize)
+
+    return capped
 
 
 def _is_known(network: nn.Module) -> bool:

@@ -35,7 +35,7 @@ def load_vae(source: str) -> comfy.sd.VAE:
     vae = comfy.sd.VAE(sd=weights)
     vae.throw_exception_if_invalid()
     vae.not_video = True
-    one_frame.shorten(vae.first_stage_model)
+    one_frame.shorten(vae)
     compat.reload_with(vae.patcher, _load_patcher, source)
     return vae
 
