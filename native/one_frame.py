@@ -21,14 +21,11 @@ from ..internvl_u.vae import vae_shapes, wan_name
 from ..internvl_u.weights import shapes_of
 from . import compat
 
-Memory = Callable[[torch.Size, torch.dtype], float]
 _KNOWN = {
     *("WanVAE", "Encoder3d", "Decoder3d", "ResidualBlock", "AttentionBlock", "Resample", "CausalConv3d", "RMS_norm"),
     *("Conv2d", "SiLU", "Dropout", "Identity", "Sequential", "Upsample", "ZeroPad2d"),
 }
 """The classes of the network's modules: with another one it computes something that is not known here."""
-
-
 _DECODING, _ENCODING = 2200, 1500
 """Values for each pixel that one frame needs at most: ComfyUI 0.33's numbers; 0.3.75 has those of videos alone."""
 
@@ -38,18 +35,21 @@ def shorten(vae: comfy.sd.VAE) -> bool:
 
     One whose network is not built as the Wan 2.1 network is known to be is left as it is.
     """
-    network = vae.first_stage_model
+    network: Any = getattr(vae, "first_stage_model", None)
     if not isinstance(network, nn.Module) or not _is_known(network):
         return False
     network.__class__ = _shortened(type(network))
-    vae.memory_used_decode = _for_one_frame(vae.memory_used_decode, _DECODING * 8 * 8)
-    vae.memory_used_encode = _for_one_frame(vae.memory_used_encode, _ENCODING)
+    for name, values in (("memory_used_decode", _DECODING * 8 * 8), ("memory_used_encode", _ENCODING)):
+        if callable(used := getattr(vae, name, None)):
+            setattr(vae, name, _for_one_frame(used, values))
     return True
 
 
-def _for_one_frame(used: Memory, values: int) -> Memory:
-    def capped(shape: torch.Size, dtype: torch.dtype) -> float:
-        needed = used(shape, dtype)
+def _for_one_frame(used: Callable[..., Any], values: int) -> Callable[..., Any]:
+    """Returns ComfyUI's estimate of bytes for a shape and a dtype, of one frame at most `values` for each place."""
+
+    def capped(shape: torch.Size, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+        needed = used(shape, dtype, *args, **kwargs)
         if len(shape) != 5 or shape[2] != 1:
             return needed
         return min(needed, values * shape[3] * shape[4] * dtype.itemsize)
