@@ -43,7 +43,7 @@ def make_run(model: MMDiT, mode: str, pixels: int, steps: int, dtype: torch.dtyp
     sigmas = flow_sigmas(steps).to(device)
 
     def run() -> torch.Tensor:
-        denoise = Denoiser(model, contexts, (side, side), GUIDANCE, dtype, sigmas if once else None)
+        denoise = Denoiser(model, contexts, (side, side), GUIDANCE, dtype, sigmas=sigmas if once else None)
         return sample(denoise, latent, sigmas)
 
     return run

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from internvl_u import mllm
+from internvl_u import mllm, vae
 from internvl_u.checkpoint import Folder
 from internvl_u.config import VisionConfig
 from internvl_u.mmdit import MMDiT
@@ -171,10 +171,7 @@ def mmdit_shapes(layers: int) -> Shapes:
 
 def vae_shapes(config: Mapping) -> Shapes:
     """Returns the shapes below `vae/`."""
-    from diffusers import AutoencoderKLQwenImage
-
-    with torch.device("meta"):
-        return _shapes(AutoencoderKLQwenImage.from_config(config))
+    return vae.vae_shapes(config["base_dim"])
 
 
 def write_part(folder: Path, shapes: Shapes, stem: str, shards: int, dtype: str, generator: torch.Generator) -> None:

@@ -100,20 +100,13 @@ def _unpacked(part: Part, dtype: torch.dtype, model: nn.Module) -> Weights:
 
 
 def load_vae(root: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> StandaloneVAE:
-    """Returns the VAE through diffusers. With `dtype` None the files' own is kept.
+    """Returns the VAE. With `dtype` None the files' own is kept.
 
     Raises:
-        ModuleNotFoundError: diffusers is not installed.
         FileNotFoundError: a file is missing.
         RuntimeError: the files are damaged or of another VAE.
     """
     part = open_part(root, "vae")
     stated = check_vae(part)
     check_finite_weights(part.weights, part.name)  # what is infinite would be cut off to white
-    weights = from_wan(part.weights)
-    width = weights["decoder.norm_out.gamma"].shape[0]
-    vae = StandaloneVAE(stated.model_dump() if stated else {"base_dim": width})
-    load_weights(vae.model, weights, part.name)
-    # diffusers' own `to` warns of a choice that this VAE does not have.
-    nn.Module.to(vae.model, device=device, dtype=dtype).eval()
-    return vae
+    return StandaloneVAE(from_wan(part.weights), stated).to(device=device, dtype=dtype).eval()

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+from . import autoencoder
 from .checkpoint import Part
 from .config import LATENT_CHANNELS
 from .schema import VAEConfig, checked
 from .weights import check_shapes
 
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
-
+LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
+LATENTS_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
+LATENTS_STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916)
+"""Of the released VAE: the released pipeline, and ComfyUI, normalise latents with these numbers."""
 _TO_WAN = (
     (r"^quant_conv\.", "conv1."),
     (r"^post_quant_conv\.", "conv2."),
@@ -149,39 +154,74 @@ def vae_shapes(width: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def one_frame(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns what of the weights, by diffusers' names, a single frame is computed with.
+
+    Of kernels over time that is the last slice; the samplers' convolutions over time come in at the second frame.
+    """
+    return {
+        name: _last_slice(name, tensor).contiguous() for name, tensor in weights.items() if ".time_conv." not in name
+    }
+
+
+def _last_slice(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if name.endswith(".gamma"):
+        return tensor.view(-1, 1, 1)
+    return tensor[:, :, -1] if tensor.ndim == 5 else tensor
+
+
 class StandaloneVAE(nn.Module):
-    """The VAE through diffusers, for use without ComfyUI. Latents are the transformer's, normalised."""
+    """The VAE of single pictures, for use without ComfyUI. Latents are the transformer's, normalised."""
 
-    model: AutoencoderKLQwenImage
-
-    def __init__(self, config: Mapping):
-        """Makes the network of a configuration, by diffusers' names, with weights on the meta device.
-
-        Raises:
-            ModuleNotFoundError: diffusers is not installed.
-        """
+    def __init__(self, weights: Mapping[str, torch.Tensor], config: VAEConfig | None = None):
+        """Makes the network of the weights, by diffusers' names; without a configuration its statistics are usual."""
         super().__init__()
-        from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+        self.model = nn.Module()
+        for name, tensor in one_frame(weights).items():
+            *path, last = name.split(".")
+            layer = self.model
+            for part in path:
+                if part not in dict(layer.named_children()):
+                    layer.add_module(part, nn.Module())
+                layer = layer.get_submodule(part)
+            layer.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+        self.latents_mean = tuple(config.latents_mean) if config else LATENTS_MEAN
+        self.latents_std = tuple(config.latents_std) if config else LATENTS_STD
 
-        with torch.device("meta"):
-            self.model = cast(AutoencoderKLQwenImage, AutoencoderKLQwenImage.from_config(dict(config)))
-
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns images [B, 3, 8 h, 8 w] in [-1, 1] from latents [B, 16, h, w]."""
         mean, std = self._statistics(latents)
-        latents = (latents * std + mean).to(self.model.device, self.model.dtype)
-        decoded: torch.Tensor = self.model.decode(latents[:, :, None], return_dict=False)[0]
-        return decoded[:, :, 0]
+        return autoencoder.decode(self._placed(latents * std + mean), self).clamp_(-1.0, 1.0)
 
+    @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Returns latents [B, 16, h, w] (the mode) of images [B, 3, 8 h, 8 w] in [-1, 1]."""
-        images = images.to(self.model.device, self.model.dtype)
-        latents = self.model.encode(images[:, :, None], return_dict=False)[0].mode()[:, :, 0]
+        latents = autoencoder.encode(self._placed(images), self)
         mean, std = self._statistics(latents)
         return (latents - mean) / std
+
+    def convolution(self, name: str, like: torch.Tensor) -> AbstractContextManager[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns a context with weight [out, in, height, width] and bias of a layer, by diffusers' name."""
+        layer = self.model.get_submodule(name)
+        return nullcontext((cast(torch.Tensor, layer.weight), cast(torch.Tensor, layer.bias)))
+
+    def gamma(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Returns the weight [channels, 1, 1] of a normalisation, by diffusers' name."""
+        return cast(torch.Tensor, self.model.get_submodule(name).gamma)
+
+    def attend(self, name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Returns the attention of queries, keys and values [B, channels, height, width] with a single head."""
+        shape = q.shape
+        q, k, v = (one.flatten(2).transpose(1, 2)[:, None] for one in (q, k, v))
+        return functional.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(shape)
+
+    def _placed(self, values: torch.Tensor) -> torch.Tensor:
+        weight = next(self.parameters())
+        return values.to(weight.device, weight.dtype)
 
     def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         def like(values: Sequence[float]) -> torch.Tensor:
             return torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
 
-        return like(self.model.config["latents_mean"]), like(self.model.config["latents_std"])
+        return like(self.latents_mean), like(self.latents_std)

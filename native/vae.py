@@ -17,7 +17,7 @@ from ..internvl_u.sampling import check_finite
 from ..internvl_u.vae import check_vae as check_vae_part
 from ..internvl_u.vae import to_wan
 from ..internvl_u.weights import check_finite_weights
-from . import compat
+from . import compat, one_frame
 from .latents import CHANNELS, Latent, check_vae, edited_size, latent_samples, with_frame
 
 
@@ -35,6 +35,7 @@ def load_vae(source: str) -> comfy.sd.VAE:
     vae = comfy.sd.VAE(sd=weights)
     vae.throw_exception_if_invalid()
     vae.not_video = True
+    one_frame.shorten(vae)
     compat.reload_with(vae.patcher, _load_patcher, source)
     return vae
 

@@ -18,13 +18,9 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 from safetensors.torch import save_file
 from torch import nn
 
-LATENTS = 16
-LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
-LATENTS_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
-LATENTS_STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916)
-"""Of the released VAE: the released pipeline, and ComfyUI, normalise latents with these numbers."""
+from internvl_u.vae import LATENTS_MEAN, LATENTS_STD
 
+LATENTS = 16
 CONFIG = {
     "attn_scales": [],
     "base_dim": 8,

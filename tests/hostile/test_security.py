@@ -76,7 +76,7 @@ def watch(event, arguments):
             raise OSError("no network here")
 
 import torch, jinja2
-import transformers, diffusers  # what these do while they are imported is their own
+import transformers  # what it does while it is imported is its own
 watching = True
 sys.addaudithook(watch)
 render, compiled = jinja2.Template.render, jinja2.Environment.from_string

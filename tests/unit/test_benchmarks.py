@@ -19,6 +19,7 @@ SCRIPTS = (
     "soak",
     "step",
     "text",
+    "vae",
     "weights",
 )
 MEASURED = {("t2i", 512): 2.92, ("t2i", 1024): 14.40, ("edit", 512): 8.31, ("edit", 1024): 44.69}
@@ -32,7 +33,6 @@ def test_a_step_at_the_released_size_costs_no_more_operations_than_allowed(mode,
 
 
 def test_random_weights_have_the_names_and_sizes_of_the_release():
-    pytest.importorskip("diffusers")
     from benchmarks import random_weights
 
     configs = random_weights.released_configs()

@@ -95,7 +95,7 @@ def test_a_run_reads_the_layers_of_modulation_once(checkpoint, case, near):
     taken = calls_of(model)
     sigmas = flow_sigmas(6)
     size = tuple(case["noise"].shape[-2:])
-    denoisers = [Denoiser(model, contexts_of(case), size, GUIDANCE, torch.float32, given) for given in (None, sigmas)]
+    denoisers = [Denoiser(model, contexts_of(case), size, GUIDANCE, torch.float32, sigmas=given) for given in (None, sigmas)]
     plain = sample(denoisers[0], case["noise"], sigmas)
     before = taken()
     once = sample(denoisers[1], case["noise"], sigmas)
@@ -122,7 +122,7 @@ def test_a_step_reads_less_than_70_percent_of_the_weights_at_the_released_size(w
     sigmas = flow_sigmas(4)
 
     def bytes_of_steps(given):
-        denoise = Denoiser(small, contexts, (4, 4), GUIDANCE, torch.float32, given)
+        denoise = Denoiser(small, contexts, (4, 4), GUIDANCE, torch.float32, sigmas=given)
         result = []
         for sigma in sigmas[:-1]:
             denoise(latent, sigma)

@@ -23,7 +23,6 @@ LIBRARY = {
     "tokenizers",
     "transformers",
     "tqdm",
-    "diffusers",
     "pydantic",
     "gguf",
     "huggingface_hub",
