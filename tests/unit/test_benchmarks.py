@@ -7,7 +7,19 @@ import pytest
 from benchmarks.operations import count
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = ("fidelity", "load", "operations", "picture", "quality", "random_weights", "soak", "step", "text", "weights")
+SCRIPTS = (
+    "fidelity",
+    "limits",
+    "load",
+    "operations",
+    "picture",
+    "quality",
+    "random_weights",
+    "soak",
+    "step",
+    "text",
+    "weights",
+)
 MEASURED = {("t2i", 512): 2.92, ("t2i", 1024): 14.40, ("edit", 512): 8.31, ("edit", 1024): 44.69}
 ALLOWED = {("t2i", 512): 2.98, ("t2i", 1024): 14.7, ("edit", 512): 8.65, ("edit", 1024): 46.5}
 
