@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import os
@@ -43,13 +44,19 @@ def resolve_dtype(arguments: argparse.Namespace) -> torch.dtype:
 
 
 def describe() -> dict:
-    """Returns the machine, the versions and the command line of this process."""
+    """Returns the date, the machine, the versions and the command line of this process."""
     machine = {"cpu": _cpu(), "cores": os.cpu_count(), "ram_gib": _ram_gib(), "system": platform.system()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     versions = {"internvl_u": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in LIBRARIES}
-    return {"machine": machine, "versions": versions, "command": shlex.join(["python", *sys.orig_argv[1:]])}
+    date = datetime.date.today().isoformat()
+    return {
+        "date": date,
+        "machine": machine,
+        "versions": versions,
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    }
 
 
 def show(rows: Sequence[Row], file: Path | None = None, **settings) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from internvl_u.mmdit import MMDiT
 
+from .official import use_official
 from .random_weights import fill_randomly
 from .report import add_device, make_parser, resolve_dtype, show
 from .timing import median, take_turns
@@ -38,9 +39,7 @@ def make_official(folder: Path, model: MMDiT) -> torch.nn.Module:
     Raises:
         FileNotFoundError: the folder is no checkout of github.com/OpenGVLab/InternVL-U.
     """
-    if not (folder / "internvlu" / "diffusion").is_dir():
-        raise FileNotFoundError(f"no internvlu/diffusion in {folder}: give a checkout of OpenGVLab/InternVL-U")
-    sys.path.insert(0, str(folder.resolve()))
+    use_official(folder)
     from internvlu.diffusion import InternVLUGenerationDecoder, InternVLUGenerationDecoderConfig
 
     size = model.config

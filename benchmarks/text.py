@@ -87,8 +87,8 @@ def makers(arguments: argparse.Namespace, root: Path, work: Path) -> dict[tuple[
             given["all"] = language_config(root), weights, Tokenizer(open_checkpoint(root).tokenizer()).stops
         return given["all"]
 
-    def of_llama_cpp(source: Path) -> Writer:
-        file = work / f"{source.name}_{plain}_llama.gguf"
+    def of_llama_cpp(source: Path, form: str) -> Writer:
+        file = work / f"{root.name}_{form}_{plain}_llama.gguf"
         if not file.exists():
             write_gguf(source, file, dtype)
         return make_llama_cpp(file, torch.get_num_threads(), max(arguments.contexts) + arguments.tokens)
@@ -101,7 +101,7 @@ def makers(arguments: argparse.Namespace, root: Path, work: Path) -> dict[tuple[
         found["ours", form] = source, lambda source=source: make_ours(source, dtype=dtype, device=device)
         found["ours in ComfyUI", form] = source, lambda source=source: make_native(source, dtype)
         if form == plain or form in GGUF_DTYPES:
-            found["llama.cpp", form] = source, lambda source=source: of_llama_cpp(source)
+            found["llama.cpp", form] = source, lambda source=source, form=form: of_llama_cpp(source, form)
     return {key: made for key, made in found.items() if key[0] in arguments.only}
 
 

@@ -1,0 +1,86 @@
+"""Writes the measured results into docs/performance.md: a table between each `<!-- name -->` and `<!-- /name -->`.
+
+Under each table stands the command that makes it anew, the processor and the date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .report import make_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "measured"
+PLACES = {"--comfyui": "PATH", "--official": "../InternVL-U", "--work": "FOLDER"}
+"""What stands in a command in place of the folders of the machine that it ran on."""
+LEFT_OUT = ("from", "to")
+_BLOCK = "(<!-- {0} -->\n).*?(<!-- /{0} -->)"
+
+
+def write(page: Path, results: Path) -> list[str]:
+    """Puts each result of a folder into its place on the page; returns the names that have none there."""
+    text = page.read_text(encoding="utf-8")
+    homeless = []
+    for file in sorted(results.glob("*.json")):
+        block = re.compile(_BLOCK.format(re.escape(file.stem)), re.DOTALL)
+        shown = to_markdown(json.loads(file.read_text(encoding="utf-8")))
+        text, count = block.subn(lambda found, shown=shown: f"{found[1]}{shown}{found[2]}", text)
+        if not count:
+            homeless.append(file.stem)
+    page.write_text(text, encoding="utf-8")
+    return homeless
+
+
+def to_markdown(result: Mapping) -> str:
+    """Returns a result as a table with its command and machine."""
+    machine, versions, settings = result["machine"], result["versions"], result.get("settings", {})
+    packages = ("torch", "transformers", "diffusers")
+    said = [f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores", result["date"]]
+    said += [f"{name} {versions[name]}" for name in packages if versions.get(name)]
+    said += [f"ComfyUI {settings['comfyui']}"] if settings.get("comfyui") else []
+    said += [f"{settings['threads']} threads"] if settings.get("threads") else []
+    said += [f"limit from {settings['GB/s']:.0f} GB/s"] if settings.get("GB/s") else []
+    return f"\n`{shown_command(result['command'])}`\n({'; '.join(said)})\n\n{table(result['results'])}\n\n"
+
+
+def shown_command(command: str) -> str:
+    """Returns a command line without the machine's own folders, and without where its results went."""
+    words = re.sub(r" --json \S+", "", command).split(" ")
+    for option, place in PLACES.items():
+        if option in words:
+            words[words.index(option) + 1] = place
+    return " ".join("FOLDER" if word.startswith("/") else word for word in words)
+
+
+def table(rows: Sequence[Mapping]) -> str:
+    """Returns rows as a table in Markdown. A spread is shown with the number that it belongs to."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in LEFT_OUT]
+    lines = [keys, ["---"] * len(keys)]
+    lines += [[_cell(row, key) for key in keys] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(row: Mapping, key: str) -> str:
+    value = row.get(key, "")
+    shown = f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}"
+    if not isinstance(value, (int, float)):
+        return str(value)
+    if key in ("ms a token", "picture s") and "from" in row:
+        shown += f" ({row['from']:.3g} to {row['to']:.3g})"
+    return shown
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="what was measured")
+    parser.add_argument("--page", type=Path, default=PAGE, help="what it is written into")
+    arguments = parser.parse_args()
+    for name in write(arguments.page, arguments.results):
+        print(f"{name} has no place on {arguments.page}")
+
+
+if __name__ == "__main__":
+    main()
