@@ -1,4 +1,4 @@
-"""Measures every table of docs/performance.md anew, each in a process of its own, and writes them into the page.
+"""Measures the tables of docs/performance.md anew, each in a process of its own; writes them and the plots there.
 
 First --prepare, which writes the models that take long to write and measures nothing; then without it, on a machine
 that does nothing else. What a machine lacks is left out: without --official and --comfyui their contestants. A table
@@ -20,7 +20,6 @@ from .random_weights import LANGUAGE, write_checkpoint
 from .report import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "measured"
 LAYERS = LANGUAGE["num_hidden_layers"]
 OVERHEAD = ["text", "--layers", str(LAYERS), "--width", "256"]
 RELEASED = ["text", "--layers", str(LAYERS), "--dtype", "bfloat16"]
@@ -88,17 +87,18 @@ def measure(name: str, arguments: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, measures=False)
     parser.add_argument("--quick", action="store_true", help="what ten minutes are enough for")
     parser.add_argument("--tables", nargs="+", choices=[*QUICK, *FULL], metavar="NAME", help="these alone")
     parser.add_argument("--prepare", action="store_true", help="write the models and measure nothing")
     parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="for the models: 10 GB, or 20")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the results")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results; None: a folder below --work")
     parser.add_argument("--comfyui", type=Path, metavar="FOLDER", help="ComfyUI's folder")
     parser.add_argument("--official", type=Path, metavar="FOLDER", help="a checkout of OpenGVLab/InternVL-U")
     parser.add_argument("--official-packages", type=Path, metavar="FOLDER", help="the older packages that it needs")
     parser.add_argument("--page", type=Path, default=page.PAGE, help="what the tables are written into")
     arguments = parser.parse_args()
+    arguments.out = arguments.out or arguments.work / "results"
     for name in ("work", "out", "comfyui", "official", "official_packages"):
         given = getattr(arguments, name)
         setattr(arguments, name, given.resolve() if given else None)

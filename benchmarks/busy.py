@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def busy(processes: int) -> Iterator[None]:
-    """Keeps so many cores busy until the block ends."""
+def busy(processes: int) -> Iterator[list[subprocess.Popen]]:
+    """Keeps so many cores busy until the block ends; yields the processes that do."""
     others = [
         subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
         for _ in range(processes)
@@ -18,7 +18,7 @@ def busy(processes: int) -> Iterator[None]:
     try:
         for one in others:
             one.stdout.readline()  # it runs
-        yield
+        yield others
     finally:
         for one in others:
             one.kill()

@@ -6,7 +6,7 @@ What takes long to write is kept in a folder, and taken from there the next time
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -48,12 +48,17 @@ def random_model(work: Path, layers: int, width: int | None = None, dtype: str =
 
 def nano_model(work: Path) -> Path:
     """Returns a copy of the nano model in `work` that never ends a text."""
+    return silent_copy(NANO, work / "nano")
+
+
+def silent_copy(model: Path, folder: Path) -> Path:
+    """Returns `folder`, a copy of a model that never ends a text."""
 
     def write(into: Path) -> None:
-        shutil.copytree(NANO, into, dirs_exist_ok=True)
+        shutil.copytree(model, into)
         silence(into)
 
-    return _once(work / "nano", write)
+    return _once(folder, write)
 
 
 def converted(model: Path, work: Path, dtype: str) -> Path:
@@ -63,7 +68,7 @@ def converted(model: Path, work: Path, dtype: str) -> Path:
     return next(files)
 
 
-def _once(folder: Path, write) -> Path:
+def _once(folder: Path, write: Callable[[Path], object]) -> Path:
     """Returns `folder`, which `write(folder)` has filled once; what was cut short does not count."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

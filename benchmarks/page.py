@@ -13,7 +13,7 @@ from pathlib import Path
 from .report import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "measured"
+PAGE = ROOT / "docs" / "performance.md"
 PLACES = {"--comfyui": "PATH", "--official": "../InternVL-U", "--work": "FOLDER"}
 """What stands in a command in place of the folders of the machine that it ran on."""
 LEFT_OUT = ("from", "to")
@@ -65,17 +65,17 @@ def table(rows: Sequence[Mapping]) -> str:
 
 def _cell(row: Mapping, key: str) -> str:
     value = row.get(key, "")
-    shown = f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}"
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, float):
         return str(value)
+    shown = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     if key in ("ms a token", "picture s") and "from" in row:
         shown += f" ({row['from']:.3g} to {row['to']:.3g})"
     return shown
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="what was measured")
+    parser = make_parser(__doc__, measures=False)
+    parser.add_argument("--results", type=Path, required=True, metavar="FOLDER", help="what was measured")
     parser.add_argument("--page", type=Path, default=PAGE, help="what it is written into")
     arguments = parser.parse_args()
     for name in write(arguments.page, arguments.results):

@@ -11,9 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from .page import RESULTS
+from .page import ROOT
 from .report import make_parser
 
+PICTURES = ROOT / "docs" / "plots"
 WIDTH, LABEL, ROW, TOP = 720, 250, 22, 34
 COLOURS = {"ours": "#2f81f7", "other": "#8b949e", "limit": "#d29922", "text": "#7d8590"}
 
@@ -38,14 +39,15 @@ PLOTS = {
 }
 
 
-def write(results: Path) -> list[Path]:
-    """Draws what a folder of results has, beside it, and returns the files."""
+def write(results: Path, pictures: Path = PICTURES) -> list[Path]:
+    """Draws what a folder of results has and returns the files."""
+    pictures.mkdir(parents=True, exist_ok=True)
     files = []
     for name, plot in PLOTS.items():
         source = results / f"{name}.json"
         if source.is_file():
             rows = json.loads(source.read_text(encoding="utf-8"))["results"]
-            files.append(source.with_suffix(".svg"))
+            files.append(pictures / f"{name}.svg")
             files[-1].write_text(bars(plot, rows), encoding="utf-8")
     return files
 
@@ -86,9 +88,11 @@ def _bar(plot: Plot, row: Mapping, top: int, scale: float) -> list[str]:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="what was measured")
-    for file in write(parser.parse_args().results):
+    parser = make_parser(__doc__, measures=False)
+    parser.add_argument("--results", type=Path, required=True, metavar="FOLDER", help="what was measured")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, metavar="FOLDER", help="where the plots go")
+    arguments = parser.parse_args()
+    for file in write(arguments.results, arguments.pictures):
         print(file)
 
 

@@ -21,12 +21,13 @@ LIBRARIES = ("torch", "transformers", "diffusers")
 Row = Mapping[str, object]
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Returns a command line with the options that all benchmarks share."""
+def make_parser(description: str, *, measures: bool = True) -> argparse.ArgumentParser:
+    """Returns a command line, with the option that all share that measure."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    if measures:
+        parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     return parser
 
 

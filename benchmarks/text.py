@@ -13,6 +13,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,6 +47,8 @@ CONTEXTS = (64, 1024, 4096)
 TOKEN_TABLE = f"{LANGUAGE_MODEL}model.embed_tokens.weight"
 CONTESTANTS = ("transformers", "ours", "ours in ComfyUI", "Generate Text", "llama.cpp")
 Make = Callable[[], Writer]
+Key = tuple[str, str]
+"""A contestant's name, and the format of the weights that it has."""
 
 
 @contextlib.contextmanager
@@ -75,7 +78,7 @@ def token_bytes(source: Path, dtype: torch.dtype, context: int) -> int:
     return weights + cached * context * dtype.itemsize
 
 
-def makers(arguments: argparse.Namespace, root: Path, work: Path) -> dict[tuple[str, str], tuple[Path, Make]]:
+def makers(arguments: argparse.Namespace, root: Path, work: Path) -> dict[Key, tuple[Path, Make]]:
     """Returns each contestant by name and format, with the weights that it reads and what makes it."""
     device, dtype = torch.device(arguments.device), resolve_dtype(arguments)
     plain = str(dtype)[6:]
@@ -93,7 +96,7 @@ def makers(arguments: argparse.Namespace, root: Path, work: Path) -> dict[tuple[
             write_gguf(source, file, dtype)
         return make_llama_cpp(file, torch.get_num_threads(), max(arguments.contexts) + arguments.tokens)
 
-    found: dict[tuple[str, str], tuple[Path, Make]] = {}
+    found: dict[Key, tuple[Path, Make]] = {}
     found["transformers", plain] = root, lambda: make_transformers(*shared())
     found["Generate Text", plain] = root, lambda: make_core(*shared())
     for form in (plain, *arguments.formats):
@@ -105,7 +108,7 @@ def makers(arguments: argparse.Namespace, root: Path, work: Path) -> dict[tuple[
     return {key: made for key, made in found.items() if key[0] in arguments.only}
 
 
-def make_all(found: Mapping[tuple[str, str], tuple[Path, Make]]) -> dict[tuple[str, str], Writer]:
+def make_all(found: Mapping[Key, tuple[Path, Make]]) -> dict[Key, Writer]:
     """Returns the contestants that can be had here; of the others says why not."""
     writers = {}
     for key, (_, make) in found.items():
@@ -118,31 +121,39 @@ def make_all(found: Mapping[tuple[str, str], tuple[Path, Make]]) -> dict[tuple[s
     return writers
 
 
-def prompt_ids(root: Path, context: int) -> list[int]:
-    """Returns random ids that stand for themselves: no special ones, which the tokenizer has at its end."""
+def random_prompts(root: Path, context: int, count: int) -> list[list[int]]:
+    """Returns texts of random ids that stand for themselves: no special ones, which the tokenizer has at its end.
+
+    No two begin alike, so that nobody knows a beginning from the turn before.
+    """
     tokenizer = Tokenizer(open_checkpoint(root).tokenizer())
     plain = min(*tokenizer.stops, *tokenizer.special_token_rows)
     generator = torch.Generator().manual_seed(context)
-    return torch.randint(plain, (context,), generator=generator).tolist()
+    return torch.randint(plain, (count, context), generator=generator).tolist()
 
 
 @torch.inference_mode()
 def measure(
-    writers: Mapping[tuple[str, str], Writer], ids: Sequence[int], tokens: int, repeats: int, device: torch.device
-) -> dict[tuple[str, str], list[Written]]:
-    """Returns what each has written in each of its turns. What comes before, to warm up, is short.
+    writers: Mapping[Key, Writer], prompts: Sequence[Sequence[int]], tokens: int, device: torch.device
+) -> dict[Key, list[Written]]:
+    """Returns what each has written in each turn, one for each prompt but the last, whose beginning warms up.
 
     Raises:
         ValueError: a text is shorter than wished.
     """
-    written: dict[tuple[str, str], list[Written]] = {key: [] for key in writers}
-    for write in writers.values():
-        write(ids[: min(CONTEXTS)], 2)
-    runs = {key: lambda key=key: written[key].append(writers[key](ids, tokens)) for key in writers}
-    take_turns(runs, repeats, device, warm_up=0)
-    for key, texts in written.items():
-        if any(len(text.ids) != tokens for text in texts):
-            raise ValueError(f"{key[0]}: {len(texts[0].ids)} tokens written, {tokens} expected: it must not end a text")
+    written: dict[Key, list[Written]] = {key: [] for key in writers}
+
+    def write(key: Key) -> None:
+        written[key].append(writers[key](prompts[len(written[key])], tokens))
+
+    *prompts, other = prompts
+    for writer in writers.values():
+        writer(other[: min(CONTEXTS)], 2)
+    take_turns({key: partial(write, key) for key in writers}, len(prompts), device, warm_up=0)
+    for (name, _), texts in written.items():
+        lengths = [len(text.ids) for text in texts]
+        if set(lengths) != {tokens}:
+            raise ValueError(f"{name}: {lengths} tokens written, {tokens} each expected: it must not end a text")
     return written
 
 
@@ -151,9 +162,11 @@ def agreeing(ids: Sequence[int], others: Sequence[int]) -> int:
     return next((i for i, (one, other) in enumerate(zip(ids, others)) if one != other), len(ids))
 
 
-def to_rows(
-    written: Mapping[tuple[str, str], list[Written]], context: int, least: Mapping[tuple[str, str], float]
-) -> list[dict]:
+def _agreeing(texts: Sequence[Written], others: Sequence[Written]) -> int:
+    return min(agreeing(text.ids, other.ids) for text, other in zip(texts, others))
+
+
+def to_rows(written: Mapping[Key, list[Written]], context: int, least: Mapping[Key, float]) -> list[dict]:
     """Returns a row for each contestant; `least` are the seconds that reading what a token needs takes."""
     first = next(iter(written))
     reference = median([text.token for text in written[first]])
@@ -173,7 +186,7 @@ def to_rows(
                 "overhead ms": median(each) - 1000 * least[name, form],
                 "tokens a second": 1000 / median(each),
                 f"times {first[0]}": 1000 * reference / median(each),
-                "same tokens": f"{agreeing(texts[0].ids, written[first][0].ids)} of {len(texts[0].ids)}",
+                "same tokens": f"{_agreeing(texts, written[first])} of {len(texts[0].ids)}",
             }
         )
     return rows
@@ -192,7 +205,8 @@ def measure_all(arguments: argparse.Namespace, root: Path, work: Path) -> tuple[
             if context > longest:
                 print(f"{context} tokens are left out: the model reads up to {longest}", file=sys.stderr)
                 continue
-            written = measure(writers, prompt_ids(root, context), arguments.tokens, arguments.repeats, device)
+            prompts = random_prompts(root, context, arguments.repeats + 1)
+            written = measure(writers, prompts, arguments.tokens, device)
             least = {key: token_bytes(found[key][0], dtype, context + arguments.tokens // 2) / rate for key in writers}
             rows += to_rows(written, context, least)
     return rows, {"GB/s": rate / 1e9}
