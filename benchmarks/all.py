@@ -8,6 +8,7 @@ that fails is named at the end, and stays as it was.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -52,12 +53,23 @@ def command(name: str, arguments: argparse.Namespace) -> list[str]:
     script, *rest = {**QUICK, **FULL}[name]
     line = [one.format(released=arguments.work / "released") for one in rest]
     if script == "text":
-        line += ["--work", str(arguments.work)]
+        line += ["--work", str(arguments.work), *_limits(arguments.out / "limits.json", line)]
     if arguments.comfyui and script in COMFYUI:
         line += ["--comfyui", str(arguments.comfyui)]
     if arguments.official and script in OFFICIAL and "{released}" not in rest:
         line += ["--official", str(arguments.official)]
     return [script, *line]
+
+
+def _limits(file: Path, line: list[str]) -> list[str]:
+    """Returns what tells text.py the machine's limits, as they were measured before; nothing if they were not."""
+    if not file.is_file():
+        return []
+    rows = json.loads(file.read_text(encoding="utf-8"))["results"]
+    dtype = line[line.index("--dtype") + 1] if "--dtype" in line else "float32"
+    rate = max(row["GB/s"] for row in rows if "GB/s" in row)
+    speed = max(row["TFLOP/s"] for row in rows if row["limit"].startswith(dtype))
+    return ["--bandwidth", f"{rate:.1f}", "--arithmetic", f"{speed:.3f}"]
 
 
 def prepare(arguments: argparse.Namespace, names: list[str]) -> None:

@@ -52,6 +52,11 @@ def best_bandwidth(device: torch.device | str = "cpu") -> float:
     return max(bandwidth(device).values())
 
 
+def best_arithmetic(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """Returns the most operations a second seen."""
+    return max(arithmetic(dtype, device).values())
+
+
 def _reads(device: torch.device, size: int) -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.int64, torch.bfloat16):
         values = torch.ones(size // dtype.itemsize, dtype=dtype, device=device)

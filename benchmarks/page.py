@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 PLACES = {"--comfyui": "PATH", "--official": "../InternVL-U", "--work": "FOLDER"}
 """What stands in a command in place of the folders of the machine that it ran on."""
-LEFT_OUT = ("from", "to")
+LEFT_OUT, SPREAD = ("from", "to"), ("ms a token", "picture s")
 _BLOCK = "(<!-- {0} -->\n).*?(<!-- /{0} -->)"
 
 
@@ -42,13 +42,14 @@ def to_markdown(result: Mapping) -> str:
     said += [f"{name} {versions[name]}" for name in packages if versions.get(name)]
     said += [f"ComfyUI {settings['comfyui']}"] if settings.get("comfyui") else []
     said += [f"{settings['threads']} threads"] if settings.get("threads") else []
-    said += [f"limit from {settings['GB/s']:.0f} GB/s"] if settings.get("GB/s") else []
+    if settings.get("GB/s"):
+        said.append(f"limits from {settings['GB/s']:.0f} GB/s and {settings['TFLOP/s']:.2g} TFLOP/s")
     return f"\n`{shown_command(result['command'])}`\n({'; '.join(said)})\n\n{table(result['results'])}\n\n"
 
 
 def shown_command(command: str) -> str:
     """Returns a command line without the machine's own folders, and without where its results went."""
-    words = re.sub(r" --json \S+", "", command).split(" ")
+    words = re.sub(r" --(json|bandwidth|arithmetic) \S+", "", command).split(" ")
     for option, place in PLACES.items():
         if option in words:
             words[words.index(option) + 1] = place
@@ -68,7 +69,7 @@ def _cell(row: Mapping, key: str) -> str:
     if not isinstance(value, float):
         return str(value)
     shown = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    if key in ("ms a token", "picture s") and "from" in row:
+    if key in SPREAD and "from" in row:
         shown += f" ({row['from']:.3g} to {row['to']:.3g})"
     return shown
 

@@ -1,13 +1,15 @@
 """Times whole pictures by size and mode: encode, steps, decode; seconds, pictures a minute, and peak memory.
 
 Through the library, with one part on the device at a time, and with --official beside the official pipeline, in turns.
-The first picture of each warms up and loads. --memory draws in processes of their own, on Linux: the largest resident
+The first picture of each warms up and loads. The limit is how long the operations that ours needs take at the fastest
+multiplication of matrices seen here. --memory draws in processes of their own, on Linux: the largest resident
 set of each stage, weights that are mapped from files included, and of a GPU the most that torch held.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -16,10 +18,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from internvl_u import images, sampling
 from internvl_u.pipeline import ImageRequest, Pipeline
 
+from . import limits
 from .memory import MIB, memory, reset_peak
 from .official import OfficialPipeline
 from .report import add_device, make_parser, resolve_dtype, show
@@ -53,12 +57,18 @@ def draw(pipeline: Pipeline, drawing: ImageRequest, on_stage: Callable[[str], ob
     return taken
 
 
-def make_contestants(arguments: argparse.Namespace) -> dict[str, Draw]:
+def count_operations(pipeline: Pipeline, drawing: ImageRequest) -> float:
+    """Returns the operations of a picture of ours: products of matrices, attention and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        draw(pipeline, drawing)
+    return counter.get_total_flops()
+
+
+def make_contestants(arguments: argparse.Namespace, pipeline: Pipeline) -> dict[str, Draw]:
     """Returns what draws a picture and returns the seconds of its stages, by name."""
     dtype, device = resolve_dtype(arguments), arguments.device
     found: dict[str, Draw] = {}
     if "ours" in arguments.only:
-        pipeline = Pipeline(arguments.model, dtype=dtype, device=device)
         found["ours"] = lambda drawing: draw(pipeline, drawing)
     if arguments.official and "official" in arguments.only:
         found["official"] = OfficialPipeline(arguments.official, arguments.model, dtype, device).draw
@@ -97,8 +107,8 @@ def measure_memory(arguments: argparse.Namespace, drawing: ImageRequest) -> dict
         reset_peak()
         draw(pipeline, drawing, on_stage)
     else:
-        (contestant,) = make_contestants(arguments).values()
-        contestant(drawing)
+        official = OfficialPipeline(arguments.official, arguments.model, resolve_dtype(arguments), arguments.device)
+        official.draw(drawing)
         found["own MiB"] = memory("RssAnon")
     found["peak MiB"] = max([memory("VmHWM"), *(value for name, value in found.items() if "own" not in name)])
     if torch.cuda.is_available():
@@ -119,18 +129,31 @@ def make_drawing(mode: str, pixels: int, steps: int) -> ImageRequest:
     return ImageRequest(PROMPT, pixels, pixels, steps, images=given)
 
 
-def rows_of(arguments: argparse.Namespace, contestants: dict[str, Draw], mode: str, pixels: int) -> list[dict]:
-    """Returns the rows of one size and mode."""
-    if not arguments.memory:
+def time_rows(arguments: argparse.Namespace) -> list[dict]:
+    """Returns a row for each mode, size and contestant, with what our operations take at the machine's best."""
+    device = torch.device(arguments.device)
+    pipeline = Pipeline(arguments.model, dtype=resolve_dtype(arguments), device=device)
+    contestants = make_contestants(arguments, pipeline)
+    speed = limits.best_arithmetic(pipeline.dtype, device)
+    rows = []
+    for mode, pixels in itertools.product(arguments.modes, arguments.sizes):
         drawing = make_drawing(mode, pixels, arguments.steps)
-        return measure(contestants, drawing, arguments.repeats, torch.device(arguments.device))
-    command = [str(arguments.model), "--sizes", str(pixels), "--modes", mode, "--steps", str(arguments.steps)]
-    command += ["--dtype", str(resolve_dtype(arguments))[6:], "--device", arguments.device]
-    command += ["--official", str(arguments.official)] if arguments.official else []
-    names = ["ours", "official"] if arguments.official else ["ours"]
-    return [
-        {"contestant": name, **measure_apart([*command, "--only", name])} for name in names if name in arguments.only
-    ]
+        least = count_operations(pipeline, drawing) / speed
+        for row in measure(contestants, drawing, arguments.repeats, device):
+            rows.append({"mode": mode, "pixels": pixels, **row, "limit s": least})
+    return rows
+
+
+def memory_rows(arguments: argparse.Namespace) -> list[dict]:
+    """Returns a row for each mode, size and contestant, each from a process of its own."""
+    rows = []
+    names = [name for name in arguments.only if name == "ours" or arguments.official]
+    for mode, pixels, name in itertools.product(arguments.modes, arguments.sizes, names):
+        command = [str(arguments.model), "--sizes", str(pixels), "--modes", mode, "--steps", str(arguments.steps)]
+        command += ["--dtype", str(resolve_dtype(arguments))[6:], "--device", arguments.device, "--only", name]
+        command += ["--official", str(arguments.official)] if name == "official" else []
+        rows.append({"mode": mode, "pixels": pixels, "contestant": name, **measure_apart(command)})
+    return rows
 
 
 def main() -> None:
@@ -150,13 +173,7 @@ def main() -> None:
         drawing = make_drawing(arguments.modes[0], arguments.sizes[0], arguments.steps)
         print(json.dumps(measure_memory(arguments, drawing)))
         return
-    contestants = {} if arguments.memory else make_contestants(arguments)
-    rows = [
-        {"mode": mode, "pixels": size, **row}
-        for mode in arguments.modes
-        for size in arguments.sizes
-        for row in rows_of(arguments, contestants, mode, size)
-    ]
+    rows = memory_rows(arguments) if arguments.memory else time_rows(arguments)
     dtype = str(resolve_dtype(arguments))
     show(rows, arguments.json, dtype=dtype, device=arguments.device, steps=arguments.steps, model=arguments.model.name)
 

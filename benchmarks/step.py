@@ -1,6 +1,7 @@
 """Times one denoising step, all its branches: ours, ours compiled, and the official code's, in turns.
 
-Random weights and inputs, the same for all. The official transformer gets what its own pipeline gives it: three
+Random weights and inputs, the same for all. The limit is how long the operations that we need take at the fastest
+multiplication of matrices seen here. The official transformer gets what its own pipeline gives it: three
 branches in one call, the contexts padded by its own function.
 """
 
@@ -15,7 +16,9 @@ import torch
 
 from internvl_u.mmdit import MMDiT
 
+from . import limits
 from .official import use_official
+from .operations import count
 from .random_weights import fill_randomly
 from .report import add_device, make_parser, resolve_dtype, show
 from .timing import median, take_turns
@@ -127,6 +130,8 @@ def measure(arguments: argparse.Namespace, mode: str, pixels: int, models: dict)
         for name, model in models.items()
     }
     reference = "official" if "official" in steps else "ours"
+    dtype = resolve_dtype(arguments)
+    least = count(mode, pixels, arguments.layers) * 1e12 / limits.best_arithmetic(dtype, device)
     times = take_turns(steps, arguments.repeats, device)
     return [
         {
@@ -135,6 +140,7 @@ def measure(arguments: argparse.Namespace, mode: str, pixels: int, models: dict)
             "contestant": name,
             "seconds": median(times[name]),
             "fastest": min(times[name]),
+            "limit s": least,
             f"times {reference}": median(times[reference]) / median(times[name]),
             f"error to {reference}": 0.0 if name == reference else relative_error(step, steps[reference]),
         }

@@ -2,7 +2,8 @@
 
 All get the same ids to read and write greedily, in turns. For each: time until the first token, of each token after it,
 and the least that a token can take on this machine, which is to read all weights that it needs, and the keys and values
-of the tokens before it, once. What a token takes above that is overhead. Without --model a random one is written; in a
+of the tokens before it, once. What a token takes above that is overhead. The first token's limit is how long its
+operations take at the fastest multiplication of matrices seen here. Without --model a random one is written; in a
 model of --width 256 weights are next to nothing, so overhead is what is left.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,6 +78,23 @@ def token_bytes(source: Path, dtype: torch.dtype, context: int) -> int:
     config = part.config["llm_config"]
     cached = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     return weights + cached * context * dtype.itemsize
+
+
+def read_operations(root: Path, context: int) -> int:
+    """Returns the operations until the first token: products with all weights for each token read, and attention.
+
+    The output layer is needed for the last token alone; a token attends to those before it and to itself.
+    """
+    config = language_config(root)
+    matrices = {
+        name: math.prod(shape)
+        for name, shape in open_part(root, "vlm").shapes.items()
+        if name.startswith(LANGUAGE_MODEL) and len(shape) == 2 and name != TOKEN_TABLE
+    }
+    last = matrices.pop(f"{LANGUAGE_MODEL}lm_head.weight")
+    pairs = context * (context + 1) // 2
+    attention = 4 * pairs * config["num_hidden_layers"] * config["num_attention_heads"] * config["head_dim"]
+    return 2 * (sum(matrices.values()) * context + last) + attention
 
 
 def makers(arguments: argparse.Namespace, root: Path, work: Path) -> dict[Key, tuple[Path, Make]]:
@@ -166,8 +185,13 @@ def _agreeing(texts: Sequence[Written], others: Sequence[Written]) -> int:
     return min(agreeing(text.ids, other.ids) for text, other in zip(texts, others))
 
 
-def to_rows(written: Mapping[Key, list[Written]], context: int, least: Mapping[Key, float]) -> list[dict]:
-    """Returns a row for each contestant; `least` are the seconds that reading what a token needs takes."""
+def to_rows(
+    written: Mapping[Key, list[Written]], context: int, least: Mapping[Key, float], first_least: float = 0.0
+) -> list[dict]:
+    """Returns a row for each contestant.
+
+    `least` are the seconds that reading what a token needs takes, `first_least` those of computing the first.
+    """
     first = next(iter(written))
     reference = median([text.token for text in written[first]])
     rows = []
@@ -179,6 +203,7 @@ def to_rows(written: Mapping[Key, list[Written]], context: int, least: Mapping[K
                 "contestant": name,
                 "weights": form,
                 "first token s": median([text.first for text in texts]),
+                "its limit s": max(first_least, least[name, form]),
                 "ms a token": median(each),
                 "from": min(each),
                 "to": max(each),
@@ -199,6 +224,7 @@ def measure_all(arguments: argparse.Namespace, root: Path, work: Path) -> tuple[
     writers = make_all(found)
     longest = language_config(root)["max_position_embeddings"] - arguments.tokens
     rate = arguments.bandwidth * 1e9 if arguments.bandwidth else limits.best_bandwidth(device)
+    speed = arguments.arithmetic * 1e12 if arguments.arithmetic else limits.best_arithmetic(dtype, device)
     rows = []
     with busy(arguments.busy):
         for context in arguments.contexts:
@@ -208,8 +234,8 @@ def measure_all(arguments: argparse.Namespace, root: Path, work: Path) -> tuple[
             prompts = random_prompts(root, context, arguments.repeats + 1)
             written = measure(writers, prompts, arguments.tokens, device)
             least = {key: token_bytes(found[key][0], dtype, context + arguments.tokens // 2) / rate for key in writers}
-            rows += to_rows(written, context, least)
-    return rows, {"GB/s": rate / 1e9}
+            rows += to_rows(written, context, least, read_operations(root, context) / speed)
+    return rows, {"GB/s": rate / 1e9, "TFLOP/s": speed / 1e12}
 
 
 def main() -> None:
@@ -228,6 +254,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of torch and llama.cpp; None: torch's own choice")
     parser.add_argument("--busy", type=int, default=0, help="other processes that keep a core busy each meanwhile")
     parser.add_argument("--bandwidth", type=float, help="GB/s of the limit; None: measured at the start")
+    parser.add_argument("--arithmetic", type=float, help="TFLOP/s of the first token's limit; None: likewise")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keeps written models; None: a temporary one")
     add_device(parser)
     arguments = parser.parse_args()

@@ -138,6 +138,31 @@ def test_a_token_reads_all_weights_but_the_table_and_the_cache_of_those_before(s
         assert text.token_bytes(silent, dtype, 10) == (weights + 10 * layers * 2 * pairs * size) * itemsize
 
 
+def test_the_operations_until_the_first_token_are_those_that_torch_counts(silent):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ours = writers.make_ours(silent, dtype=torch.float32, device=torch.device("cpu"))
+    (ids,) = text.random_prompts(silent, 40, 1)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        ours(ids, 1)
+    # It counts attention as if each token attended to all, where it counts it at all.
+    config = writers.language_config(silent)
+    whole = 4 * 40 * 40 * config["num_hidden_layers"] * config["num_attention_heads"] * config["head_dim"]
+    half = whole * 41 // 80
+    matrices = text.read_operations(silent, 40) - half
+    assert matrices <= counter.get_total_flops() <= matrices + whole
+
+
+def test_the_limits_that_were_measured_before_are_handed_to_the_texts(tmp_path):
+    rows = [{"limit": "memory, a", "GB/s": 3.0}, {"limit": "memory, b", "GB/s": 5.0}]
+    rows += [{"limit": "float32 product a", "TFLOP/s": 0.1}, {"limit": "bfloat16 product a", "TFLOP/s": 0.4}]
+    (tmp_path / "limits.json").write_text(json.dumps({"results": rows}), encoding="utf-8")
+    arguments = SimpleNamespace(**vars(ALL) | {"out": tmp_path})
+    for name, speed in (("text_nano", "0.100"), ("text_released", "0.400")):
+        line = every.command(name, arguments)
+        assert line[line.index("--bandwidth") + 1] == "5.0" and line[line.index("--arithmetic") + 1] == speed
+
+
 def test_a_token_of_a_packed_model_reads_it_as_it_is_stored(silent, tmp_path):
     pytest.importorskip("gguf")
     whole = text.token_bytes(silent, torch.float32, 0)
@@ -257,7 +282,7 @@ def test_the_peak_of_a_stage_does_not_count_those_before():
     assert memory("VmHWM") < high - 32
 
 
-ALL = SimpleNamespace(work=Path("/work"), comfyui=Path("/comfyui"), official=Path("/official"))
+ALL = SimpleNamespace(work=Path("/work"), out=Path("/results"), comfyui=Path("/comfyui"), official=Path("/official"))
 
 
 @pytest.mark.parametrize("name", [*every.QUICK, *every.FULL])
@@ -291,7 +316,7 @@ RESULT = {
     "machine": {"cpu": "A processor", "cores": 2},
     "versions": {"torch": "2.0", "transformers": None},
     "command": "python -m benchmarks.text --work /tmp/a --comfyui /home/b --json /tmp/c.json",
-    "settings": {"threads": 2, "GB/s": 50.0},
+    "settings": {"threads": 2, "GB/s": 50.0, "TFLOP/s": 0.25},
     "results": [
         {
             "context": 64,
@@ -316,7 +341,7 @@ def test_results_become_tables_with_their_command_and_machine_and_can_be_written
     assert page.write(place, tmp_path) == ["unknown"]
     first = place.read_text(encoding="utf-8")
     assert "`python -m benchmarks.text --work FOLDER --comfyui PATH`" in first
-    assert "(A processor, 2 cores; 2026-01-02; torch 2.0; 2 threads; limit from 50 GB/s)" in first
+    assert "(A processor, 2 cores; 2026-01-02; torch 2.0; 2 threads; limits from 50 GB/s and 0.25 TFLOP/s)" in first
     assert "| 64 | ours | bf16 | 2 (1.5 to 3) | 1 |  |" in first and "1234 (4 to 5)" in first
     assert first.endswith("<!-- /text_nano -->\nend\n")
     page.write(place, tmp_path)
