@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from internvl_u import mllm
 from internvl_u.checkpoint import Folder
 from internvl_u.config import VisionConfig
 from internvl_u.mmdit import MMDiT
-from internvl_u.tokenizer import Tokenizer
+from internvl_u.tokenizer import ROW_TOKENS, Tokenizer
+from internvl_u.vision import Projector, VisionTower
 
 from .report import make_parser, show
 from .workload import RELEASED
@@ -164,7 +164,33 @@ def mllm_shapes(config: Mapping) -> Shapes:
         downsample=config["downsample_ratio"],
         output_width=language["hidden_size"],
     )
-    return _shapes(mllm.MLLM(mllm.MLLMConfig(vision, language), device="meta"))
+    parts = {"vision_model": VisionTower(vision, device="meta"), "mlp1": Projector(vision, device="meta")}
+    shapes = {f"{part}.{name}": shape for part, module in parts.items() for name, shape in _shapes(module).items()}
+    shapes |= {f"language_model.{name}": shape for name, shape in language_shapes(language).items()}
+    return shapes | {"special_token_embedding.weight": (len(ROW_TOKENS), language["hidden_size"])}
+
+
+def language_shapes(config: Mapping) -> Shapes:
+    """Returns the shapes of a Qwen3 of these sizes, by transformers' names."""
+    width, inner, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
+    layer = {
+        "input_layernorm": (width,),
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+        "self_attn.q_norm": (size,),
+        "self_attn.k_norm": (size,),
+        "post_attention_layernorm": (width,),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    for i in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes | {"model.norm.weight": (width,), "lm_head.weight": (config["vocab_size"], width)}
 
 
 def mmdit_shapes(layers: int) -> Shapes:

@@ -39,6 +39,14 @@ def test_random_weights_have_the_names_and_sizes_of_the_release():
     assert len(random_weights.vae_shapes(configs["vae/config.json"])) == 194
 
 
+def test_random_weights_of_the_tiny_sizes_are_named_and_shaped_as_the_tiny_checkpoint():
+    from benchmarks import random_weights
+
+    config = json.loads((TEMPLATE / "vlm" / "config.json").read_text(encoding="utf-8"))
+    stored = text.open_part(TEMPLATE, "vlm").shapes
+    assert random_weights.mllm_shapes(config) == stored
+
+
 def test_a_soak_has_jobs_of_every_kind_with_values_of_their_own():
     from benchmarks import soak
 
