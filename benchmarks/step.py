@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from internvl_u.config import MMDiTConfig
 from internvl_u.mmdit import MMDiT
 
 from . import limits
@@ -36,6 +37,29 @@ def make_model(layers: int, *, dtype: torch.dtype, device: str) -> MMDiT:
     return fill_randomly(MMDiT(config, dtype=dtype, device=device))
 
 
+def official_settings(size: MMDiTConfig) -> dict:
+    """Returns what the official configuration says of a transformer of this size."""
+    return {
+        "decoder_projector_type": "identity",
+        "input_hidden_size": size.context_width,
+        "output_hidden_size": size.context_width,
+        "pad_to_fix_length": False,
+        "max_sequence_length": 768,
+        "video_position_scale_factor": 1.0,
+        "vlm_cond_position_scale_factor": size.image_scale,
+        "decoder_config": {
+            "patch_size": size.patch_size,
+            "in_channels": size.channels * size.patch_size**2,
+            "out_channels": size.channels,
+            "num_layers": size.layers,
+            "attention_head_dim": size.head_dim,
+            "num_attention_heads": size.heads,
+            "joint_attention_dim": size.context_width,
+            "axes_dims_rope": list(size.rope_axes),
+        },
+    }
+
+
 def make_official(folder: Path, model: MMDiT) -> torch.nn.Module:
     """Returns the official generation decoder from a checkout of its repository, sharing our model's weights.
 
@@ -46,25 +70,7 @@ def make_official(folder: Path, model: MMDiT) -> torch.nn.Module:
     from internvlu.diffusion import InternVLUGenerationDecoder, InternVLUGenerationDecoderConfig
 
     size = model.config
-    config = InternVLUGenerationDecoderConfig(
-        decoder_projector_type="identity",
-        input_hidden_size=size.context_width,
-        output_hidden_size=size.context_width,
-        pad_to_fix_length=False,
-        max_sequence_length=768,
-        video_position_scale_factor=size.latent_scale,
-        vlm_cond_position_scale_factor=size.image_scale,
-        decoder_config={
-            "patch_size": size.patch_size,
-            "in_channels": size.channels * size.patch_size**2,
-            "out_channels": size.channels,
-            "num_layers": size.layers,
-            "attention_head_dim": size.head_dim,
-            "num_attention_heads": size.heads,
-            "joint_attention_dim": size.context_width,
-            "axes_dims_rope": list(size.rope_axes),
-        },
-    )
+    config = InternVLUGenerationDecoderConfig(**official_settings(size))
     with torch.device("meta"):
         decoder = InternVLUGenerationDecoder(config)
     decoder.decoder.load_state_dict(model.state_dict(), strict=True, assign=True)

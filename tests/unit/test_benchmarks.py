@@ -3,6 +3,7 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from benchmarks import all as every
 from benchmarks import limits, models, page, picture, plots, text, writers
 from benchmarks.operations import count
 from benchmarks.random_weights import TEMPLATE, released_configs
+from internvl_u.config import mmdit_config
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PAGE = BENCHMARKS.parent / "docs" / "performance.md"
@@ -27,6 +29,14 @@ ALLOWED = {("t2i", 512): 2.98, ("t2i", 1024): 14.7, ("edit", 512): 8.65, ("edit"
 def test_a_step_at_the_released_size_costs_no_more_operations_than_allowed(mode, pixels):
     # The lower bound tells that the counter still sees the attention and the matrices.
     assert 0.9 * MEASURED[mode, pixels] < count(mode, pixels) <= ALLOWED[mode, pixels]
+
+
+def test_the_official_configuration_of_a_transformer_is_read_back_as_the_same_sizes():
+    from benchmarks import random_weights, step
+
+    shapes = {name.removeprefix("decoder."): shape for name, shape in random_weights.mmdit_shapes(2).items()}
+    size = replace(step.RELEASED, layers=2)
+    assert mmdit_config(shapes, step.official_settings(size)) == size
 
 
 def test_random_weights_have_the_names_and_sizes_of_the_release():
