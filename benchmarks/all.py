@@ -120,8 +120,8 @@ def main() -> None:
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     failed = [name for name in names if not measure(name, arguments)]
+    plots.write(arguments.out, arguments.page.parent / plots.PICTURES.name)
     page.write(arguments.page, arguments.out)
-    plots.write(arguments.out)
     if failed:
         sys.exit(f"not measured: {', '.join(failed)}")
 

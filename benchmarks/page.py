@@ -1,6 +1,6 @@
 """Writes the measured results into docs/performance.md: a table between each `<!-- name -->` and `<!-- /name -->`.
 
-Under each table stands the command that makes it anew, the processor and the date.
+Above each table stand its plot, the command that makes it anew, the processor and the date.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .plots import PICTURES, PLOTS, ROOT
 from .report import make_parser
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 PLACES = {"--comfyui": "PATH", "--official": "../InternVL-U", "--work": "FOLDER"}
 """What stands in a command in place of the folders of the machine that it ran on."""
@@ -26,12 +26,18 @@ def write(page: Path, results: Path) -> list[str]:
     homeless = []
     for file in sorted(results.glob("*.json")):
         block = re.compile(_BLOCK.format(re.escape(file.stem)), re.DOTALL)
-        shown = to_markdown(json.loads(file.read_text(encoding="utf-8")))
+        shown = _picture(page, file.stem) + to_markdown(json.loads(file.read_text(encoding="utf-8")))
         text, count = block.subn(lambda found, shown=shown: f"{found[1]}{shown}{found[2]}", text)
         if not count:
             homeless.append(file.stem)
     page.write_text(text, encoding="utf-8")
     return homeless
+
+
+def _picture(page: Path, name: str) -> str:
+    """Returns the plot of a table, if there is one beside the page."""
+    place = f"{PICTURES.name}/{name}.svg"
+    return f"\n![{PLOTS[name].title}]({place})\n" if name in PLOTS and (page.parent / place).is_file() else ""
 
 
 def to_markdown(result: Mapping) -> str:

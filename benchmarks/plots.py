@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from .page import ROOT
 from .report import make_parser
 
+ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "plots"
 WIDTH, LABEL, ROW, TOP = 720, 250, 22, 34
 COLOURS = {"ours": "#2f81f7", "other": "#8b949e", "limit": "#d29922", "text": "#7d8590"}
