@@ -21,6 +21,16 @@ WORD = "t"
 """Token 12 is spelt "t12": no text is needed to time one, and no tokenizer to read its number."""
 
 
+def check_llama_cpp() -> None:
+    """Makes sure that llama.cpp can be had here, before anything is written for it.
+
+    Raises:
+        ImportError: xllamacpp or gguf is not installed.
+    """
+    import gguf  # noqa: F401
+    import xllamacpp  # noqa: F401
+
+
 def write_gguf(source: Path, file: Path, dtype: torch.dtype) -> None:
     """Writes the Qwen3 of a checkpoint folder or of our GGUF file as llama.cpp has it.
 

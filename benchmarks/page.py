@@ -46,8 +46,9 @@ def to_markdown(result: Mapping) -> str:
     packages = ("torch", "transformers", "diffusers")
     said = [f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores", result["date"]]
     said += [f"{name} {versions[name]}" for name in packages if versions.get(name)]
-    said += [f"ComfyUI {settings['comfyui']}"] if settings.get("comfyui") else []
-    said += [f"{settings['threads']} threads"] if settings.get("threads") else []
+    others = {"ComfyUI": "comfyui", "xllamacpp": "xllamacpp"}
+    said += [f"{name} {settings[key]}" for name, key in others.items() if settings.get(key)]
+    said += [f"threads: {settings['threads']}"] if settings.get("threads") else []
     if settings.get("GB/s"):
         said.append(f"limits from {settings['GB/s']:.0f} GB/s and {settings['TFLOP/s']:.2g} TFLOP/s")
     return f"\n`{shown_command(result['command'])}`\n({'; '.join(said)})\n\n{table(result['results'])}\n\n"
@@ -74,10 +75,12 @@ def _cell(row: Mapping, key: str) -> str:
     value = row.get(key, "")
     if not isinstance(value, float):
         return str(value)
-    shown = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    if key in SPREAD and "from" in row:
-        shown += f" ({row['from']:.3g} to {row['to']:.3g})"
-    return shown
+    spread = f" ({_number(row['from'])} to {_number(row['to'])})" if key in SPREAD and "from" in row else ""
+    return _number(value) + spread
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def describe() -> dict:
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     versions = {"internvl_u": __version__, "python": platform.python_version()}
-    versions |= {name: _version(name) for name in LIBRARIES}
+    versions |= {name: version_of(name) for name in LIBRARIES}
     date = datetime.date.today().isoformat()
     return {
         "date": date,
@@ -88,7 +88,8 @@ def _cell(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Returns the version of an installed package."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -27,10 +27,10 @@ from internvl_u.tokenizer import Tokenizer
 from . import limits
 from .busy import busy
 from .host import use_comfyui
-from .llama_cpp import make_llama_cpp, write_gguf
+from .llama_cpp import check_llama_cpp, make_llama_cpp, write_gguf
 from .models import converted, nano_model, random_model
 from .random_weights import LANGUAGE
-from .report import add_device, make_parser, resolve_dtype, show
+from .report import add_device, make_parser, resolve_dtype, show, version_of
 from .timing import median, take_turns
 from .writers import (
     LANGUAGE_MODEL,
@@ -110,9 +110,11 @@ def makers(arguments: argparse.Namespace, root: Path, work: Path) -> dict[Key, t
         return given["all"]
 
     def of_llama_cpp(source: Path, form: str) -> Writer:
+        check_llama_cpp()
         file = work / f"{root.name}_{form}_{plain}_llama.gguf"
         if not file.exists():
-            write_gguf(source, file, dtype)
+            write_gguf(source, file.with_suffix(".part"), dtype)
+            file.with_suffix(".part").rename(file)
         return make_llama_cpp(file, torch.get_num_threads(), max(arguments.contexts) + arguments.tokens)
 
     found: dict[Key, tuple[Path, Make]] = {}
@@ -270,7 +272,13 @@ def main() -> None:
             nano_model(work) if arguments.nano else random_model(work, arguments.layers, arguments.width, dtype[6:])
         )
         rows, settings = measure_all(arguments, root, work)
-    settings |= {"dtype": dtype, "device": arguments.device, "comfyui": version, "busy": arguments.busy}
+    settings |= {
+        "xllamacpp": version_of("xllamacpp"),
+        "dtype": dtype,
+        "device": arguments.device,
+        "comfyui": version,
+        "busy": arguments.busy,
+    }
     show(rows, arguments.json, threads=torch.get_num_threads(), model=root.name, **settings)
 
 

@@ -359,7 +359,7 @@ def test_results_become_tables_with_their_command_and_machine_and_can_be_written
     assert page.write(place, tmp_path) == ["unknown"]
     first = place.read_text(encoding="utf-8")
     assert "`python -m benchmarks.text --work FOLDER --comfyui PATH`" in first
-    assert "(A processor, 2 cores; 2026-01-02; torch 2.0; 2 threads; limits from 50 GB/s and 0.25 TFLOP/s)" in first
+    assert "(A processor, 2 cores; 2026-01-02; torch 2.0; threads: 2; limits from 50 GB/s and 0.25 TFLOP/s)" in first
     assert "| 64 | ours | bf16 | 2 (1.5 to 3) | 1 |  |" in first and "1234 (4 to 5)" in first
     assert first.endswith("<!-- /text_nano -->\nend\n")
     page.write(place, tmp_path)
