@@ -20,10 +20,10 @@ import torch
 from internvl_u.load import load_mllm, load_mmdit, load_vae
 
 from .host import pack_module, use_comfyui
+from .memory import MIB, memory
 from .report import make_parser, show
 from .timing import median
 
-MIB = 2**20
 Parts = Iterable[torch.nn.Module]
 
 
@@ -46,10 +46,10 @@ def make_native(folder: Path) -> Callable[[Path], Parts]:
 
 def measure(load: Callable[[Path], Parts], root: Path) -> dict[str, float]:
     """Returns seconds and MiB of loading in this process; what was imported before counts as "before"."""
-    before, own_before = _memory("VmRSS"), _memory("RssAnon")
+    before, own_before = memory("VmRSS"), memory("RssAnon")
     start = time.perf_counter()
     parts = load(root)
-    loaded, peak, own = time.perf_counter() - start, _memory("VmHWM"), _memory("RssAnon")
+    loaded, peak, own = time.perf_counter() - start, memory("VmHWM"), memory("RssAnon")
     for part in parts:
         for tensor in part.state_dict().values():
             tensor.flatten()[:: _page(tensor)].sum()
@@ -60,8 +60,8 @@ def measure(load: Callable[[Path], Parts], root: Path) -> dict[str, float]:
         "own before MiB": own_before,
         "peak loaded MiB": peak,
         "own loaded MiB": own,
-        "peak read MiB": _memory("VmHWM"),
-        "own read MiB": _memory("RssAnon"),
+        "peak read MiB": memory("VmHWM"),
+        "own read MiB": memory("RssAnon"),
     }
 
 
@@ -74,13 +74,6 @@ def measure_apart(command: list[str], repeats: int) -> dict[str, float]:
         )
         found.append(json.loads(done.stdout.splitlines()[-1]))
     return {key: round(median([one[key] for one in found]), 3) for key in found[0]}
-
-
-def _memory(field: str) -> float:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024 / MIB
-    raise RuntimeError(f"no {field} in /proc/self/status: this benchmark needs Linux")
 
 
 def _page(tensor: torch.Tensor) -> int:

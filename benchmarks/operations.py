@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,10 +36,10 @@ def count_branches(mode: str, pixels: int) -> dict[str, float]:
     return counts
 
 
-def count(mode: str, pixels: int) -> float:
+def count(mode: str, pixels: int, layers: int = RELEASED.layers) -> float:
     """Returns the operations of a step, in units of 1e12; nothing is computed, the tensors have no data."""
     with torch.device("meta"):
-        model = MMDiT(RELEASED, dtype=torch.bfloat16)
+        model = MMDiT(replace(RELEASED, layers=layers), dtype=torch.bfloat16)
     step = make_step(model, make_inputs(mode, pixels, dtype=torch.bfloat16, device="meta"))
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         step()

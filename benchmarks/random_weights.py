@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from internvl_u import mllm, vae
+from internvl_u import vae
 from internvl_u.checkpoint import Folder
 from internvl_u.config import VisionConfig
 from internvl_u.mmdit import MMDiT
-from internvl_u.tokenizer import Tokenizer
+from internvl_u.tokenizer import ROW_TOKENS, Tokenizer
+from internvl_u.vision import Projector, VisionTower
 
 from .report import make_parser, show
 from .workload import RELEASED
@@ -61,16 +62,20 @@ def write_checkpoint(
     mmdit_layers: int = RELEASED.layers,
     language_layers: int = LANGUAGE["num_hidden_layers"],
     vision_layers: int = VISION["num_hidden_layers"],
+    language: Mapping | None = None,
     seed: int = 0,
 ) -> dict[str, int]:
     """Writes the folder and returns the number of values of each part. Values go to disk a piece at a time.
+
+    `language` are other sizes of Qwen3 than the released ones, by their names in its configuration. The transformer
+    does not follow them: such a folder writes, and does not draw.
 
     Raises:
         FileExistsError: the folder is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: give an empty or a new folder")
-    configs = released_configs(mmdit_layers, language_layers, vision_layers, dtype)
+    configs = released_configs(mmdit_layers, language_layers, vision_layers, dtype, language)
     for name in ("processor", "scheduler"):
         shutil.copytree(TEMPLATE / name, folder / name, dirs_exist_ok=True)
     shutil.copy(TEMPLATE / "model_index.json", folder)
@@ -118,13 +123,15 @@ def released_configs(
     language_layers: int = LANGUAGE["num_hidden_layers"],
     vision_layers: int = VISION["num_hidden_layers"],
     dtype: str = "bfloat16",
+    language: Mapping | None = None,
 ) -> dict[str, dict]:
-    """Returns the test checkpoint's JSON files by name, with the released sizes."""
+    """Returns the test checkpoint's JSON files by name, with the released sizes, or those of `language`."""
     vlm, drawing, vae, processor = (json.loads((TEMPLATE / name).read_text(encoding="utf-8")) for name in CONFIG_FILES)
-    width = LANGUAGE["hidden_size"]
+    sizes = LANGUAGE | (language or {})
+    width = sizes["hidden_size"]
     vlm["force_image_size"] = IMAGE_SIZE
     vlm["vision_config"] |= VISION | {"num_hidden_layers": vision_layers, "image_size": IMAGE_SIZE}
-    vlm["llm_config"] |= LANGUAGE | {"num_hidden_layers": language_layers}
+    vlm["llm_config"] |= sizes | {"num_hidden_layers": language_layers}
     drawing["decoder_config"] |= {
         "attention_head_dim": RELEASED.head_dim,
         "axes_dims_rope": list(RELEASED.rope_axes),
@@ -139,8 +146,8 @@ def released_configs(
     vae["base_dim"] = VAE_WIDTH
     processor["image_seq_length"] = IMAGE_TOKENS
     processor["image_processor_kwargs"]["size"] = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    sizes = {"min_dynamic_patch": 4096, "max_dynamic_patch": 16384, "max_length": 1024}
-    processor["image_gen_processor_kwargs"] |= sizes
+    pictures = {"min_dynamic_patch": 4096, "max_dynamic_patch": 16384, "max_length": 1024}
+    processor["image_gen_processor_kwargs"] |= pictures
     return dict(zip(CONFIG_FILES, (vlm, drawing, vae, processor)))
 
 
@@ -158,7 +165,33 @@ def mllm_shapes(config: Mapping) -> Shapes:
         downsample=config["downsample_ratio"],
         output_width=language["hidden_size"],
     )
-    return _shapes(mllm.MLLM(mllm.MLLMConfig(vision, language), device="meta"))
+    parts = {"vision_model": VisionTower(vision, device="meta"), "mlp1": Projector(vision, device="meta")}
+    shapes = {f"{part}.{name}": shape for part, module in parts.items() for name, shape in _shapes(module).items()}
+    shapes |= {f"language_model.{name}": shape for name, shape in language_shapes(language).items()}
+    return shapes | {"special_token_embedding.weight": (len(ROW_TOKENS), language["hidden_size"])}
+
+
+def language_shapes(config: Mapping) -> Shapes:
+    """Returns the shapes of a Qwen3 of these sizes, by transformers' names."""
+    width, inner, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
+    layer = {
+        "input_layernorm": (width,),
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+        "self_attn.q_norm": (size,),
+        "self_attn.k_norm": (size,),
+        "post_attention_layernorm": (width,),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    for i in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes | {"model.norm.weight": (width,), "lm_head.weight": (config["vocab_size"], width)}
 
 
 def mmdit_shapes(layers: int) -> Shapes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import os
@@ -20,12 +21,13 @@ LIBRARIES = ("torch", "transformers", "diffusers")
 Row = Mapping[str, object]
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Returns a command line with the options that all benchmarks share."""
+def make_parser(description: str, *, measures: bool = True) -> argparse.ArgumentParser:
+    """Returns a command line, with the option that all share that measure."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    if measures:
+        parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     return parser
 
 
@@ -43,13 +45,19 @@ def resolve_dtype(arguments: argparse.Namespace) -> torch.dtype:
 
 
 def describe() -> dict:
-    """Returns the machine, the versions and the command line of this process."""
+    """Returns the date, the machine, the versions and the command line of this process."""
     machine = {"cpu": _cpu(), "cores": os.cpu_count(), "ram_gib": _ram_gib(), "system": platform.system()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     versions = {"internvl_u": __version__, "python": platform.python_version()}
-    versions |= {name: _version(name) for name in LIBRARIES}
-    return {"machine": machine, "versions": versions, "command": shlex.join(["python", *sys.orig_argv[1:]])}
+    versions |= {name: version_of(name) for name in LIBRARIES}
+    date = datetime.date.today().isoformat()
+    return {
+        "date": date,
+        "machine": machine,
+        "versions": versions,
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    }
 
 
 def show(rows: Sequence[Row], file: Path | None = None, **settings) -> None:
@@ -80,7 +88,8 @@ def _cell(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Returns the version of an installed package."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -1,6 +1,7 @@
 """Times one denoising step, all its branches: ours, ours compiled, and the official code's, in turns.
 
-Random weights and inputs, the same for all. The official transformer gets what its own pipeline gives it: three
+Random weights and inputs, the same for all. The limit is how long the operations that we need take at the fastest
+multiplication of matrices seen here. The official transformer gets what its own pipeline gives it: three
 branches in one call, the contexts padded by its own function.
 """
 
@@ -13,8 +14,12 @@ from pathlib import Path
 
 import torch
 
+from internvl_u.config import MMDiTConfig
 from internvl_u.mmdit import MMDiT
 
+from . import limits
+from .official import use_official
+from .operations import count
 from .random_weights import fill_randomly
 from .report import add_device, make_parser, resolve_dtype, show
 from .timing import median, take_turns
@@ -32,27 +37,17 @@ def make_model(layers: int, *, dtype: torch.dtype, device: str) -> MMDiT:
     return fill_randomly(MMDiT(config, dtype=dtype, device=device))
 
 
-def make_official(folder: Path, model: MMDiT) -> torch.nn.Module:
-    """Returns the official generation decoder from a checkout of its repository, sharing our model's weights.
-
-    Raises:
-        FileNotFoundError: the folder is no checkout of github.com/OpenGVLab/InternVL-U.
-    """
-    if not (folder / "internvlu" / "diffusion").is_dir():
-        raise FileNotFoundError(f"no internvlu/diffusion in {folder}: give a checkout of OpenGVLab/InternVL-U")
-    sys.path.insert(0, str(folder.resolve()))
-    from internvlu.diffusion import InternVLUGenerationDecoder, InternVLUGenerationDecoderConfig
-
-    size = model.config
-    config = InternVLUGenerationDecoderConfig(
-        decoder_projector_type="identity",
-        input_hidden_size=size.context_width,
-        output_hidden_size=size.context_width,
-        pad_to_fix_length=False,
-        max_sequence_length=768,
-        video_position_scale_factor=size.latent_scale,
-        vlm_cond_position_scale_factor=size.image_scale,
-        decoder_config={
+def official_settings(size: MMDiTConfig) -> dict:
+    """Returns what the official configuration says of a transformer of this size."""
+    return {
+        "decoder_projector_type": "identity",
+        "input_hidden_size": size.context_width,
+        "output_hidden_size": size.context_width,
+        "pad_to_fix_length": False,
+        "max_sequence_length": 768,
+        "video_position_scale_factor": 1.0,
+        "vlm_cond_position_scale_factor": size.image_scale,
+        "decoder_config": {
             "patch_size": size.patch_size,
             "in_channels": size.channels * size.patch_size**2,
             "out_channels": size.channels,
@@ -62,7 +57,20 @@ def make_official(folder: Path, model: MMDiT) -> torch.nn.Module:
             "joint_attention_dim": size.context_width,
             "axes_dims_rope": list(size.rope_axes),
         },
-    )
+    }
+
+
+def make_official(folder: Path, model: MMDiT) -> torch.nn.Module:
+    """Returns the official generation decoder from a checkout of its repository, sharing our model's weights.
+
+    Raises:
+        FileNotFoundError: the folder is no checkout of github.com/OpenGVLab/InternVL-U.
+    """
+    use_official(folder)
+    from internvlu.diffusion import InternVLUGenerationDecoder, InternVLUGenerationDecoderConfig
+
+    size = model.config
+    config = InternVLUGenerationDecoderConfig(**official_settings(size))
     with torch.device("meta"):
         decoder = InternVLUGenerationDecoder(config)
     decoder.decoder.load_state_dict(model.state_dict(), strict=True, assign=True)
@@ -128,6 +136,8 @@ def measure(arguments: argparse.Namespace, mode: str, pixels: int, models: dict)
         for name, model in models.items()
     }
     reference = "official" if "official" in steps else "ours"
+    dtype = resolve_dtype(arguments)
+    least = count(mode, pixels, arguments.layers) * 1e12 / limits.best_arithmetic(dtype, device)
     times = take_turns(steps, arguments.repeats, device)
     return [
         {
@@ -136,6 +146,7 @@ def measure(arguments: argparse.Namespace, mode: str, pixels: int, models: dict)
             "contestant": name,
             "seconds": median(times[name]),
             "fastest": min(times[name]),
+            "limit s": least,
             f"times {reference}": median(times[reference]) / median(times[name]),
             f"error to {reference}": 0.0 if name == reference else relative_error(step, steps[reference]),
         }

@@ -95,7 +95,8 @@ def test_a_run_reads_the_layers_of_modulation_once(checkpoint, case, near):
     taken = calls_of(model)
     sigmas = flow_sigmas(6)
     size = tuple(case["noise"].shape[-2:])
-    denoisers = [Denoiser(model, contexts_of(case), size, GUIDANCE, torch.float32, sigmas=given) for given in (None, sigmas)]
+    inputs = (model, contexts_of(case), size, GUIDANCE, torch.float32)
+    denoisers = [Denoiser(*inputs, sigmas=given) for given in (None, sigmas)]
     plain = sample(denoisers[0], case["noise"], sigmas)
     before = taken()
     once = sample(denoisers[1], case["noise"], sigmas)
