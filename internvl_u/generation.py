@@ -34,6 +34,7 @@ class GenerationConfig:
     Samples are taken of the `top_k` likeliest tokens (0: of all), of those that are at least `min_p` times as likely as
     the likeliest, and of the likeliest that add up to `top_p`. `repetition_penalty` above 1 makes tokens less likely
     that are written already, by a factor, and `presence_penalty` above 0 by a difference; the prompt does not count.
+    `cuda_graphs` has tokens recorded on a CUDA device; see `qwen3_graph`.
     """
 
     max_new_tokens: int = THOUGHT_TOKENS
@@ -45,6 +46,7 @@ class GenerationConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
+    cuda_graphs: bool = False
 
     def __post_init__(self):
         check_whole("max_new_tokens", self.max_new_tokens, 1, LONGEST_CONTEXT)
@@ -108,9 +110,7 @@ def sample_tokens(
 ) -> list[int]:
     """Returns the ids that are written after a prompt, one token after the other."""
     generator = torch.Generator().manual_seed(config.seed)
-    bound = TokenStep.bind(language, read.cache)
-    lean = bound and (GraphedStep.of(bound) or bound)
-    step = lean or functools.partial(_step, language, read.cache)
+    step = _step_of(language, read.cache, config.cuda_graphs)
     logits, ids = language.lm_head(read.last)[0, 0], []
     while True:
         ids.append(sample_token(logits, config, generator, ids))
@@ -118,6 +118,14 @@ def sample_tokens(
         if ids[-1] in stops or len(ids) == config.max_new_tokens:
             return ids
         logits = step(_embed(language, ids[-1:], read.last)[0])
+
+
+def _step_of(language: Qwen3, cache: KeyValueCache, graphs: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the fastest way from an embedding [width] to the logits [vocabulary] that the weights allow."""
+    step = TokenStep.of(language, cache)
+    if step is None:
+        return functools.partial(_step, language, cache)
+    return GraphedStep(step) if graphs and cache.keys.device.type == "cuda" else step
 
 
 def _embed(language: Qwen3, ids: Sequence[int], like: torch.Tensor) -> torch.Tensor:

@@ -3,14 +3,13 @@
 What is recorded reads and writes the same places each time, so a token's place is a number on the device, and attention
 covers a whole number of `SPAN` tokens, of which a mask leaves those that are written. One graph per such length.
 
-Off unless the environment says `INTERNVLU_CUDA_GRAPHS=1`: the arithmetic is tested on processors, the recording has not
-been run on a GPU yet.
+Off unless `GenerationConfig.cuda_graphs` asks for it: the arithmetic is tested on processors, the recording has not been
+run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 
 import torch
@@ -31,12 +30,6 @@ class GraphedStep:
         self.hidden = torch.zeros(step.width, device=device, dtype=dtype)
         self.place = torch.zeros(1, device=device, dtype=torch.long)
         self._recorded: dict[int, tuple[Callable[[], object], torch.Tensor]] = {}
-
-    @classmethod
-    def of(cls, step: TokenStep) -> GraphedStep | None:
-        """Returns the recorded step where it is wanted and the device has graphs."""
-        wanted = os.environ.get("INTERNVLU_CUDA_GRAPHS") == "1"
-        return cls(step) if wanted and step.cache.keys.device.type == "cuda" else None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the logits [vocabulary] after the next token's embedding [D]; the next call overwrites them."""

@@ -39,7 +39,7 @@ Attend = Callable[[BoundLayer, torch.Tensor, torch.Tensor, torch.Tensor], torch.
 
 
 class TokenStep:
-    """Token ids in, logits out, one after the other; see `bind`."""
+    """Token ids in, logits out, one after the other; see `of`."""
 
     def __init__(self, model: Qwen3, cache: KeyValueCache, layers: list[BoundLayer], final: Norm, head: Product):
         config = model.config
@@ -49,7 +49,7 @@ class TokenStep:
         self._grouped = (1, config.num_key_value_heads, -1, config.head_dim)
 
     @classmethod
-    def bind(cls, model: Qwen3, cache: KeyValueCache) -> TokenStep | None:
+    def of(cls, model: Qwen3, cache: KeyValueCache) -> TokenStep | None:
         """Returns the step after the tokens of a cache of one sequence.
 
         None where the model's own forward is needed: some weights are cast, moved, unpacked or patched when they are

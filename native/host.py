@@ -22,7 +22,6 @@ NAMES = (
     "comfy.model_base.QwenImage",
     "comfy.model_management",
     "comfy.model_patcher",
-    "comfy.ops.CastWeightBiasOp",
     "comfy.ops.disable_weight_init",
     "comfy.ops.manual_cast.Embedding",
     "comfy.ops.manual_cast.Linear.comfy_cast_weights",

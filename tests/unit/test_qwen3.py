@@ -8,6 +8,7 @@ import pytest
 import torch
 from pack.internvl_u import int8, qwen3_graph
 from pack.internvl_u.config import LanguageConfig
+from pack.internvl_u.generation import GenerationConfig
 from pack.internvl_u.linear import LARGE, fitting_threads, row_product, without_onednn
 from pack.internvl_u.qwen3 import Qwen3
 from pack.internvl_u.qwen3_graph import GraphedStep
@@ -80,7 +81,7 @@ def test_the_lean_step_equals_transformers_with_a_cache(name, near):
     model, embedded = make(CONFIGS[name]), embeddings(SMALL, 30)
     cache = cache_for(model, 30)
     model(embedded[:, :20], cache)
-    step = TokenStep.bind(model, cache)
+    step = TokenStep.of(model, cache)
     logits = torch.stack([step(token) for token in embedded[0, 20:]])
     near(logits, plain_qwen3(model)(inputs_embeds=embedded).logits[0, 20:], 1e-5)
     assert cache.length == 30
@@ -94,7 +95,7 @@ def test_bf16_is_as_near_as_that_of_transformers():
     cache = cache_for(model, 30, torch.bfloat16)
     rounded = embedded.bfloat16()
     model(rounded[:, :20], cache)
-    step = TokenStep.bind(model, cache)
+    step = TokenStep.of(model, cache)
     ours = torch.stack([step(token) for token in rounded[0, 20:]])
     theirs = plain_qwen3(model)(inputs_embeds=rounded).logits[0, 20:]
 
@@ -154,7 +155,7 @@ class Calls(TorchDispatchMode):
 def test_a_token_costs_the_same_calls_and_copies_however_long_the_text_is():
     model = make(SMALL)
     cache = cache_for(model, 400)
-    step = TokenStep.bind(model, cache)
+    step = TokenStep.of(model, cache)
     counts = []
     for token in embeddings(SMALL, 400)[0]:
         with Calls() as calls:
@@ -171,7 +172,7 @@ def test_a_step_makes_at_most_half_of_the_calls_of_transformers():
     model(embedded[:, :8], cache)
     read = plain(inputs_embeds=embedded[:, :8], use_cache=True)
     name = "cache" if "cache" in read else "past_key_values"  # since 5.24
-    step = TokenStep.bind(model, cache)
+    step = TokenStep.of(model, cache)
     with Calls() as ours:
         step(embedded[0, 8])
     with Calls() as theirs:
@@ -216,7 +217,7 @@ def test_a_recorded_step_gives_what_the_step_gives(capacity, monkeypatch, near):
     for cache in caches:
         cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)  # what is not written yet counts nothing
         model(embedded[:, :5], cache)
-    step, graphed = TokenStep.bind(model, caches[0]), GraphedStep(TokenStep.bind(model, caches[1]))
+    step, graphed = TokenStep.of(model, caches[0]), GraphedStep(TokenStep.of(model, caches[1]))
     for token in embedded[0, 5:]:
         near(graphed(token), step(token), 1e-5)
     assert caches[0].length == caches[1].length == 25
@@ -230,7 +231,7 @@ def test_a_step_without_a_place_in_its_code_compiles_once_for_all_tokens(near):
     for cache in caches:
         cache.keys.zero_(), cache.values.zero_()
         model(embedded[:, :5], cache)
-    step, graphed = TokenStep.bind(model, caches[0]), GraphedStep(TokenStep.bind(model, caches[1]))
+    step, graphed = TokenStep.of(model, caches[0]), GraphedStep(TokenStep.of(model, caches[1]))
     torch.compiler.reset()
     compiled = torch.compile(lambda: graphed.run(16), backend="eager", fullgraph=True)
     for place, token in enumerate(embedded[0, 5:], 5):
@@ -241,12 +242,14 @@ def test_a_step_without_a_place_in_its_code_compiles_once_for_all_tokens(near):
     assert counters["unique_graphs"] == 1
 
 
-def test_graphs_are_for_cuda_and_those_who_ask(monkeypatch):
-    model = make(SMALL)
-    step = TokenStep.bind(model, cache_for(model, 5))
-    assert GraphedStep.of(step) is None
-    monkeypatch.setenv("INTERNVLU_CUDA_GRAPHS", "1")
-    assert GraphedStep.of(step) is None  # on a processor
+def test_graphs_are_for_cuda_alone(checkpoint):
+    from pack.internvl_u.pipeline import Pipeline
+
+    written = [
+        Pipeline(checkpoint).generate("hello", config=GenerationConfig(5, cuda_graphs=graphs))
+        for graphs in (False, True)
+    ]
+    assert written[0] == written[1]  # on a processor
 
 
 @torch.inference_mode()
@@ -258,8 +261,8 @@ def test_the_lean_step_is_for_plain_weights_only(change):
     if change == "another dtype":
         model.model.layers[2].mlp.down_proj.double()
     cache = cache_for(model, 5, batch=2 if change == "several sequences" else 1)
-    assert TokenStep.bind(model, cache) is None
-    assert TokenStep.bind(make(SMALL), cache_for(model, 5)) is not None
+    assert TokenStep.of(model, cache) is None
+    assert TokenStep.of(make(SMALL), cache_for(model, 5)) is not None
 
 
 @torch.inference_mode()

@@ -40,9 +40,9 @@ def evaluated(pipeline, monkeypatch):
     model, counts = pipeline._networks["mmdit"], Counter()
     forward = model.forward
 
-    def counted(latents, time, branches, references=(), *args):
+    def counted(latents, time, branches, references=(), *args, **more):
         counts[len(references)] += len(branches)
-        return forward(latents, time, branches, references, *args)
+        return forward(latents, time, branches, references, *args, **more)
 
     monkeypatch.setattr(model, "forward", counted)
     return counts
