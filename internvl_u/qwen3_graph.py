@@ -3,8 +3,8 @@
 What is recorded reads and writes the same places each time, so a token's place is a number on the device, and attention
 covers a whole number of `SPAN` tokens, of which a mask leaves those that are written. One graph per such length.
 
-Off unless `GenerationConfig.cuda_graphs` asks for it: the arithmetic is tested on processors, the recording has not been
-run on a GPU yet.
+Off unless `GenerationConfig.cuda_graphs` asks for it: the arithmetic is tested on processors, the recording has not
+been run on a GPU yet.
 """
 
 from __future__ import annotations
