@@ -10,13 +10,17 @@ from typing import Any
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 440, 62, 24, 40, 52
 COLOURS = ("#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
 """Of Okabe and Ito's palette, which most people tell apart."""
-STEP, HIGHEST = 5.0, 5.0
-"""Points between two lines, and at the upper edge."""
+STEP, HIGHEST, LOWEST = 5.0, 5.0, -25.0
+"""Points between two lines, at the upper edge, and of the lowest row that is shown."""
 Row = dict[str, Any]
 
 
 def plot(rows: Sequence[Row]) -> str:
-    """Returns a picture of the rows' `against full` over `work %`: a line for each `curve`, names, standard errors."""
+    """Returns a picture of the rows' `against full` over `work %`: a line for each `curve`, names, standard errors.
+
+    Rows below `LOWEST` are left out, so that the others can be told apart.
+    """
+    rows = [row for row in rows if row["against full"] >= LOWEST]
     lowest = STEP * math.floor(min(row["against full"] - row["+-"] for row in rows) / STEP)
     parts = [*_axes(lowest)]
     for number, curve in enumerate(dict.fromkeys(row["curve"] for row in rows)):
@@ -66,9 +70,8 @@ def _point(row: Row, colour: str, lowest: float) -> list[str]:
     name = html.escape(row["point"])
     parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{name}</title></circle>')
     label = row["point"].removesuffix(" steps").split(" steps,")[0]
-    if row["curve"] in ("fewer steps", "preset") or row["curve"].startswith("guidance"):
-        below = row["curve"] == "fewer steps"
-        parts.append(_text(x + 6, y + (16 if below else -7), label, "start", colour))
+    below = row["curve"] in ("fewer steps", "step cache")
+    parts.append(_text(x + 6, y + (16 if below else -7), label, "start", colour))
     return parts
 
 

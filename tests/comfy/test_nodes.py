@@ -141,12 +141,13 @@ def test_rarely_used_inputs_are_folded_where_the_host_can(info):
     expected = {("InternVLU_LoadModel", "mllm_name"), ("InternVLU_LoadModel", "vae_name")}
     for name in ("WriteThought", "AnswerQuestion"):
         expected |= {(f"InternVLU_{name}", field) for field in ("temperature", "top_p", "beams", "system_prompt")}
-    expected |= {("InternVLU_EncodePrompt", "system_prompt")}
+    expected |= {("InternVLU_EncodePrompt", field) for field in ("system_prompt", "negative_prompt", "reference_size")}
     expected |= {("InternVLU_DecodeLatent", field) for field in ("width", "height")}
     for name in ("SampleLatent", "CreateGuider"):
         expected |= {(f"InternVLU_{name}", field) for field in ("scales", "speed", *INTERVALS)}
     expected |= {("InternVLU_ScheduleSteps", "speed")}
-    assert folded in (set(), expected)
+    expected |= {("InternVLU_Chat", field) for field in ("width", "height", "steps", "max_new_tokens", "scales")}
+    assert not folded or folded == expected, sorted(folded ^ expected)
     assert bool(folded) == ("search_aliases" in info["InternVLU_LoadModel"])
 
 

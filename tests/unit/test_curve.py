@@ -57,10 +57,15 @@ def test_points_are_held_to_20_steps_on_the_same_scenes():
 
 
 def test_the_picture_is_an_svg_that_names_its_points():
-    rows = curve.summarise([result(curve.FULL, [1, 1, 0]), result("a < b", [1, 0, 0], steps=4)])
+    several = [
+        result(curve.FULL, [1] * 10),
+        result("a < b", [1] * 9 + [0], steps=4),
+        result("worst", [0] * 10, steps=2),
+    ]
+    rows = curve.summarise(several)
     root = xml.etree.ElementTree.fromstring(curve_plot.plot(rows))
     texts = [element.text for element in root.iter() if element.text]
-    assert "a < b" in texts and curve.PLAIN in texts and root.tag.endswith("svg")
+    assert "a < b" in texts and "worst" not in texts and curve.PLAIN in texts and root.tag.endswith("svg")
 
 
 def test_the_points_are_of_other_names_and_the_first_is_20_steps():
