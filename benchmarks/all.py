@@ -36,6 +36,8 @@ QUICK: dict[str, list[str]] = {
     "text_released": [*RELEASED, "--contexts", "64", "--tokens", "16", "--repeats", "3"],
     "text_formats": [*FEW, "--formats", "int8", "Q8_0", "--tokens", "8", "--repeats", "2"],
     "step": ["step", "--layers", "4", "--sizes", "512", "--dtype", "float32", "--repeats", "3"],
+    "modulation": ["modulation", "--sizes", "256", "--steps", "8", "--repeats", "3"],
+    "vae": ["vae", "--sizes", "512", "--repeats", "3"],
     "picture_nano": [*NANO, "--steps", "20", "--repeats", "3"],
 }
 FULL: dict[str, list[str]] = {
@@ -45,7 +47,7 @@ FULL: dict[str, list[str]] = {
     "memory": ["picture", "{released}", *PICTURE, "--memory", "--only", "ours"],
     "load": ["load", "{released}"],
 }
-COMFYUI, OFFICIAL = ("text", "load"), ("step", "picture")
+COMFYUI, OFFICIAL = ("text", "load", "vae"), ("step", "picture")
 
 
 def command(name: str, arguments: argparse.Namespace) -> list[str]:
