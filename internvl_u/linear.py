@@ -30,7 +30,7 @@ def row_product(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> P
     are rounded to bf16 for matrices of bf16 and int8: making them fp32 would take ten times as long as the product.
     """
     matrix: Any = layer.weight
-    if getattr(layer, "bias", None) is not None or matrix is None or matrix.device != device or _is_patched(layer):
+    if getattr(layer, "bias", None) is not None or matrix is None or matrix.device != device or not is_plain(layer):
         return None
     scale = getattr(layer, "scale", None)
     if scale is not None:
@@ -46,9 +46,10 @@ def row_product(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> P
     return None
 
 
-def _is_patched(layer: nn.Module) -> bool:
-    """Returns whether ComfyUI adds something to a layer's weight where it is used."""
-    return bool(getattr(layer, "weight_function", ()) or getattr(layer, "bias_function", ()))
+def is_plain(layer: nn.Module) -> bool:
+    """Returns whether a layer's weight is used as it lies: ComfyUI neither patches it where it is used nor moves it."""
+    patched = getattr(layer, "weight_function", ()) or getattr(layer, "bias_function", ())
+    return not patched and not vars(layer).get("comfy_cast_weights", False)  # of the layer's own: it is offloaded
 
 
 def _int8_product(layer: nn.Module, matrix: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Product | None:

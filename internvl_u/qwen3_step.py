@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.nn import functional
 
-from .linear import Product, row_product, without_onednn
+from .linear import Product, is_plain, row_product, without_onednn
 from .qwen3 import Attention, KeyValueCache, Layer, Qwen3
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
@@ -75,7 +75,7 @@ class TokenStep:
             return [before[0], query, key, value, heads_norm, output, before[1], *inner, keys, values]
 
         norms = [module for module in model.modules() if hasattr(module, "eps") and hasattr(module, "weight")]
-        if any(getattr(module, "weight_function", ()) for module in norms):
+        if not all(map(is_plain, norms)):
             return None
         layers = [
             bound(cast(Layer, layer), keys, values)

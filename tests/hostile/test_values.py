@@ -105,6 +105,7 @@ def test_weights_that_are_no_numbers_are_named_and_draw_no_black_image(checkpoin
     }[part]
     with torch.inference_mode():  # the weights were loaded in it
         dict(network.named_parameters())[name].data[:] = value
+    pipeline._kept.clear()
     with pytest.raises(RuntimeError, match=f"infinite or not a number .*{cause}"):
         pipeline.draw(request)
 
@@ -115,7 +116,7 @@ def test_finite_values_pass():
 
 @pytest.mark.parametrize("field", ["prompt", "system", "thought"])
 def test_a_text_that_does_not_fit_the_context_is_refused_before_any_work(pipeline, monkeypatch, field):
-    monkeypatch.setattr(pipeline._mllm(), "prefill", lambda *args: pytest.fail("began to work"))
+    monkeypatch.setattr(pipeline._mllm().language_model.model, "forward", lambda *args: pytest.fail("began to work"))
     words = "word " * 20_000
     request = ImageRequest(**{"prompt": "a cat", field: words}, width=32, height=32, steps=1)
     with pytest.raises(ValueError, match=r"\d+ tokens found .*, 4096 expected at most"):
