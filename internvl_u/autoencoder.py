@@ -6,30 +6,26 @@ that counts, and they are two-dimensional. The convolutions over time of the sam
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 from . import bands
-from .bands import Bands, Skipped
+from .bands import Convolution, Doubling, Halving, Skipped, passed, regrouped, whole
 from .config import LATENT_CHANNELS
 
 LEVELS = 4
 WIDENING = ("encoder.down_blocks.3", "encoder.down_blocks.6", "decoder.up_blocks.1.resnets.0")
 """The residual blocks that give more channels than they get, and have a convolution beside them."""
-Filter = Callable[[Bands, torch.Tensor, torch.Tensor], Iterator[torch.Tensor]]
-WeightAndBias = AbstractContextManager[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Layers(Protocol):
     """Where the weights are, by diffusers' names of the layers; each is wanted where and as `like` is."""
 
-    def convolution(self, name: str, like: torch.Tensor) -> WeightAndBias:
-        """Returns a context with weight [out, in, height, width] and bias."""
+    def convolution(self, name: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns weight [out, in, height, width] and bias."""
         ...
 
     def gamma(self, name: str, like: torch.Tensor) -> torch.Tensor:
@@ -43,66 +39,69 @@ class Layers(Protocol):
 
 def decode(latents: torch.Tensor, layers: Layers) -> torch.Tensor:
     """Returns images [B, 3, 8 h, 8 w], not clamped, of latents [B, 16, h, w], not normalised."""
+    weights = partial(_weights, layers)
     x = _pointwise(_laid_out(latents), layers, "post_quant_conv")
-    (x,) = _filtered(bands.convolved, [x], layers, "decoder.conv_in")
+    x = whole(passed([(x, True)], [Convolution(weights("decoder.conv_in"))]))
     x = _middle(x, layers, "decoder.mid_block")
-    size, images = bands.band_bytes(x), iter([x])
+    size, images = bands.band_bytes(x), iter([(x, True)])
     for level in range(LEVELS):
         name = f"decoder.up_blocks.{level}"
-        images = bands.regrouped(images, size)
-        for number in range(3):
-            images = _residual(images, layers, f"{name}.resnets.{number}")
+        steps = [_Residual(layers, f"{name}.resnets.{number}") for number in range(3)]
+        images = passed(regrouped(images, size), steps)
         if level < LEVELS - 1:
-            images = _filtered(bands.doubled, images, layers, f"{name}.upsamplers.0.resample.1")
-    images = _head(bands.regrouped(images, size), layers, "decoder")
-    return torch.cat(list(images), dim=2)
+            images = passed(images, [Doubling(weights(f"{name}.upsamplers.0.resample.1"))])
+    return whole(passed(images, [_Head(layers, "decoder")]))
 
 
 def encode(images: torch.Tensor, layers: Layers) -> torch.Tensor:
     """Returns the mode [B, 16, h, w], not normalised, of images [B, 3, 8 h, 8 w] in [-1, 1]."""
+    weights = partial(_weights, layers)
     images = _laid_out(images)
     size = bands.band_bytes(images)
     # What goes in has 3 channels, what it becomes many.
-    x = bands.regrouped([images], max(size // 32, 1))
-    x = _filtered(bands.convolved, x, layers, "encoder.conv_in")
+    x = passed(regrouped([(images, True)], max(size // 32, 1)), [Convolution(weights("encoder.conv_in"))])
     for level in range(LEVELS):
-        x = bands.regrouped(x, size)
-        for number in (0, 1):
-            x = _residual(x, layers, f"encoder.down_blocks.{3 * level + number}")
+        steps = [_Residual(layers, f"encoder.down_blocks.{3 * level + number}") for number in (0, 1)]
+        x = passed(regrouped(x, size), steps)
         if level < LEVELS - 1:
-            x = _filtered(bands.halved, x, layers, f"encoder.down_blocks.{3 * level + 2}.resample.1")
-    whole = _middle(torch.cat(list(x), dim=2), layers, "encoder.mid_block")
-    (whole,) = _head([whole], layers, "encoder")
-    return _pointwise(whole, layers, "quant_conv")[:, :LATENT_CHANNELS]
+            x = passed(x, [Halving(weights(f"encoder.down_blocks.{3 * level + 2}.resample.1"))])
+    small = _middle(whole(x), layers, "encoder.mid_block")
+    small = whole(passed([(small, True)], [_Head(layers, "encoder")]))
+    return _pointwise(small, layers, "quant_conv")[:, :LATENT_CHANNELS]
 
 
-def _laid_out(x: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor with its channels last on a CPU, where convolutions and sums over channels are faster so."""
-    return x.contiguous(memory_format=torch.channels_last) if bands.on_cpu(x) else x
+class _Residual:
+    """A step: a residual block."""
+
+    def __init__(self, layers: Layers, name: str):
+        self._layers, self._name = layers, name
+        self._first, self._second = (Convolution(_weights(layers, f"{name}.conv{number}")) for number in (1, 2))
+        self._skipped = Skipped()
+
+    def __call__(self, band: torch.Tensor, last: bool) -> torch.Tensor | None:
+        layers, name = self._layers, self._name
+        self._skipped.keep(_pointwise(band, layers, f"{name}.conv_shortcut") if name in WIDENING else band)
+        inner = self._first(_activated(band, layers, f"{name}.norm1"), last)
+        if inner is not None:
+            inner = self._second(_activated(inner, layers, f"{name}.norm2"), last)
+        return None if inner is None else self._skipped.added(inner)
+
+
+class _Head:
+    """A step: what makes an image or a latent of the last map."""
+
+    def __init__(self, layers: Layers, name: str):
+        self._layers, self._name = layers, name
+        self._convolution = Convolution(_weights(layers, f"{name}.conv_out"))
+
+    def __call__(self, band: torch.Tensor, last: bool) -> torch.Tensor | None:
+        return self._convolution(_activated(band, self._layers, f"{self._name}.norm_out"), last)
 
 
 def _middle(x: torch.Tensor, layers: Layers, name: str) -> torch.Tensor:
-    (x,) = _residual([x], layers, f"{name}.resnets.0")
+    x = whole(passed([(x, True)], [_Residual(layers, f"{name}.resnets.0")]))
     x = _attention(x, layers, f"{name}.attentions.0")
-    (x,) = _residual([x], layers, f"{name}.resnets.1")
-    return x
-
-
-def _residual(x: Bands, layers: Layers, name: str) -> Iterator[torch.Tensor]:
-    skipped = Skipped()
-    inner = _activated(_around(x, skipped, layers, name), layers, f"{name}.norm1")
-    inner = _activated(_filtered(bands.convolved, inner, layers, f"{name}.conv1"), layers, f"{name}.norm2")
-    return skipped.added(_filtered(bands.convolved, inner, layers, f"{name}.conv2"))
-
-
-def _around(x: Bands, skipped: Skipped, layers: Layers, name: str) -> Iterator[torch.Tensor]:
-    for band in x:
-        skipped.keep(_pointwise(band, layers, f"{name}.conv_shortcut") if name in WIDENING else band)
-        yield band
-
-
-def _head(x: Bands, layers: Layers, name: str) -> Iterator[torch.Tensor]:
-    return _filtered(bands.convolved, _activated(x, layers, f"{name}.norm_out"), layers, f"{name}.conv_out")
+    return whole(passed([(x, True)], [_Residual(layers, f"{name}.resnets.1")]))
 
 
 def _attention(x: torch.Tensor, layers: Layers, name: str) -> torch.Tensor:
@@ -111,23 +110,18 @@ def _attention(x: torch.Tensor, layers: Layers, name: str) -> torch.Tensor:
     return _pointwise(_laid_out(layers.attend(name, q, k, v)), layers, f"{name}.proj").add_(x)
 
 
-def _activated(x: Bands, layers: Layers, name: str) -> Iterator[torch.Tensor]:
-    for band in x:
-        yield functional.silu(bands.normalised(band, layers.gamma(name, band)), inplace=True)
+def _activated(x: torch.Tensor, layers: Layers, name: str) -> torch.Tensor:
+    return functional.silu(bands.normalised(x, layers.gamma(name, x)), inplace=True)
 
 
 def _pointwise(x: torch.Tensor, layers: Layers, name: str) -> torch.Tensor:
-    with layers.convolution(name, x) as (weight, bias):
-        return functional.conv2d(x, weight, bias)
+    return functional.conv2d(x, *layers.convolution(name, x))
 
 
-def _filtered(filtered: Filter, x: Bands, layers: Layers, name: str) -> Iterator[torch.Tensor]:
-    """Yields the map under one of the filters of `bands` with the weights of a layer."""
-    rest = iter(x)
-    first = [next(rest)]
-    with layers.convolution(name, first[0]) as (weight, bias):
-        yield from filtered(itertools.chain(_emptied(first), rest), weight, bias)
+def _weights(layers: Layers, name: str) -> bands.Weights:
+    return partial(layers.convolution, name)
 
 
-def _emptied(first: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    yield first.pop()
+def _laid_out(x: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor with its channels last on a CPU, where convolutions and sums over channels are faster so."""
+    return x.contiguous(memory_format=torch.channels_last) if bands.on_cpu(x) else x

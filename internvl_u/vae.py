@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -201,10 +200,10 @@ class StandaloneVAE(nn.Module):
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
-    def convolution(self, name: str, like: torch.Tensor) -> AbstractContextManager[tuple[torch.Tensor, torch.Tensor]]:
-        """Returns a context with weight [out, in, height, width] and bias of a layer, by diffusers' name."""
+    def convolution(self, name: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns weight [out, in, height, width] and bias of a layer, by diffusers' name."""
         layer = self.model.get_submodule(name)
-        return nullcontext((cast(torch.Tensor, layer.weight), cast(torch.Tensor, layer.bias)))
+        return cast(torch.Tensor, layer.weight), cast(torch.Tensor, layer.bias)
 
     def gamma(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """Returns the weight [channels, 1, 1] of a normalisation, by diffusers' name."""

@@ -7,8 +7,7 @@ Its weights, their casting and offloading stay ComfyUI's, and so does the way of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import comfy.ops
@@ -97,9 +96,8 @@ class _CastLayers:
     def __init__(self, network: nn.Module):
         self._network = network
 
-    @contextmanager
-    def convolution(self, name: str, like: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Returns a context with weight [out, in, height, width] and bias of a layer."""
+    def convolution(self, name: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns weight [out, in, height, width] and bias of a layer."""
         comfy.ops.run_every_op()
         layer = self._layer(name)
         weight, bias, stream = compat.cast_weight(layer, like)
@@ -107,7 +105,7 @@ class _CastLayers:
         # Many layers hold their weights at the same time here, and ComfyUI lends its buffers for one of them.
         kept = (_kept(weight[:, :, -1] if weight.ndim == 5 else weight, layer.weight), _kept(bias, layer.bias))
         comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
-        yield kept
+        return kept
 
     def gamma(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """Returns the weight [channels, 1, 1] of a normalisation."""
