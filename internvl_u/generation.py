@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 
 from .beams import beam_search
@@ -148,9 +149,9 @@ def sample_token(
         return int(logits.argmax())
     odds, tokens = distribution(logits, config)
     # Chance comes from the CPU, so that a seed does not depend on the device and no global generator is touched.
-    sums = odds.double().cumsum(0)
-    place = int(torch.searchsorted(sums, torch.rand(1, generator=generator, dtype=torch.double) * sums[-1], right=True))
-    place = min(place, len(sums) - 1)
+    sums = numpy.cumsum(odds.numpy(), dtype=numpy.float64)
+    wanted = float(torch.rand(1, generator=generator)) * sums[-1]
+    place = min(int(numpy.searchsorted(sums, wanted, side="right")), len(sums) - 1)
     return place if tokens is None else int(tokens[place])
 
 
