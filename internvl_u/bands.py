@@ -21,7 +21,7 @@ Weights = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Returns weight [out, in, 3, 3] and bias where and as a tensor is."""
 EPSILON = 1e-12
 """The smallest length of a vector of channels that is not taken for zero."""
-_CACHE = 4 << 20
+_CACHE = 2 << 20
 _MEMORY = 256 << 20
 
 
