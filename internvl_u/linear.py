@@ -30,7 +30,7 @@ def row_product(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> P
     are rounded to bf16 for matrices of bf16 and int8: making them fp32 would take ten times as long as the product.
     """
     matrix: Any = layer.weight
-    if getattr(layer, "bias", None) is not None or matrix is None or matrix.device != device or not is_plain(layer):
+    if getattr(layer, "bias", None) is not None or matrix is None or matrix.device != device:
         return None
     scale = getattr(layer, "scale", None)
     if scale is not None:
@@ -47,9 +47,14 @@ def row_product(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> P
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Returns whether a layer's weight is used as it lies: ComfyUI neither patches it where it is used nor moves it."""
-    patched = getattr(layer, "weight_function", ()) or getattr(layer, "bias_function", ())
-    return not patched and not vars(layer).get("comfy_cast_weights", False)  # of the layer's own: it is offloaded
+    """Returns whether a layer is nothing but its class and its weight.
+
+    ComfyUI patches weights where they are used, moves offloaded ones, and puts a LoRA beside a layer by a `forward` of
+    its own; other libraries use torch's hooks.
+    """
+    own = vars(layer)
+    patched = own.get("weight_function") or own.get("bias_function") or own.get("comfy_cast_weights")
+    return not (patched or "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 def _int8_product(layer: nn.Module, matrix: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Product | None:

@@ -53,7 +53,7 @@ class TokenStep:
         """Returns the step after the tokens of a cache of one sequence.
 
         None where the model's own forward is needed: some weights are cast, moved, unpacked or patched when they are
-        used, or have a bias.
+        used, have a bias, or something stands beside a layer.
         """
         device, dtype = cache.keys.device, cache.keys.dtype
         if cache.keys.shape[1] != 1:
@@ -74,8 +74,7 @@ class TokenStep:
             before = norm((layer.input_layernorm, 1)), norm((layer.post_attention_layernorm, 1))
             return [before[0], query, key, value, heads_norm, output, before[1], *inner, keys, values]
 
-        norms = [module for module in model.modules() if hasattr(module, "eps") and hasattr(module, "weight")]
-        if not all(map(is_plain, norms)):
+        if not all(map(is_plain, (*model.model.layers.modules(), model.model.norm, model.lm_head))):
             return None
         layers = [
             bound(cast(Layer, layer), keys, values)

@@ -212,8 +212,9 @@ class NativeMLLM:
         check_unchanged(self.model.mapped)
 
     def _kept(self) -> PrefixCache | None:
-        """Returns what has been read with these weights; None where hooks change them in a way that has no name."""
-        if getattr(self.patcher, "current_hooks", None) is not None:
+        """Returns what has been read with these weights; None where they are changed in a way that has no name."""
+        patcher = self.patcher
+        if patcher.current_hooks is not None or patcher.injections or patcher.object_patches:
             return None
         self.kept.weights = str(self.patcher.patches_uuid)
         return self.kept

@@ -413,3 +413,20 @@ def test_a_lora_is_trained_in_comfyui_and_put_on(server, ksampler_graph, load_im
     after = server.latent(server.run(nodes))
     assert (after - before).norm() / before.norm() > 1e-2
     assert "NOT LOADED" not in server.log.read_text()[logged:]
+
+
+def test_a_lora_beside_the_weights_changes_what_is_written_too(clips):
+    import comfy.sd
+
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI has no bypass of LoRAs")
+
+    def write(clip):
+        return clip.generate(clip.tokenize("tell me"), do_sample=False, max_length=12)
+
+    before = write(clips.clip)
+    _, added = comfy.sd.load_lora_for_models(None, clips.clip, lora(clips.mllm), 1.0, 0.5)
+    _, bypassed = comfy.sd.load_bypass_lora_for_models(None, clips.clip, lora(clips.mllm), 1.0, 0.5)
+    expected = write(added)
+    assert write(bypassed) == expected != before
+    assert write(clips.clip) == before

@@ -126,3 +126,10 @@ def test_nothing_is_kept_of_weights_that_hooks_have_changed(loaded):
     loaded.mllm.patcher.current_hooks = comfy.hooks.HookGroup()
     with loaded.mllm.computing() as where:
         assert where["kept"] is None
+
+
+@pytest.mark.parametrize("change", ["injections", "object_patches"])
+def test_nothing_is_kept_where_something_stands_beside_the_weights(loaded, change):
+    setattr(loaded.mllm.patcher, change, {"x": ["something"]})
+    with loaded.mllm.computing() as where:
+        assert where["kept"] is None

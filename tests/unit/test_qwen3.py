@@ -233,6 +233,7 @@ def test_a_step_without_a_place_in_its_code_compiles_once_for_all_tokens(near):
         model(embedded[:, :5], cache)
     step, graphed = TokenStep.of(model, caches[0]), GraphedStep(TokenStep.of(model, caches[1]))
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(lambda: graphed.run(16), backend="eager", fullgraph=True)
     for place, token in enumerate(embedded[0, 5:], 5):
         graphed.hidden.copy_(token)
@@ -253,11 +254,20 @@ def test_graphs_are_for_cuda_alone(checkpoint):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("change", ["a bias", "a patch", "another dtype", "several sequences"])
+@pytest.mark.parametrize(
+    "change", ["a bias", "a patch", "another dtype", "several sequences", "a forward", "a hook", "a move"]
+)
 def test_the_lean_step_is_for_plain_weights_only(change):
     model = make(dataclasses.replace(SMALL, attention_bias=change == "a bias"))
     if change == "a patch":
         model.model.layers[1].mlp.up_proj.weight_function = [lambda weight: weight]
+    layer = model.model.layers[1]
+    if change == "a forward":
+        layer.self_attn.q_proj.forward = lambda hidden: hidden
+    if change == "a hook":
+        layer.mlp.register_forward_hook(lambda *args: None)
+    if change == "a move":
+        layer.post_attention_layernorm.comfy_cast_weights = True
     if change == "another dtype":
         model.model.layers[2].mlp.down_proj.double()
     cache = cache_for(model, 5, batch=2 if change == "several sequences" else 1)
