@@ -840,10 +840,16 @@ WIDE = (
 )
 
 
+SAMPLER_HEIGHT = (800, 720)
+"""Of our sampler, alone and where much stands side by side: its widgets, which older pages do not fold, and a preview."""
+
 CLEAR = {"story_in_three_pictures": 14}
 """How far wires keep from the sides of nodes, where not 3: newer frontends move slots a little."""
 
 
 def sizes(name: str) -> dict[str, tuple[int, int]]:
     """Returns the room that a workflow's nodes get."""
-    return SIZES | (NARROW if name in WIDE else {})
+    wide = name in WIDE
+    room = SIZES | (NARROW if wide else {})
+    samplers = [node for node, kind, _ in nodes(name) if kind == "InternVLU_SampleLatent"]
+    return room | {node: (room[node][0], SAMPLER_HEIGHT[wide]) for node in samplers}
