@@ -830,6 +830,7 @@ NARROW = {
     "sample3": (265, 540),
     "encode3": (240, 290),
     "save3": (250, 320),
+    "control": (225, 90),
 }
 WIDE = (
     "draw_judge_draw_again",
@@ -841,7 +842,7 @@ WIDE = (
 
 
 SAMPLER_HEIGHT = (800, 720)
-"""Of our sampler, alone and where much stands side by side: its widgets, which older pages do not fold, and a preview."""
+"""Of our sampler, alone and where much stands side by side: widgets, which older pages do not fold, and a preview."""
 
 CLEAR = {"story_in_three_pictures": 14}
 """How far wires keep from the sides of nodes, where not 3: newer frontends move slots a little."""

@@ -44,7 +44,8 @@ async ({columns, links, note, sizes, titles, colours, first, green, brown, group
   }
   for (let i = 0; i < 10; i++) await frame();  // real sizes are known after drawing
 
-  const width = column => Math.ceil(Math.max(...column.map(([n]) => sizes[n]?.[0] ?? nodes[n].computeSize()[0]), NARROWEST));
+  const width = column =>
+    Math.ceil(Math.max(...column.map(([n]) => sizes[n]?.[0] ?? nodes[n].computeSize()[0]), NARROWEST));
   for (const column of inside) for (const [name] of column)
     nodes[name].setSize([width(column), Math.ceil(Math.max(sizes[name]?.[1] ?? 0, nodes[name].computeSize()[1]))]);
   const drops = new Map(inside.map(column => [column[0][0], 0]));
