@@ -790,8 +790,8 @@ SIZES = {
     "save": (340, 400),
     "save2": (280, 340),
     "image": (250, 330),
-    "image1": (250, 290),
-    "image2": (250, 290),
+    "image1": (250, 330),
+    "image2": (250, 330),
     "prompt": (250, 140),
     "thought": (300, 280),
     "think": (320, 620),
@@ -830,6 +830,7 @@ NARROW = {
     "sample3": (265, 540),
     "encode3": (240, 290),
     "save3": (250, 320),
+    "control": (225, 90),
 }
 WIDE = (
     "draw_judge_draw_again",
@@ -840,10 +841,16 @@ WIDE = (
 )
 
 
+SAMPLER_HEIGHT = (800, 720)
+"""Of our sampler, alone and where much stands side by side: widgets, which older pages do not fold, and a preview."""
+
 CLEAR = {"story_in_three_pictures": 14}
 """How far wires keep from the sides of nodes, where not 3: newer frontends move slots a little."""
 
 
 def sizes(name: str) -> dict[str, tuple[int, int]]:
     """Returns the room that a workflow's nodes get."""
-    return SIZES | (NARROW if name in WIDE else {})
+    wide = name in WIDE
+    room = SIZES | (NARROW if wide else {})
+    samplers = [node for node, kind, _ in nodes(name) if kind == "InternVLU_SampleLatent"]
+    return room | {node: (room[node][0], SAMPLER_HEIGHT[wide]) for node in samplers}

@@ -12,6 +12,7 @@ TITLE = 30  # height of a node's title bar
 BUILD = """
 async ({columns, links, note, sizes, titles, colours, first, green, brown, grouped, loaders, clear}) => {
   const TITLE = 30, HEADER = 46, PAD = 20, BOTTOM = 48, GAP = 36, INNER = 60, ROW = 68, FAR = 160;
+  const NARROWEST = 225;  // of newer pages' Nodes 2.0, which would widen narrower ones
   const nodes = {};
   app.clean();  // the last graph's pictures would show on nodes with the same ids
   app.graph.clear();
@@ -43,7 +44,8 @@ async ({columns, links, note, sizes, titles, colours, first, green, brown, group
   }
   for (let i = 0; i < 10; i++) await frame();  // real sizes are known after drawing
 
-  const width = column => Math.ceil(Math.max(...column.map(([n]) => sizes[n]?.[0] ?? nodes[n].computeSize()[0]), 200));
+  const width = column =>
+    Math.ceil(Math.max(...column.map(([n]) => sizes[n]?.[0] ?? nodes[n].computeSize()[0]), NARROWEST));
   for (const column of inside) for (const [name] of column)
     nodes[name].setSize([width(column), Math.ceil(Math.max(sizes[name]?.[1] ?? 0, nodes[name].computeSize()[1]))]);
   const drops = new Map(inside.map(column => [column[0][0], 0]));
