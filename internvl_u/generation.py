@@ -112,7 +112,7 @@ def sample_tokens(
     """Returns the ids that are written after a prompt, one token after the other."""
     generator = torch.Generator().manual_seed(config.seed)
     step = _step_of(language, read.cache, config.cuda_graphs)
-    logits, ids = language.lm_head(read.last)[0, 0], []
+    logits, ids = language.logits(read.last)[0], []
     while True:
         ids.append(sample_token(logits, config, generator, ids))
         on_token(ids.copy())
@@ -136,7 +136,7 @@ def _embed(language: Qwen3, ids: Sequence[int], like: torch.Tensor) -> torch.Ten
 
 def _step(language: Qwen3, cache: KeyValueCache, embedded: torch.Tensor) -> torch.Tensor:
     """Returns the logits [vocabulary] after an embedding [width], whatever the weights are."""
-    return language.lm_head(language(embedded[None, None], cache)[0])[0, 0]
+    return language.logits(language(embedded[None, None], cache)[0])[0]
 
 
 def sample_token(
@@ -197,7 +197,7 @@ def search_beams(
         nonlocal cache
         if list(order) != list(range(len(order))):
             cache = cache.reordered(torch.tensor(order, device=read.last.device))
-        return language.lm_head(language(_embed(language, ids, read.last)[:, None], cache)[0][:, -1])
+        return language.logits(language(_embed(language, ids, read.last)[:, None], cache)[0])
 
     limits: dict[str, Any] = {"beams": config.beams, "max_new_tokens": config.max_new_tokens, "stops": stops}
-    return beam_search(language.lm_head(read.last)[0, 0], advance, on_token=on_token, **limits)
+    return beam_search(language.logits(read.last)[0], advance, on_token=on_token, **limits)

@@ -124,8 +124,8 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], pa
         RuntimeError: names or shapes differ.
     """
     check_shapes(shapes_of(model.state_dict()), shapes_of(weights), part)
+    model.requires_grad_(False)  # before: whole numbers cannot require gradients
     model.load_state_dict(weights, strict=True, assign=True)
-    model.requires_grad_(False)
 
 
 def check_dtypes(weights: Mapping[str, torch.Tensor], part: str, source: Path) -> None:

@@ -16,7 +16,9 @@ from pack.internvl_u.checkpoint import SingleFile, open_checkpoint, open_part
 from pack.internvl_u.defaults import FILE_DTYPES
 from pack.internvl_u.encoder import Encoder
 from pack.internvl_u.files import state_of
-from pack.internvl_u.load import load_mmdit
+from pack.internvl_u.generation import GenerationConfig
+from pack.internvl_u.load import load_mllm, load_mmdit
+from pack.internvl_u.pipeline import Pipeline
 from pack.internvl_u.prompt import branch_prompts
 from pack.internvl_u.vae import to_wan, wan_name
 from safetensors import safe_open
@@ -215,6 +217,17 @@ def test_quantised_files_load_without_comfyui_as_the_values_that_they_stand_for(
     for name, tensor in load_mmdit(file, dtype=torch.float32).state_dict().items():
         near = (tensor - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)
         assert near < 0.05, (name, near)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int8_convrot"])
+def test_the_language_model_stays_int8_without_comfyui_and_writes(checkpoint, tmp_path, dtype):
+    files = module.convert(checkpoint, tmp_path, dtype)
+    language = load_mllm(files[1], dtype=torch.bfloat16)
+    packed = [weight for weight in language.state_dict().values() if weight.dtype == torch.int8]
+    assert len(packed) > 10 and not any(weight.requires_grad for weight in language.parameters())
+    config = GenerationConfig(4)
+    plain, ours = (Pipeline(root).generate("hello", config=config) for root in (checkpoint, files[0]))
+    assert len(ours) == len(plain)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "Q8_0"])
