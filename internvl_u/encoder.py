@@ -193,7 +193,7 @@ class Encoder:
         A prompt comes with the features of its images. Pieces that are in `kept` are not read again. `device` and
         `dtype` are the arithmetic's.
         """
-        with fitting_threads(model.language_model.typical_matrix):
+        with fitting_threads(model.language_model.typical_matrix, len(prompt.ids)):
             return self._read(model, prompt, features, device, dtype, more, kept or PrefixCache(0))
 
     def _read(

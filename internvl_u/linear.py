@@ -19,6 +19,8 @@ from . import int8
 
 LARGE = 4 << 20
 """Bytes of a matrix from which on it counts which kernel reads it, and not what the call costs."""
+LARGE_PRODUCT = 16 * LARGE
+"""Bytes of a matrix times rows from which on a second thread pays for small matrices too."""
 Product = Callable[[torch.Tensor], torch.Tensor]
 """A row [columns] -> [rows]."""
 
@@ -97,14 +99,14 @@ def without_onednn(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fitting_threads(matrix: torch.Tensor) -> Iterator[None]:
-    """Computes on one thread where a network's matrices are small, of which `matrix` is one.
+def fitting_threads(matrix: torch.Tensor, rows: int = 1) -> Iterator[None]:
+    """Computes on one thread where a network's matrices, of which `matrix` is one, and the rows to multiply are small.
 
     A second thread has nothing to gain there, and each product waits for it: where another program keeps its core busy,
     a token of the nano model took 50 ms with two threads and takes 3 ms with one.
     """
-    before = torch.get_num_threads()
-    if before == 1 or matrix.device.type != "cpu" or matrix.nbytes >= LARGE:
+    before, large = torch.get_num_threads(), matrix.nbytes >= LARGE or matrix.nbytes * rows >= LARGE_PRODUCT
+    if before == 1 or large or matrix.device.type != "cpu":
         yield
         return
     torch.set_num_threads(1)

@@ -333,7 +333,9 @@ def test_small_matrices_have_one_thread_and_what_was_set_comes_back(monkeypatch)
         assert threads == [4]
     with fitting_threads(torch.empty(LARGE // 4, device="meta")):
         assert threads == [4]
-    with pytest.raises(KeyError), fitting_threads(torch.empty(8)):
+    with fitting_threads(torch.empty(LARGE // 8), 32):
+        assert threads == [4]
+    with pytest.raises(KeyError), fitting_threads(torch.empty(LARGE // 8), 31):
         assert threads == [4, 1]
         raise KeyError
     assert threads == [4, 1, 4]
