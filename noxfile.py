@@ -57,7 +57,7 @@ PINS = {
 nox.options.default_venv_backend = "uv|venv"
 nox.options.reuse_existing_virtualenvs = True
 _OLDER = {
-    "unit": ("mllm", "generation", "pipeline", "prompt", "vae", "convert", "training"),
+    "unit": ("mllm", "qwen3", "generation", "pipeline", "prompt", "vae", "convert", "training"),
     "comfy": ("parity", "modes", "graph", "integration", "converted", "gguf", "lora"),
     "hostile": ("values", "configurations", "download", "security"),
 }
