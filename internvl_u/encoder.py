@@ -193,19 +193,7 @@ class Encoder:
         A prompt comes with the features of its images. Pieces that are in `kept` are not read again. `device` and
         `dtype` are the arithmetic's.
         """
-        with fitting_threads(model.language_model.typical_matrix, len(prompt.ids)):
-            return self._read(model, prompt, features, device, dtype, more, kept or PrefixCache(0))
-
-    def _read(
-        self,
-        model: MLLM,
-        prompt: TokenizedPrompt,
-        features: Sequence[torch.Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-        more: int,
-        kept: PrefixCache,
-    ) -> ReadPrompt:
+        kept = kept or PrefixCache(0)
         language, embedded = model.language_model, None
         cache = language.new_cache(len(prompt.ids) + more, device=device, dtype=dtype)
         digests, states, last = [kept.start()], [], None
@@ -216,7 +204,9 @@ class Encoder:
             if piece is None:
                 if embedded is None:
                     embedded = self.embed(model, prompt, features, device=device, dtype=dtype)
-                hidden, made = language(embedded[:, start:stop], cache, self.layers)
+                # By the piece alone, as all of its bits.
+                with fitting_threads(language.typical_matrix, stop - start):
+                    hidden, made = language(embedded[:, start:stop], cache, self.layers)
                 assert made is not None
                 piece = Piece(*cache.part(start, stop), made[0], hidden[:, -1:].clone())
                 kept.put(digests[-1], piece)

@@ -244,6 +244,28 @@ def native(comfyui):
     return importlib.import_module("pack.native.load")
 
 
+@pytest.fixture
+def count_reads(monkeypatch):
+    """A function that returns a list for a multimodal model, which grows as it reads.
+
+    It gets the tokens of each piece that goes through the language model, and "image" for each image through the tower.
+    """
+
+    def start(model):
+        seen = []
+        language, tower = model.language_model.model.forward, model.vision_model.forward
+
+        def forward(embedded, *args, **kwargs):
+            seen.append(embedded.shape[1])
+            return language(embedded, *args, **kwargs)
+
+        monkeypatch.setattr(model.language_model.model, "forward", forward)
+        monkeypatch.setattr(model.vision_model, "forward", lambda pixels: seen.append("image") or tower(pixels))
+        return seen
+
+    return start
+
+
 class Server(comfyui_tools.Server):
     """A running ComfyUI with only this pack, and what tests ask of it."""
 

@@ -54,19 +54,8 @@ def test_cores_step_caches_skip_steps_and_draw_nearly_the_same(loaded, draw, gol
 
 
 @pytest.fixture
-def read(loaded, monkeypatch):
-    """The tokens that go through the language model, piece by piece, and "image" for each through the vision tower."""
-    seen = []
-    model = loaded.mllm.model
-    language, tower = model.language_model.model.forward, model.vision_model.forward
-
-    def forward(embedded, *args, **kwargs):
-        seen.append(embedded.shape[1])
-        return language(embedded, *args, **kwargs)
-
-    monkeypatch.setattr(model.language_model.model, "forward", forward)
-    monkeypatch.setattr(model.vision_model, "forward", lambda pixels: seen.append("image") or tower(pixels))
-    return seen
+def read(loaded, count_reads):
+    return count_reads(loaded.mllm.model)
 
 
 def test_the_empty_prompt_is_encoded_once(loaded, read):

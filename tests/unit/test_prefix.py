@@ -1,8 +1,10 @@
 """What has been read is not read again, and changes no bit."""
 
+import contextlib
+
 import pytest
 import torch
-from pack.internvl_u import prompt
+from pack.internvl_u import encoder, prompt
 from pack.internvl_u.chat import History, Picture, Turn
 from pack.internvl_u.generation import GenerationConfig
 from pack.internvl_u.images import to_rgb
@@ -25,19 +27,8 @@ def picture(golden):
 
 
 @pytest.fixture
-def read(pipeline, monkeypatch):
-    """The tokens that go through the language model, piece by piece, and "image" for each through the vision tower."""
-    seen = []
-    model = pipeline._mllm()
-    language, tower = model.language_model.model.forward, model.vision_model.forward
-
-    def forward(embedded, *args, **kwargs):
-        seen.append(embedded.shape[1])
-        return language(embedded, *args, **kwargs)
-
-    monkeypatch.setattr(model.language_model.model, "forward", forward)
-    monkeypatch.setattr(model.vision_model, "forward", lambda pixels: seen.append("image") or tower(pixels))
-    return seen
+def read(pipeline, count_reads):
+    return count_reads(pipeline._mllm())
 
 
 def contexts(pipeline, request):
@@ -175,3 +166,14 @@ def test_ids_and_pictures_are_told_apart():
     }
     assert len(digests) == 7
     assert kept.after(start, [1, 2], [picture]) == kept.after(start, (1, 2), [picture.clone()])
+
+
+def test_how_a_piece_is_computed_depends_on_it_alone(pipeline, monkeypatch):
+    """With the length of the prompt as well, a kept piece could have other bits than the same one of another prompt."""
+    rows = []
+    monkeypatch.setattr(encoder, "fitting_threads", lambda _, count: rows.append(count) or contextlib.nullcontext())
+    pipeline.encode_prompt(ImageRequest("a cat"))
+    pipeline._kept.clear()
+    short, rows[:] = list(rows), []
+    pipeline.encode_prompt(ImageRequest("a cat " * 100))
+    assert short[0] == rows[0] and short[1] != rows[1]
