@@ -244,6 +244,19 @@ def native(comfyui):
     return importlib.import_module("pack.native.load")
 
 
+@pytest.fixture(scope="session")
+def small_vae():
+    """Random weights of a VAE 8 channels wide, by diffusers' names, under which values keep their size.
+
+    The past of the kernels over time is among them.
+    """
+    generator, made = torch.Generator().manual_seed(0), {}
+    for name, shape in importlib.import_module("pack.internvl_u.vae").vae_shapes(8).items():
+        spread = (shape[1] * shape[-1] * shape[-2]) ** -0.5 if name.endswith("weight") else 0.1
+        made[name] = torch.randn(shape, generator=generator) * spread + name.endswith("gamma")
+    return made
+
+
 @pytest.fixture
 def count_reads(monkeypatch):
     """A function that returns a list for a multimodal model, which grows as it reads.

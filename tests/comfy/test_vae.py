@@ -6,7 +6,7 @@ import importlib
 import pytest
 import torch
 from pack.internvl_u.checkpoint import open_part
-from pack.internvl_u.vae import to_wan, vae_shapes
+from pack.internvl_u.vae import to_wan
 from torch.utils.flop_counter import FlopCounterMode
 
 WIDTH = 8
@@ -18,12 +18,8 @@ def one_frame(native):
 
 
 @pytest.fixture(scope="module")
-def weights():
-    generator, made = torch.Generator().manual_seed(0), {}
-    for name, shape in vae_shapes(WIDTH).items():
-        spread = (shape[1] * shape[-1] * shape[-2]) ** -0.5 if name.endswith("weight") else 0.1
-        made[name] = torch.randn(shape, generator=generator) * spread + name.endswith("gamma")
-    return to_wan(made)
+def weights(small_vae):
+    return to_wan(small_vae)
 
 
 @pytest.fixture
