@@ -64,14 +64,13 @@ def command(name: str, arguments: argparse.Namespace) -> list[str]:
 
 
 def _limits(file: Path, line: list[str]) -> list[str]:
-    """Returns what tells text.py the machine's limits, as they were measured before; nothing if they were not."""
+    """Returns what tells text.py the machine's arithmetic, as it was measured before; nothing if it was not."""
     if not file.is_file():
         return []
     rows = json.loads(file.read_text(encoding="utf-8"))["results"]
     dtype = line[line.index("--dtype") + 1] if "--dtype" in line else "float32"
-    rate = max(row["GB/s"] for row in rows if "GB/s" in row)
     speed = max(row["TFLOP/s"] for row in rows if row["limit"].startswith(dtype))
-    return ["--bandwidth", f"{rate:.1f}", "--arithmetic", f"{speed:.3f}"]
+    return ["--arithmetic", f"{speed:.3f}"]
 
 
 def prepare(arguments: argparse.Namespace, names: list[str]) -> None:

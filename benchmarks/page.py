@@ -56,7 +56,7 @@ def to_markdown(result: Mapping) -> str:
 
 def shown_command(command: str) -> str:
     """Returns a command line without the machine's own folders, and without where its results went."""
-    words = re.sub(r" --(json|bandwidth|arithmetic) \S+", "", command).split(" ")
+    words = re.sub(r" --(json|arithmetic) \S+", "", command).split(" ")
     for option, place in PLACES.items():
         if option in words:
             words[words.index(option) + 1] = place

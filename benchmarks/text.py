@@ -2,9 +2,10 @@
 
 All get the same ids to read and write greedily, in turns. For each: time until the first token, of each token after it,
 and the least that a token can take on this machine, which is to read all weights that it needs, and the keys and values
-of the tokens before it, once. What a token takes above that is overhead. The first token's limit is how long its
-operations take at the fastest multiplication of matrices seen here. Without --model a random one is written; in a
-model of --width 256 weights are next to nothing, so overhead is what is left.
+of the tokens before it, once. Reading the same weights takes a turn of its own, and so do their products with one row,
+each matrix after the other and nothing else: what a token takes above those is overhead, which is what a GPU waits for.
+The first token's limit is how long its operations take at the fastest multiplication of matrices seen here. Without
+--model a random one is written.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from internvl_u.checkpoint import open_checkpoint, open_part
 from internvl_u.defaults import FILE_DTYPES, GGUF_DTYPES
+from internvl_u.linear import fitting_threads, row_product, without_onednn
 from internvl_u.tokenizer import Tokenizer
 
 from . import limits
@@ -47,6 +50,8 @@ from .writers import (
 CPU_LAYERS = 4
 CONTEXTS = (64, 1024, 4096)
 TOKEN_TABLE = f"{LANGUAGE_MODEL}model.embed_tokens.weight"
+TOGETHER = 3
+"""Times that weights are read or multiplied in one turn."""
 CONTESTANTS = ("transformers", "ours", "ours in ComfyUI", "Generate Text", "llama.cpp")
 Make = Callable[[], Writer]
 Key = tuple[str, str]
@@ -78,6 +83,48 @@ def token_bytes(source: Path, dtype: torch.dtype, context: int) -> int:
     config = part.config["llm_config"]
     cached = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     return weights + cached * context * dtype.itemsize
+
+
+class Reading:
+    """The least work of a token, to be timed: reading its weights, and multiplying a row with each matrix.
+
+    Weights that the contestants compute with as they are stored are timed mapped as they lie; those that are cast when
+    they are loaded, cast. There are products of plain matrices alone.
+    """
+
+    def __init__(self, source: Path, dtype: torch.dtype, device: torch.device):
+        part = open_part(source, "vlm")
+        read = {name: tensor for name, tensor in part.weights.items() if name.startswith(LANGUAGE_MODEL)}
+        read.pop(TOKEN_TABLE)
+        plain = part.plain
+        weights = {name: tensor.to(dtype) if name in plain else tensor for name, tensor in read.items()}
+        self._flat = [flat_floats(tensor.to(device)) for tensor in weights.values()]
+        self._device, self._products = device, []
+        self._matrix = weights[f"{LANGUAGE_MODEL}model.layers.0.mlp.up_proj.weight"]
+        for name, weight in weights.items():
+            if name in plain and weight.ndim == 2:
+                layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+                layer.weight = nn.Parameter(weight.to(device), requires_grad=False)
+                product = row_product(layer, device, dtype)
+                row = torch.randn(weight.shape[1], device=device, dtype=dtype)
+                self._products += [partial(product, row)] if product is not None else []
+
+    def read(self) -> None:
+        """Reads all weights."""
+        for values in self._flat:
+            values.sum()
+
+    def multiply(self) -> None:
+        """Multiplies one row with each plain matrix, by the kernels that writing uses."""
+        with without_onednn(self._device), fitting_threads(self._matrix):
+            for product in self._products:
+                product()
+
+
+def flat_floats(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor's memory as numbers that a sum reads fastest, which are float32."""
+    values = tensor.contiguous().view(torch.uint8).flatten()
+    return values[: values.numel() // 4 * 4].view(torch.float32)
 
 
 def read_operations(root: Path, context: int) -> int:
@@ -155,9 +202,15 @@ def random_prompts(root: Path, context: int, count: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def measure(
-    writers: Mapping[Key, Writer], prompts: Sequence[Sequence[int]], tokens: int, device: torch.device
-) -> dict[Key, list[Written]]:
+    writers: Mapping[Key, Writer],
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    device: torch.device,
+    others: Mapping[Key, Callable[[], object]] | None = None,
+) -> tuple[dict[Key, list[Written]], dict[Key, float]]:
     """Returns what each has written in each turn, one for each prompt but the last, whose beginning warms up.
+
+    `others` take turns as well; of them the fastest seconds are returned.
 
     Raises:
         ValueError: a text is shorter than wished.
@@ -170,12 +223,21 @@ def measure(
     *prompts, other = prompts
     for writer in writers.values():
         writer(other[: min(CONTEXTS)], 2)
-    take_turns({key: partial(write, key) for key in writers}, len(prompts), device, warm_up=0)
+    others = {key: partial(_repeat, run) for key, run in (others or {}).items()}
+    for run in others.values():
+        run()
+    turns = {("writes", *key): partial(write, key) for key in writers} | {("does", *key): others[key] for key in others}
+    times = take_turns(turns, len(prompts), device, warm_up=0)
     for (name, _), texts in written.items():
         lengths = [len(text.ids) for text in texts]
         if set(lengths) != {tokens}:
             raise ValueError(f"{name}: {lengths} tokens written, {tokens} each expected: it must not end a text")
-    return written
+    return written, {key: min(times[("does", *key)]) / TOGETHER for key in others}
+
+
+def _repeat(run: Callable[[], object]) -> None:
+    for _ in range(TOGETHER):
+        run()
 
 
 def agreeing(ids: Sequence[int], others: Sequence[int]) -> int:
@@ -188,11 +250,16 @@ def _agreeing(texts: Sequence[Written], others: Sequence[Written]) -> int:
 
 
 def to_rows(
-    written: Mapping[Key, list[Written]], context: int, least: Mapping[Key, float], first_least: float = 0.0
+    written: Mapping[Key, list[Written]],
+    context: int,
+    least: Mapping[Key, float],
+    products: Mapping[str, float],
+    first_least: float = 0.0,
 ) -> list[dict]:
     """Returns a row for each contestant.
 
-    `least` are the seconds that reading what a token needs takes, `first_least` those of computing the first.
+    `least` are the seconds that reading what a token needs takes, `products` those of its products by format,
+    `first_least` those of computing the first.
     """
     first = next(iter(written))
     reference = median([text.token for text in written[first]])
@@ -210,7 +277,9 @@ def to_rows(
                 "from": min(each),
                 "to": max(each),
                 "limit ms": 1000 * least[name, form],
-                "overhead ms": median(each) - 1000 * least[name, form],
+                "of the limit": f"{100000 * least[name, form] / median(each):.0f}%",
+                "products ms": 1000 * products[form] if form in products else "",
+                "overhead ms": median(each) - 1000 * products[form] if form in products else "",
                 "tokens a second": 1000 / median(each),
                 f"times {first[0]}": 1000 * reference / median(each),
                 "same tokens": f"{_agreeing(texts, written[first])} of {len(texts[0].ids)}",
@@ -225,19 +294,27 @@ def measure_all(arguments: argparse.Namespace, root: Path, work: Path) -> tuple[
     found = makers(arguments, root, work)
     writers = make_all(found)
     longest = language_config(root)["max_position_embeddings"] - arguments.tokens
-    rate = arguments.bandwidth * 1e9 if arguments.bandwidth else limits.best_bandwidth(device)
     speed = arguments.arithmetic * 1e12 if arguments.arithmetic else limits.best_arithmetic(dtype, device)
-    rows = []
+    sources = {form: found[name, form][0] for name, form in writers}
+    readings = {form: Reading(source, dtype, device) for form, source in sources.items()}
+    others: dict[Key, Callable[[], object]] = {("read", form): one.read for form, one in readings.items()}
+    others |= {("multiply", str(dtype)[6:]): readings[str(dtype)[6:]].multiply}
+    rows, rates = [], {}
     with busy(arguments.busy):
         for context in arguments.contexts:
             if context > longest:
                 print(f"{context} tokens are left out: the model reads up to {longest}", file=sys.stderr)
                 continue
             prompts = random_prompts(root, context, arguments.repeats + 1)
-            written = measure(writers, prompts, arguments.tokens, device)
-            least = {key: token_bytes(found[key][0], dtype, context + arguments.tokens // 2) / rate for key in writers}
-            rows += to_rows(written, context, least, read_operations(root, context) / speed)
-    return rows, {"GB/s": rate / 1e9, "TFLOP/s": speed / 1e12}
+            written, seconds = measure(writers, prompts, arguments.tokens, device, others)
+            products = {form: taken for (what, form), taken in seconds.items() if what == "multiply"}
+            rates = {form: token_bytes(source, dtype, 0) / seconds["read", form] for form, source in sources.items()}
+            for form, taken in products.items():
+                rates[form] = max(rates[form], token_bytes(sources[form], dtype, 0) / taken)
+            middle = context + arguments.tokens // 2
+            least = {key: token_bytes(found[key][0], dtype, middle) / rates[key[1]] for key in writers}
+            rows += to_rows(written, context, least, products, read_operations(root, context) / speed)
+    return rows, {"GB/s": max(rates.values()) / 1e9, "TFLOP/s": speed / 1e12}
 
 
 def main() -> None:
@@ -255,7 +332,6 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, metavar="FOLDER", help="also measure inside this ComfyUI")
     parser.add_argument("--threads", type=int, help="of torch and llama.cpp; None: torch's own choice")
     parser.add_argument("--busy", type=int, default=0, help="other processes that keep a core busy each meanwhile")
-    parser.add_argument("--bandwidth", type=float, help="GB/s of the limit; None: measured at the start")
     parser.add_argument("--arithmetic", type=float, help="TFLOP/s of the first token's limit; None: likewise")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keeps written models; None: a temporary one")
     add_device(parser)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,10 +91,19 @@ def written(page, server, **values) -> str:
     return next(output["text"][0] for output in wait(page, server, before)["outputs"].values())
 
 
-def make_endless(server) -> None:
-    """Puts a model beside the tiny one whose likeliest token ends no text: the rows of those that do are zero."""
+@contextlib.contextmanager
+def endless_model(server) -> Iterator[str]:
+    """Has a model beside the tiny one whose likeliest token ends no text: the rows of those that do are zero."""
     folder = server.base / "models" / "InternVL-U" / "endless"
     shutil.copytree(CHECKPOINT, folder)
+    try:
+        _silence(folder)
+        yield folder.name
+    finally:
+        shutil.rmtree(folder)  # other tests of this server look at its models
+
+
+def _silence(folder: Path) -> None:
     stops = list(Encoder.from_checkpoint(open_checkpoint(CHECKPOINT)).tokenizer.stops)
     for file in (folder / "vlm").glob("*.safetensors"):
         weights = load_file(file)
@@ -107,8 +118,14 @@ def make_endless(server) -> None:
 
 def cancel_long_text(page, server) -> None:
     """Cancels a job whose text was seen to change on the node."""
-    make_endless(server)
-    page.evaluate(SET_MODEL, "endless")
+    with endless_model(server) as name:
+        page.evaluate(SET_MODEL, name)
+        _cancel_long_text(page, server)
+    page.evaluate(SET_MODEL, "tiny")
+    page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")  # else a reload forgets it
+
+
+def _cancel_long_text(page, server) -> None:
     before, texts = server.get("/history").keys(), set()
     queue(page, how="greedy", max_new_tokens=8192)
     deadline = time.monotonic() + TIMEOUT / 1000
@@ -121,7 +138,6 @@ def cancel_long_text(page, server) -> None:
     page.evaluate("app.extensionManager.command.execute('Comfy.Interrupt')")
     kinds = [kind for kind, _ in wait(page, server, before)["status"]["messages"]]
     assert "execution_interrupted" in kinds, kinds
-    page.evaluate(SET_MODEL, "tiny")
 
 
 def reload(page) -> None:

@@ -121,7 +121,7 @@ def test_ours_and_transformers_write_the_same_tokens_and_never_end(silent):
     plain = writers.make_transformers(writers.language_config(silent), weights, stops)
     ours = writers.make_ours(silent, dtype=torch.float32, device=torch.device("cpu"))
     prompts = text.random_prompts(silent, 9, 3)
-    found = text.measure({("a", ""): plain, ("b", ""): ours}, prompts, 30, torch.device("cpu"))
+    found, _ = text.measure({("a", ""): plain, ("b", ""): ours}, prompts, 30, torch.device("cpu"))
     first, second = found.values()
     assert [one.ids for one in first] == [one.ids for one in second] and len(first) == 2
     assert len(first[0].ids) == 30 and first[0].ids != first[1].ids
@@ -170,14 +170,36 @@ def test_the_operations_until_the_first_token_are_those_that_torch_counts(silent
     assert matrices <= counter.get_total_flops() <= matrices + whole
 
 
-def test_the_limits_that_were_measured_before_are_handed_to_the_texts(tmp_path):
+def test_the_arithmetic_that_was_measured_before_is_handed_to_the_texts(tmp_path):
     rows = [{"limit": "memory, a", "GB/s": 3.0}, {"limit": "memory, b", "GB/s": 5.0}]
     rows += [{"limit": "float32 product a", "TFLOP/s": 0.1}, {"limit": "bfloat16 product a", "TFLOP/s": 0.4}]
     (tmp_path / "limits.json").write_text(json.dumps({"results": rows}), encoding="utf-8")
     arguments = SimpleNamespace(**vars(ALL) | {"out": tmp_path})
     for name, speed in (("text_nano", "0.100"), ("text_released", "0.400")):
         line = every.command(name, arguments)
-        assert line[line.index("--bandwidth") + 1] == "5.0" and line[line.index("--arithmetic") + 1] == speed
+        assert line[line.index("--arithmetic") + 1] == speed
+
+
+def test_what_is_timed_beside_the_texts_reads_all_weights_and_multiplies_all_matrices(silent, monkeypatch):
+    reading = text.Reading(silent, torch.bfloat16, torch.device("cpu"))
+    assert sum(flat.nbytes for flat in reading._flat) == text.token_bytes(silent, torch.bfloat16, 0)
+    layers = writers.language_config(silent)["num_hidden_layers"]
+    multiplied, multiply = [], torch.mv
+    monkeypatch.setattr(torch, "mv", lambda matrix, row: multiplied.append(matrix.shape) or multiply(matrix, row))
+    reading.multiply()
+    assert len(multiplied) == 7 * layers + 1
+
+
+def test_what_takes_turns_with_the_texts_is_timed_by_its_fastest_turn(silent):
+    def slow(ids, tokens):
+        return writers.Written(list(range(tokens)), 0.1, 0.1)
+
+    done = []
+    prompts = text.random_prompts(silent, 4, 3)
+    _, seconds = text.measure(
+        {("a", "x"): slow}, prompts, 5, torch.device("cpu"), {("read", "x"): lambda: done.append(0)}
+    )
+    assert seconds.keys() == {("read", "x")} and len(done) == (1 + 2) * text.TOGETHER
 
 
 def test_a_token_of_a_packed_model_reads_it_as_it_is_stored(silent, tmp_path):
@@ -228,14 +250,16 @@ def test_a_contestant_that_cannot_be_imported_is_left_out_and_said(capsys):
         text.make_all({("llama.cpp", "x"): (Path(), missing)})
 
 
-def test_rows_of_a_text_tell_the_overhead_over_the_limit():
+def test_rows_of_a_text_tell_the_overhead_over_the_products_and_the_share_of_the_limit():
     texts = {("transformers", "a"): [writers.Written([1, 2, 3], 1.0, 5.0)], ("ours", "b"): []}
     texts["ours", "b"] = [writers.Written([1, 2, 9], 1.0, 1.0 + 2 * second) for second in (0.5, 1.0, 4.0)]
     texts["transformers", "a"] *= 3
-    first, second = text.to_rows(texts, 64, {("transformers", "a"): 0.25, ("ours", "b"): 0.5})
+    first, second = text.to_rows(texts, 64, {("transformers", "a"): 0.25, ("ours", "b"): 0.5}, {"b": 0.75})
     assert first["ms a token"] == 2000 and first["times transformers"] == 1
     assert (second["ms a token"], second["from"], second["to"]) == (1000, 500, 4000)
-    assert second["limit ms"] == 500 and second["overhead ms"] == 500 and second["times transformers"] == 2
+    assert second["limit ms"] == 500 and second["of the limit"] == "50%" and second["times transformers"] == 2
+    assert (second["products ms"], second["overhead ms"]) == (750, 250)
+    assert first["products ms"] == first["overhead ms"] == ""
     assert second["same tokens"] == "2 of 3"
 
 
