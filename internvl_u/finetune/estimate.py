@@ -185,7 +185,7 @@ def measured_arithmetic(
     """
     small = replace(config, layers=2)
 
-    def backwards(step: _DrawingStep, attention: Attention) -> Callable[[], object]:
+    def backwards(step: _DrawingStep, attention: Attention) -> Callable[[list[Any]], torch.Tensor]:
         def loss(given: list[Any]) -> torch.Tensor:
             given[0][0].requires_grad_()
             return step.loss(given, block_runner(attention, False))
