@@ -205,6 +205,14 @@ def _download(options: argparse.Namespace) -> None:
     write_text(str(target), "folder's name")
 
 
+def _train(options: argparse.Namespace) -> None:
+    from .finetune.command import run
+    from .results import write_text
+
+    if files := run(options):
+        write_text("\n".join(map(str, files)), "list of files")
+
+
 def _open(options: argparse.Namespace) -> Pipeline:
     from .devices import chosen_device, chosen_dtype
     from .pipeline import Pipeline
@@ -237,7 +245,15 @@ def _chat(options: argparse.Namespace) -> None:
     chat_console.run(options, _open(options))
 
 
-_COMMANDS = {"draw": _draw, "chat": _chat, "ask": _ask, "convert": _convert, "merge": _merge, "download": _download}
+_COMMANDS = {
+    "draw": _draw,
+    "chat": _chat,
+    "ask": _ask,
+    "convert": _convert,
+    "merge": _merge,
+    "train": _train,
+    "download": _download,
+}
 
 
 if __name__ == "__main__":

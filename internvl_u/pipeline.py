@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -155,6 +155,11 @@ class Pipeline:
             noise = image_module.noise(*drawn, seed)
             latent = self.sample(contexts, noise, sigmas, request.guidance, on_step, intervals)
             yield image_module.resize(image_module.to_image(self.decode(latent)[0]), width, height)
+
+    def use(self, networks: Mapping[str, torch.nn.Module]) -> None:
+        """Takes networks in the place of those of the files: "mllm", "mmdit" or "vae". What was read is forgotten."""
+        self._networks |= networks
+        self._kept = PrefixCache()
 
     def size(self, request: ImageRequest) -> tuple[int, int]:
         """Returns the wished (width, height): by default the first input image's, or the checkpoint's own."""
