@@ -16,7 +16,7 @@ from . import sampling
 from .chat import History
 from .checkpoint import check_folder, open_checkpoint
 from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, LONGEST_SCHEDULE, STEPS, Guidance
-from .encoder import Encoder, check_length, fit_history
+from .encoder import BranchContexts, Encoder, check_length, fit_history
 from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .images import ReferenceSizes
@@ -166,6 +166,11 @@ class Pipeline:
         self._networks |= networks
         self._kept = PrefixCache()
 
+    def forget(self) -> None:
+        """Lets go of all networks, which are loaded anew when they are needed, and of what was read."""
+        self._networks.clear()
+        self._kept = PrefixCache()
+
     def size(self, request: ImageRequest) -> tuple[int, int]:
         """Returns the wished (width, height): by default the first input image's, or the checkpoint's own."""
         width, height = self.encoder.default_size
@@ -246,28 +251,44 @@ class Pipeline:
             ValueError: a text has more placeholders than there are input images, or `reference_size` is out of range.
         """
         references = self._references(request.images, self.encoder.sizes.limited(request.reference_size))
+        contexts = self.encode_contexts(request)
+        return DrawingContexts(contexts.conditional, contexts.partial, contexts.unconditional, references)
+
+    @torch.inference_mode()
+    def encode_contexts(self, request: ImageRequest) -> BranchContexts:
+        """Returns the contexts that the transformer draws from: `encode_prompt` without the references' latents.
+
+        Raises:
+            ValueError: as for `branch_prompts`.
+        """
+        prompts, history = self._branch_prompts(request)
         model, where = self._mllm(), {"device": self.device, "dtype": self.dtype, "kept": self._kept}
-        tokenizer = self.encoder.tokenizer
-
-        def build(history: History) -> BranchPrompts:
-            return branch_prompts(
-                tokenizer,
-                request.prompt,
-                images=len(request.images),
-                grid=model.vision.grid,
-                system=request.system,
-                thought=tokenizer.encode_thought(request.thought),
-                negative=request.negative_prompt,
-                earlier=history.turns,
-            )
-
-        history = _fitting(model, request.history, lambda some: build(some).conditional)
-        prompts = build(history)
-        check_length(model, prompts.conditional, prompts.partial, prompts.unconditional)
         seen = self.encoder.image_features(model, (*history.images, *request.images), **where)
         earlier, features = seen[: len(history.images)], seen[len(history.images) :]
-        contexts = self.encoder.encode_branches(model, prompts, features, earlier=earlier, **where)
-        return DrawingContexts(contexts.conditional, contexts.partial, contexts.unconditional, references)
+        return self.encoder.encode_branches(model, prompts, features, earlier=earlier, **where)
+
+    def branch_prompts(self, request: ImageRequest) -> BranchPrompts:
+        """Returns the prompts of a picture's branches as token ids, before anything is computed of them.
+
+        Raises:
+            ValueError: a text has more placeholders than there are input images, or a prompt is too long.
+        """
+        return self._branch_prompts(request)[0]
+
+    @torch.inference_mode()
+    def encode(self, image: Image.Image) -> torch.Tensor:
+        """Returns the latent [1, 16, h, w] of an RGB image of 8 h x 8 w pixels: what `decode` turns back.
+
+        Raises:
+            ValueError: a side is no multiple of 16.
+        """
+        if image.width % image_module.STRIDE or image.height % image_module.STRIDE:
+            raise ValueError(
+                f"a picture of {image.width} x {image.height} pixels found, multiples of {image_module.STRIDE} expected"
+            )
+        latent = self._vae().encode(image_module.vae_pixels(image))
+        sampling.check_finite(latent, "the latent", "the VAE")
+        return latent
 
     @torch.inference_mode()
     def sample(
@@ -311,6 +332,26 @@ class Pipeline:
             return add_loras(load_mmdit(self.files.transformer, dtype=self.dtype), TRANSFORMER, self.loras)
 
         return self._on_device("mmdit", load)
+
+    def _branch_prompts(self, request: ImageRequest) -> tuple[BranchPrompts, History]:
+        model, tokenizer = self._mllm(), self.encoder.tokenizer
+
+        def build(history: History) -> BranchPrompts:
+            return branch_prompts(
+                tokenizer,
+                request.prompt,
+                images=len(request.images),
+                grid=model.vision.grid,
+                system=request.system,
+                thought=tokenizer.encode_thought(request.thought),
+                negative=request.negative_prompt,
+                earlier=history.turns,
+            )
+
+        history = _fitting(model, request.history, lambda some: build(some).conditional)
+        prompts = build(history)
+        check_length(model, prompts.conditional, prompts.partial, prompts.unconditional)
+        return prompts, history
 
     def _vae(self) -> StandaloneVAE:
         return self._on_device("vae", lambda: load_vae(self.files.vae, dtype=self.dtype))
