@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,9 +21,11 @@ from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .images import ReferenceSizes
 from .load import load_mllm, load_mmdit, load_vae
+from .lora import LANGUAGE, TRANSFORMER
 from .mllm import MLLM
 from .mmdit import MMDiT
 from .numbers import check_real, check_whole
+from .patched import Strengths, add_loras, open_loras
 from .places import locate
 from .prefix import PrefixCache
 from .prompt import (
@@ -111,14 +113,16 @@ class Pipeline:
         device: str | torch.device = "cpu",
         mllm: Path | None = None,
         vae: Path | None = None,
+        loras: Strengths = (),
     ):
         """Opens a checkpoint folder (also in the hub's cache), or the transformer's single file.
 
         `mllm` and `vae` are the other two files, which are found beside the first by the names that `convert` gives.
+        `loras` are files and their strengths, added to the weights when these are loaded.
 
         Raises:
             FileNotFoundError: the folder, a part of it or a file is missing.
-            RuntimeError: it holds another model or is damaged.
+            RuntimeError: it holds another model or is damaged, or a LoRA does not fit it.
             ValueError: several models or files are there, and none is named.
         """
         self.files = locate(Path(root), mllm, vae)
@@ -126,6 +130,7 @@ class Pipeline:
             check_folder(self.files.transformer)
         self.root, self.dtype, self.device = self.files.transformer, dtype, torch.device(device)
         self.encoder = Encoder.from_checkpoint(open_checkpoint(self.files.language))
+        self.loras = open_loras(loras, self.files)
         self._networks: dict[str, torch.nn.Module] = {}
         self._kept = PrefixCache()
 
@@ -155,6 +160,16 @@ class Pipeline:
             noise = image_module.noise(*drawn, seed)
             latent = self.sample(contexts, noise, sigmas, request.guidance, on_step, intervals)
             yield image_module.resize(image_module.to_image(self.decode(latent)[0]), width, height)
+
+    def use(self, networks: Mapping[str, torch.nn.Module]) -> None:
+        """Takes networks in the place of those of the files: "mllm", "mmdit" or "vae". What was read is forgotten."""
+        self._networks |= networks
+        self._kept = PrefixCache()
+
+    def forget(self) -> None:
+        """Lets go of all networks, which are loaded anew when they are needed, and of what was read."""
+        self._networks.clear()
+        self._kept = PrefixCache()
 
     def size(self, request: ImageRequest) -> tuple[int, int]:
         """Returns the wished (width, height): by default the first input image's, or the checkpoint's own."""
@@ -286,7 +301,7 @@ class Pipeline:
         intervals: GuidanceIntervals = ALWAYS,
     ) -> torch.Tensor:
         """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
-        model = self._on_device("mmdit", lambda: load_mmdit(self.files.transformer, dtype=self.dtype))
+        model = self._mmdit()
         levels = sigmas.to(self.device)
         denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype, intervals, levels)
 
@@ -312,6 +327,12 @@ class Pipeline:
         vae = self._vae()
         return tuple(vae.encode(image_module.reference_pixels(image, sizes)) for image in images)
 
+    def _mmdit(self) -> MMDiT:
+        def load() -> MMDiT:
+            return add_loras(load_mmdit(self.files.transformer, dtype=self.dtype), TRANSFORMER, self.loras)
+
+        return self._on_device("mmdit", load)
+
     def _branch_prompts(self, request: ImageRequest) -> tuple[BranchPrompts, History]:
         model, tokenizer = self._mllm(), self.encoder.tokenizer
 
@@ -336,7 +357,10 @@ class Pipeline:
         return self._on_device("vae", lambda: load_vae(self.files.vae, dtype=self.dtype))
 
     def _mllm(self) -> MLLM:
-        return self._on_device("mllm", lambda: load_mllm(self.files.language, dtype=self.dtype))
+        def load() -> MLLM:
+            return add_loras(load_mllm(self.files.language, dtype=self.dtype), LANGUAGE, self.loras)
+
+        return self._on_device("mllm", load)
 
     def _on_device(self, name: str, load: Callable[[], Network]) -> Network:
         for other, network in self._networks.items():
