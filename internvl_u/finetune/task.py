@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 
 from ..load import load_mllm, load_mmdit
 from ..mllm import MLLM
 from ..mmdit import MMDiT
-from ..pipeline import Pipeline
+from ..pipeline import ImageRequest, Pipeline
 from ..prefix import PrefixCache
 from ..prompt import TokenizedPrompt
 from .buckets import batches
@@ -20,9 +21,9 @@ from .cache import SampleCache, dataset_fingerprint
 from .examples import read_examples
 from .objective import TokenObjective
 from .settings import TrainSettings
-from .stored import Branch, Sample, Samples, TextSamples
+from .stored import Branch, Sample, Samples, TextSample, TextSamples
 
-SAMPLE_PROMPTS = 4
+SAMPLES = 4
 PROGRESS = 100
 """Files of the cache between two lines of progress."""
 KEPT_SAMPLES = 256 << 20
@@ -65,11 +66,6 @@ class Task:
     def _language(self) -> bool:
         return "language" in self.settings.parts
 
-    @property
-    def drawn_size(self) -> tuple[int, int]:
-        """Width and height of the contact sheets' pictures."""
-        return self.cache.buckets.bucket(1, 1)
-
     def load(self) -> None:
         """Computes what is not cached yet, and loads the networks that the run needs."""
         settings = self.settings
@@ -109,7 +105,7 @@ class Task:
     def _sample(self, index: int) -> Sample:
         if index in self._kept:
             return self._kept[index]
-        sample = self.samples[index]
+        sample = cast(Sample, self.samples[index])
         branches = [one[0] for one in (sample.conditional, sample.partial, sample.unconditional) if one is not None]
         size = sum(one.nbytes for one in (sample.latent, *sample.references, *branches))
         if self._kept_bytes + size <= KEPT_SAMPLES:
@@ -119,7 +115,7 @@ class Task:
     def text(self, index: int) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Returns a text's embeddings [1, T, D], and the ids at its end that are learned."""
         assert self.mllm is not None
-        sample = self.texts[index]
+        sample = cast(TextSample, self.texts[index])
         embedded = self.pipeline.encoder.embed(
             self.mllm, sample.prompt, sample.features, device=self.device, dtype=self.dtype
         )
@@ -151,10 +147,21 @@ class Task:
             unconditional=context(prompts.unconditional, ()),
         )
 
-    def some_prompts(self) -> list[str]:
-        """Returns a few of the texts that are learned from."""
-        texts = list(dict.fromkeys(one.text for one in self._drawn if not one.references))
-        return random.Random(self.settings.seed).sample(texts, min(SAMPLE_PROMPTS, len(texts)))
+    def sample_requests(self) -> list[ImageRequest]:
+        """Returns what the contact sheets show: the prompts of `--sample`, else a few examples, first those held back.
+
+        Each has a seed of its own, which stays the same.
+        """
+        if self.settings.sample_prompts:
+            size = self.cache.buckets.bucket(1, 1)
+            return [ImageRequest(text, *size, seed=i) for i, text in enumerate(self.settings.sample_prompts)]
+        order = [*self.held_back, *(i for i in range(len(self._drawn)) if i not in self.held_back)]
+        chosen = list({self._drawn[i].text: self._drawn[i] for i in reversed(order)}.values())[::-1][:SAMPLES]
+        requests = []
+        for seed, example in enumerate(chosen):
+            width, height = self.cache.buckets.place(example).size
+            requests.append(dataclasses.replace(self.cache.request(example), width=width, height=height, seed=seed))
+        return requests
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[Pipeline]:
