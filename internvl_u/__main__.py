@@ -205,6 +205,15 @@ def _download(options: argparse.Namespace) -> None:
     write_text(str(target), "folder's name")
 
 
+def _pairs(options: argparse.Namespace) -> None:
+    from .finetune import pairs
+    from .finetune.maps import Thresholds
+    from .results import write_text
+
+    thresholds = Thresholds(options.low, options.high)
+    write_text(pairs.run(options.folder, options.out, options.kind, thresholds, options.size), "folder's name")
+
+
 def _open(options: argparse.Namespace) -> Pipeline:
     from .devices import chosen_device, chosen_dtype
     from .pipeline import Pipeline
@@ -215,7 +224,9 @@ def _open(options: argparse.Namespace) -> Pipeline:
             check_model_name(str(place), flag)
     device = chosen_device(options.device)
     dtype = chosen_dtype(options.dtype, device)
-    pipeline = Pipeline(options.model, dtype=dtype, device=device, mllm=options.mllm, vae=options.vae)
+    pipeline = Pipeline(
+        options.model, dtype=dtype, device=device, mllm=options.mllm, vae=options.vae, loras=options.lora
+    )
     if is_nano(pipeline.root):
         print(f"internvl_u: {NANO_NOTE}", file=sys.stderr)
     return pipeline
@@ -237,7 +248,15 @@ def _chat(options: argparse.Namespace) -> None:
     chat_console.run(options, _open(options))
 
 
-_COMMANDS = {"draw": _draw, "chat": _chat, "ask": _ask, "convert": _convert, "merge": _merge, "download": _download}
+_COMMANDS = {
+    "draw": _draw,
+    "chat": _chat,
+    "ask": _ask,
+    "convert": _convert,
+    "merge": _merge,
+    "pairs": _pairs,
+    "download": _download,
+}
 
 
 if __name__ == "__main__":

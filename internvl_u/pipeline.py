@@ -21,9 +21,11 @@ from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .images import ReferenceSizes
 from .load import load_mllm, load_mmdit, load_vae
+from .lora import LANGUAGE, TRANSFORMER
 from .mllm import MLLM
 from .mmdit import MMDiT
 from .numbers import check_real, check_whole
+from .patched import Strengths, add_loras, open_loras
 from .places import locate
 from .prefix import PrefixCache
 from .prompt import (
@@ -111,14 +113,16 @@ class Pipeline:
         device: str | torch.device = "cpu",
         mllm: Path | None = None,
         vae: Path | None = None,
+        loras: Strengths = (),
     ):
         """Opens a checkpoint folder (also in the hub's cache), or the transformer's single file.
 
         `mllm` and `vae` are the other two files, which are found beside the first by the names that `convert` gives.
+        `loras` are files and their strengths, added to the weights when these are loaded.
 
         Raises:
             FileNotFoundError: the folder, a part of it or a file is missing.
-            RuntimeError: it holds another model or is damaged.
+            RuntimeError: it holds another model or is damaged, or a LoRA does not fit it.
             ValueError: several models or files are there, and none is named.
         """
         self.files = locate(Path(root), mllm, vae)
@@ -126,6 +130,7 @@ class Pipeline:
             check_folder(self.files.transformer)
         self.root, self.dtype, self.device = self.files.transformer, dtype, torch.device(device)
         self.encoder = Encoder.from_checkpoint(open_checkpoint(self.files.language))
+        self.loras = open_loras(loras, self.files)
         self._networks: dict[str, torch.nn.Module] = {}
         self._kept = PrefixCache()
 
@@ -270,7 +275,7 @@ class Pipeline:
         intervals: GuidanceIntervals = ALWAYS,
     ) -> torch.Tensor:
         """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
-        model = self._on_device("mmdit", lambda: load_mmdit(self.files.transformer, dtype=self.dtype))
+        model = self._mmdit()
         levels = sigmas.to(self.device)
         denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype, intervals, levels)
 
@@ -296,11 +301,20 @@ class Pipeline:
         vae = self._vae()
         return tuple(vae.encode(image_module.reference_pixels(image, sizes)) for image in images)
 
+    def _mmdit(self) -> MMDiT:
+        def load() -> MMDiT:
+            return add_loras(load_mmdit(self.files.transformer, dtype=self.dtype), TRANSFORMER, self.loras)
+
+        return self._on_device("mmdit", load)
+
     def _vae(self) -> StandaloneVAE:
         return self._on_device("vae", lambda: load_vae(self.files.vae, dtype=self.dtype))
 
     def _mllm(self) -> MLLM:
-        return self._on_device("mllm", lambda: load_mllm(self.files.language, dtype=self.dtype))
+        def load() -> MLLM:
+            return add_loras(load_mllm(self.files.language, dtype=self.dtype), LANGUAGE, self.loras)
+
+        return self._on_device("mllm", load)
 
     def _on_device(self, name: str, load: Callable[[], Network]) -> Network:
         for other, network in self._networks.items():

@@ -191,8 +191,13 @@ def load_pipeline(model: Path) -> Pipeline:
 
 
 def case(model: Path, task: str, number: int) -> Outcome:
-    """Returns the outcome of one case of a task. With and without thinking the riddles are the same."""
-    return TASKS[task][0](load_pipeline(model), random.Random(f"score {task.split(',')[0]} {number}"))
+    """Returns the outcome of one case of a task."""
+    return TASKS[task][0](load_pipeline(model), seeded(task, number))
+
+
+def seeded(task: str, number: int) -> random.Random:
+    """Returns the random numbers of a case. With and without thinking the riddles are the same."""
+    return random.Random(f"score {task.split(',')[0]} {number}")
 
 
 def score(model: Path, tasks: list[str], count: int, workers: int) -> dict[str, list[Outcome]]:
