@@ -1,6 +1,6 @@
 """A LoRA trained in ComfyUI: what core's Train LoRA needs of a run beyond what sampling does.
 
-Training is a sampling whose steps want gradients: nodes run in inference mode otherwise, where nobody can. So all of this
+Training is a sampling whose steps want gradients; nodes run in inference mode otherwise, which has none. So all of this
 steps aside for every other run, and what sampling remembers (`modulation`) steps aside for this one.
 """
 
@@ -52,8 +52,8 @@ def check_trainable(network: torch.nn.Module) -> None:
     check_plain(network, "training a LoRA")
     if any(isinstance(layer, Quantized) and layer.weight_function for layer in network.modules()):
         raise ValueError(
-            "training a LoRA: a quantised model found in a format that this ComfyUI does not know. Turn bypass_mode on, "
-            "or load the released folder or a bf16 file."
+            "training a LoRA: a quantised model found in a format that this ComfyUI does not know. Turn bypass_mode "
+            "on, or load the released folder or a bf16 file."
         )
 
 
@@ -101,9 +101,11 @@ def _evaluated(entry: Entry) -> Entry:
 
 
 def _merged(entries: Sequence[Entry]) -> Entry | None:
-    """Returns the conditions of a batch's pictures as one condition of the batch; None where they do not go together."""
+    """Returns the conditions of a batch's pictures as one of the batch; None where they do not go together."""
     first, *others = (entry["model_conds"] for entry in entries)
-    if any(key in entry for entry in entries for key in _WHERE) or any(other.keys() != first.keys() for other in others):
+    if any(key in entry for entry in entries for key in _WHERE) or any(
+        other.keys() != first.keys() for other in others
+    ):
         return None
     merged = {}
     for name, cond in first.items():

@@ -112,7 +112,9 @@ def test_loha_in_bypass_mode_is_refused_by_core_with_a_sentence(trainer, loaded,
 def test_checkpointing_changes_nothing_of_what_is_learnt(trainer, loaded, data, edits, near, depth):
     for positive in (data[1], edits((64, 64, 96))):
         plain, losses, _ = trainer(loaded.model, data[0], positive, optimizer="SGD")
-        options = {"gradient_checkpointing": True, "optimizer": "SGD"} | ({"checkpoint_depth": depth} if depth > 1 else {})
+        options = {"gradient_checkpointing": True, "optimizer": "SGD"} | (
+            {"checkpoint_depth": depth} if depth > 1 else {}
+        )
         again, same, _ = trainer(loaded.model, data[0], positive, **options)
         assert losses == pytest.approx(same, rel=1e-5)
         near(torch.cat([one.flatten() for one in again.values()]), torch.cat([one.flatten() for one in plain.values()]))
