@@ -123,12 +123,12 @@ CARDS = {
     ),
     "train_a_lora": Card("Train a LoRA", "think", ("save", quoted("heart"), "=learnt from 20 pictures, here"), TAUGHT),
     "load_a_trained_lora": Card(
-        "Your LoRA",
+        "What you trained",
         "draw",
         ("save", "=with ComfyUI's own loader"),
-        TAUGHT,
-        "train_a_lora",
-        "a green heart on a beige background",
+        CREDIT,
+        "first_steps_with_nano",
+        "a large orange star on a black background",
     ),
     "controlnet_of_another_model": Card(
         "ControlNet", "edit", ("save", ">", "lines", "=its lines lead another model"), CREDIT, "text_to_image"

@@ -41,6 +41,12 @@ WANTS = {"train_a_lora": "0.33.0"}
 """The oldest ComfyUI for a workflow, where that is not the pack's own oldest: before, its nodes have other outputs."""
 
 
+def runs_on(name: str, version: str) -> bool:
+    """Returns whether a workflow runs on a version of ComfyUI, such as 0.33.0."""
+    oldest, own = ([int(number) for number in one.split(".")] for one in (WANTS.get(name, "0"), version))
+    return own >= oldest
+
+
 def file_name(name: str) -> str:
     """Returns the file name of a workflow without its ending: the title of its card."""
     return f"InternVL-U {FILES[name]}"
@@ -58,12 +64,12 @@ with it.
 
 **How to go on**: open **InternVL-U text to image**, the same graph for the real model. Where that is missing, \
 the page says so and offers the download of 8.2 GB."""
-TRAIN_MODEL = """**Wants ComfyUI 0.33** or newer. Trains **nano**, the tiny model in the pack (12 MB, flat shapes, \
-64 x 64 pixels), which has never seen a heart: two minutes on two cores, and nothing is downloaded.
+TRAIN_MODEL = """**Wants ComfyUI 0.33** or newer. It trains **nano**, the tiny model in the pack, which has never seen \
+a heart: two minutes on two cores, nothing is downloaded.
 
-**With the real model**: choose it in **Load InternVL-U**, your own folder of 512 to 1024 pixels, **training_dtype** \
-bf16, **gradient_checkpointing** on, **checkpoint_depth** 2, **learning_rate** 0.0005, **steps** 1000 or more, and a \
-size to draw. fp8 and int8 files can be trained on as well, also in **bypass_mode**; GGUF files cannot."""
+**The real model**: choose it in **Load InternVL-U**, your own folder, **training_dtype** bf16, \
+**gradient_checkpointing** on, **checkpoint_depth** 2, **batch_size** 1, and a size to draw. fp8 and int8 files can be \
+trained on too; GGUF files cannot."""
 TRAINED_MODEL = """**What for?** The file that **train a LoRA** saved, with ComfyUI's own loader. It is for **nano**, \
 the tiny model in the pack: a LoRA fits the model that it was trained on.
 
@@ -238,12 +244,12 @@ NOTES = {
     ),
     "train_a_lora": (
         [
-            "Press **Run**: 20 hearts and 40 known shapes are learnt, then one is drawn.",
-            "**folder**: pictures and a **.txt** of the same name each, in a folder of ComfyUI's **input**.",
-            "**steps**, **learning_rate**: how long and how strongly.",
+            "Press **Run**: 20 hearts are learnt, beside known shapes. Then one is drawn.",
+            "**folder**: your pictures, each with a **.txt**, in ComfyUI's **input**.",
+            "**steps**, **learning_rate**: how long, how strongly.",
         ],
-        "The LoRA lies in **output/loras**, where **load a trained LoRA** and every LoRA loader find it after **R**. "
-        "**existing_lora** goes on with one. A falling loss means that something is learnt.",
+        "The LoRA lies in **output/loras**: press **R**, and **load a trained LoRA** finds it. **existing_lora** goes "
+        "on with one.",
     ),
     "load_a_trained_lora": (
         [
@@ -407,7 +413,8 @@ def worded(prompt: str) -> tuple:
 NANO_LATENT = ("latent", "InternVLU_CreateLatent", LATENT_SIZE | {"width": 64, "height": 64})
 
 NANO_LOADED = ("Model", [[("load", "InternVLU_LoadModel", {"model_name": NANO_CHOICE, "precision": "auto"})]])
-NANO_DRAW = ("Draw", [[SAMPLE], [("decode", "InternVLU_DecodeLatent", {"width": 256, "height": 256})], [SAVE]])
+LARGER = ("decode", "InternVLU_DecodeLatent", {"width": 256, "height": 256})
+NANO_DRAW = ("Draw", [[SAMPLE], [LARGER], [SAVE]])
 TRAINING = {"batch_size": 8, "grad_accumulation_steps": 1, "steps": 250, "learning_rate": 0.002, "rank": 8}
 TRAINING |= {"optimizer": "AdamW", "loss_function": "MSE", "training_dtype": "fp32", "lora_dtype": "fp32"}
 TRAINING |= FIXED | {"seed": 0, "algorithm": "LoRA", "gradient_checkpointing": False}
@@ -637,7 +644,7 @@ STEPS_OF = {
             worded("a pink heart on a navy background"),
             ("Size", [[NANO_LATENT]]),
         ],
-        NANO_DRAW,
+        ("Draw", [[SAMPLE], [LARGER, SAVE]]),
     ],
     "load_a_trained_lora": [
         NANO_LOADED,
@@ -925,6 +932,12 @@ NARROW = {
     "encode3": (240, 290),
     "save3": (250, 320),
     "control": (225, 90),
+    "captions": (240, 290),
+    "train": (270, 560),
+    "keep_lora": (230, 110),
+    "plot": (230, 260),
+    "folder": (240, 110),
+    "put": (240, 110),
 }
 WIDE = (
     "draw_judge_draw_again",
