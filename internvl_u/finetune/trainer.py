@@ -129,11 +129,17 @@ class Trainer:
         self.log = logs.CSVLog(settings.folder / "log.csv", COLUMNS)
         self.step, self.seconds = 0, 0.0
 
+    def prepare(self) -> None:
+        """Computes what is cached, and says what a step takes."""
+        with self.accelerator.main_process_first():  # the others find what it has cached
+            self.task.prepare()
+        self.report(self.task.estimate().describe(self.settings.steps * self.settings.accumulate))
+
     def run(self) -> list:
         """Trains and returns what was written."""
         settings = self.settings
-        with self.accelerator.main_process_first():  # the others find what it has cached
-            self.task.load()
+        self.prepare()
+        self.task.load()
         self.learner = Learner(self.task, settings, self.task.device)
         self.weights = [weight for weight in self.learner.parameters() if weight.requires_grad]
         self.report(f"{count_parameters(self.learner):,} numbers learn")
