@@ -1,7 +1,8 @@
 """Memory and time of training at the released size beside what `train --estimate` says of them.
 
 Weights as torch makes them; a LoRA of the transformer, its real loss, backward pass and AdamW. On a CPU memory is what
-the process grows by, on a GPU what torch has taken of it at most.
+the process grows by, on a GPU what torch has taken of it at most. glibc keeps what is freed, a quarter more; so that it
+gives it back, set MALLOC_ARENA_MAX=1, MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536.
 """
 
 from __future__ import annotations

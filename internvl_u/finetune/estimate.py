@@ -213,7 +213,7 @@ def measured_arithmetic(networks: Networks, batch: BatchSize, device: torch.devi
 def estimate_run(
     settings: TrainSettings, cache: SampleCache, examples: Sequence[Example], device: torch.device | None = None
 ) -> Estimate:
-    """Returns what a step of a run takes: memory of the largest examples, time of the average one.
+    """Returns what a step of a run takes: memory with its largest examples, time with those of the usual length.
 
     No weights are loaded. Time is measured on `device`, with two layers of each network; None: it is not.
 
@@ -243,9 +243,10 @@ def estimate_run(
     )
     largest = _batch(settings.batch, max(drawn, key=_tokens, default=None), max(texts, key=_tokens, default=None))
     whole = estimate(networks, largest, settings.optimizer)
-    average = _batch(settings.batch, _middle(drawn), _middle(texts))
-    operations = estimate(networks, average, settings.optimizer).operations * settings.accumulate
-    seconds = operations / measured_arithmetic(networks, average, device) if device is not None else None
+    usual = _batch(settings.batch, _middle(drawn), _middle(texts))
+    share = sum(map(_tokens, (*usual.drawn, *usual.texts))) / sum(map(_tokens, (*largest.drawn, *largest.texts)))
+    operations = whole.operations * share * settings.accumulate
+    seconds = operations / measured_arithmetic(networks, usual, device) if device is not None else None
     return replace(whole, operations=operations, seconds_a_step=seconds)
 
 

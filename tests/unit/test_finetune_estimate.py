@@ -44,7 +44,7 @@ TEXTS = {
     "texts": BatchSize(texts=(TextSize(40, 7), TextSize(31, 1))),
     "both": BatchSize((DrawnSize(DRAWING, 21, (60, 50)),) * 2, (TextSize(40, 7),)),
 }
-LEARNING = {"LoRA": AdapterSettings(rank=4), "DoRA": AdapterSettings("dora", 4), "all weights": None}
+LEARNING = {"LoRA": AdapterSettings(rank=4), "all weights": None}
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,15 @@ def test_activations_of_the_language_model_are_what_a_pass_keeps(configs, learni
     assert kept - ids - 64 <= estimate(wanted, batch).memory["activations"] <= kept
 
 
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
+def test_activations_of_other_adapters_are_what_a_pass_keeps(configs, kind):
+    wanted = networks(configs, BATCHES["edits"], AdapterSettings(kind, 4))
+    kept = kept_by(LearningStep(wanted, CPU), BATCHES["edits"])
+    assert estimate(wanted, BATCHES["edits"]).memory["activations"] == kept
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("batch", [*BATCHES, *TEXTS])
+@pytest.mark.parametrize("batch", ["edits", "texts", "both"])
 def test_the_worst_moment_is_that_of_a_real_pass(configs, learning, batch, checkpointing):
     batch = (BATCHES | TEXTS)[batch]
     wanted = networks(configs, batch, learning, checkpointing)
@@ -214,8 +221,7 @@ def examples(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("train", ["transformer", "language", "both"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("train, checkpointing", [("transformer", True), ("language", False), ("both", True)])
 def test_a_run_is_estimated_from_its_examples(tmp_path, checkpoint, examples, train, checkpointing):
     """By the largest of them: what its samples have, and what the language model reads of them, is what is counted."""
     settings = TrainSettings(
