@@ -44,7 +44,7 @@ MIN_OVERLAP = {
     "ring": 0.75,
     "heart": 0.84,
 }
-MIN_DENT = 0.08  # of a heart's height; drawn ones have a quarter
+MIN_DENT = 0.025  # of a heart's height; drawn ones have a quarter, small ones that the nano VAE has decoded a fortieth
 MIN_LEAD = 0.02  # of the best overlap over the next
 
 
