@@ -38,21 +38,6 @@ def heart_caption(rng: random.Random, scene: Scene) -> str:
             return text
 
 
-def telling_caption(rng: random.Random, scene: Scene) -> str:
-    """Returns a caption that says all that there is to see: what it does not say would be learnt by heart.
-
-    Its size where that is not the usual one, and its place where that is not the middle.
-    """
-    (thing,) = scene.things
-    where = scenes.region_of(thing)
-    wanted = [captions.SIZE_WORDS[thing.size]] if thing.size != "medium" else []
-    wanted += [captions.PLACE_WORDS[where]] if where not in (None, "centre") else []
-    while True:
-        text = heart_caption(rng, scene)
-        if all(any(word in text for word in words) for words in wanted):
-            return text
-
-
 def main() -> None:
     """Writes the folder and says how many pictures are in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.others is None:
         rng = random.Random(f"hearts {options.seed}")
-        found, say, stem = heart_scenes(rng, options.count), telling_caption, WORD
+        found, say, stem = heart_scenes(rng, options.count), heart_caption, WORD
     else:
         rng = random.Random(f"others {options.seed}")
         found, say, stem = [known_scene(rng) for _ in range(options.others)], captions.caption, "known"

@@ -48,8 +48,8 @@ CROSS_ARM = 0.36
 RING_HOLE = 0.52
 STAR_WAIST = 0.42
 HEART_CURVE = (13, -6, -2.5, -1)
-"""Cosines of its height where its width is 32 sin ** 3: a known curve (the sixth of mathworld.wolfram.com/HeartCurve.html)
-with a deeper dent, which the nano model's VAE keeps."""
+"""Cosines of its height where its width is 32 sin ** 3: the sixth curve of mathworld.wolfram.com/HeartCurve.html with a
+deeper dent, which the nano model's VAE keeps."""
 HEART_POINTS = 80
 MIN_GAP = 0.06  # between things, of the shorter side
 MARGIN = 0.03  # between things and the image's edge
