@@ -1,10 +1,11 @@
 """What training takes, counted before it starts, against what real passes on the CPU keep and compute."""
 
-import dataclasses
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("peft")
@@ -29,7 +30,9 @@ from pack.internvl_u.finetune.examples import Example, Picture
 from pack.internvl_u.finetune.settings import TrainSettings
 from pack.internvl_u.load import load_mllm, load_mmdit
 from pack.internvl_u.mmdit import Block
+from pack.internvl_u.packing import Packing
 from pack.internvl_u.pipeline import Pipeline
+from pack.internvl_u.qwen3 import Layer
 from PIL import Image
 
 CPU = torch.device("cpu")
@@ -76,14 +79,14 @@ def kept_by(step, batch):
         return tensor.detach()  # a result that is saved itself would hold what made it for ever
 
     def remember(module, inputs):
-        _, _, _, packing, *_ = inputs
-        tensors = [one for one in inputs if isinstance(one, torch.Tensor)]
-        for tensor in (*tensors, packing.rotary_image, packing.rotary_text, packing.sample):
-            see(tensor)
+        packed = [(one.rotary_image, one.rotary_text, one.sample) for one in inputs if isinstance(one, Packing)]
+        for tensor in tree_leaves([inputs, packed]):
+            if isinstance(tensor, torch.Tensor):
+                see(tensor)
 
     if step.networks.checkpointing:
         for module in step.modules():
-            if isinstance(module, Block):
+            if isinstance(module, (Block, Layer)):
                 module.register_forward_pre_hook(remember)
     with torch.autograd.graph.saved_tensors_hooks(see, lambda one: one):
         loss = step.loss(batch)
@@ -101,11 +104,12 @@ def test_activations_are_what_a_pass_keeps(configs, learning, batch, checkpointi
     assert estimate(wanted, BATCHES[batch]).memory["activations"] == kept
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("batch", TEXTS)
-def test_activations_of_the_language_model_are_what_a_pass_keeps(configs, learning, batch):
+def test_activations_of_the_language_model_are_what_a_pass_keeps(configs, learning, batch, checkpointing):
     """But for the ids to learn, eight bytes each, which are kept on the CPU alone."""
     batch = TEXTS[batch]
-    wanted = networks(configs, batch, learning)
+    wanted = networks(configs, batch, learning, checkpointing)
     kept = kept_by(LearningStep(wanted, CPU), batch)
     ids = sum(8 * text.targets for text in batch.texts)
     assert kept - ids - 64 <= estimate(wanted, batch).memory["activations"] <= kept
@@ -181,7 +185,12 @@ def test_weights_gradients_and_the_optimizers_state_are_counted(configs, checkpo
 
 def test_checkpointing_saves_memory_for_more_operations(configs):
     batch = BatchSize((DrawnSize(((16, 16),), 50),))
-    deep = (dataclasses.replace(configs[0], layers=8), None)
+    deep = (replace(configs[0], layers=8), None)
+    plain, saving = (estimate(networks(deep, batch, LEARNING["LoRA"], one), batch) for one in (False, True))
+    peak = [one.memory["activations"] + one.memory["working"] for one in (plain, saving)]
+    assert peak[1] < 0.45 * peak[0] and 1.2 < saving.operations / plain.operations < 1.7
+    language = replace(configs[1], language=replace(configs[1].language, num_hidden_layers=8))
+    batch, deep = BatchSize(texts=(TextSize(60, 5),)), (None, language)
     plain, saving = (estimate(networks(deep, batch, LEARNING["LoRA"], one), batch) for one in (False, True))
     peak = [one.memory["activations"] + one.memory["working"] for one in (plain, saving)]
     assert peak[1] < 0.45 * peak[0] and 1.2 < saving.operations / plain.operations < 1.7
@@ -259,8 +268,8 @@ def test_batch_and_accumulation_count(tmp_path, checkpoint, examples):
     cache = SampleCache(tmp_path / "cache", Pipeline(checkpoint))
     settings = TrainSettings(checkpoint, (tmp_path,), tmp_path / "x.safetensors", dtype="float32")
     one = estimate_run(settings, cache, examples[:2])
-    more = estimate_run(dataclasses.replace(settings, batch=4), cache, examples[:2])
-    again = estimate_run(dataclasses.replace(settings, accumulate=4), cache, examples[:2])
+    more = estimate_run(replace(settings, batch=4), cache, examples[:2])
+    again = estimate_run(replace(settings, accumulate=4), cache, examples[:2])
     assert more.memory["activations"] > 3.5 * one.memory["activations"] and again.memory == one.memory
     assert again.operations == 4 * one.operations < 1.1 * more.operations
     timed = estimate_run(settings, cache, examples[:2], CPU)
