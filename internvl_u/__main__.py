@@ -85,7 +85,7 @@ def _draw(options: argparse.Namespace) -> None:
         thought = pipeline.think(request, GenerationConfig(options.max_new_tokens))
         print(thought, file=sys.stderr)
         request = dataclasses.replace(request, thought=thought)
-    _draw_files(pipeline, request, outs, options)
+    _draw_files(pipeline, pipeline.settled(request), outs, options)
 
 
 def _draw_files(pipeline: Pipeline, request: ImageRequest, outs: Sequence[Path], options: argparse.Namespace) -> None:
@@ -205,6 +205,13 @@ def _download(options: argparse.Namespace) -> None:
     write_text(str(target), "folder's name")
 
 
+def _distill(options: argparse.Namespace) -> None:
+    from .finetune.distill_command import run
+    from .results import write_text
+
+    write_text("\n".join(map(str, run(options))), "list of files")
+
+
 def _open(options: argparse.Namespace) -> Pipeline:
     from .devices import chosen_device, chosen_dtype
     from .pipeline import Pipeline
@@ -237,7 +244,7 @@ def _chat(options: argparse.Namespace) -> None:
     chat_console.run(options, _open(options))
 
 
-_COMMANDS = {"draw": _draw, "chat": _chat, "ask": _ask, "convert": _convert, "merge": _merge, "download": _download}
+_COMMANDS = {"draw": _draw, "chat": _chat, "ask": _ask, "convert": _convert, "merge": _merge, "distill": _distill, "download": _download}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,6 +16,7 @@ from . import sampling
 from .chat import History
 from .checkpoint import check_folder, open_checkpoint
 from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, LONGEST_SCHEDULE, STEPS, Guidance
+from .distilled import evaluations_in
 from .encoder import Encoder, check_length, fit_history
 from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
@@ -36,7 +37,7 @@ from .prompt import (
 )
 from .rope import grid_of
 from .sampling import Denoiser, DrawingContexts
-from .speed import ALWAYS, QUALITY, GuidanceIntervals, Interval, Speed
+from .speed import ALWAYS, NOT_DISTILLED, QUALITY, TURBO, GuidanceIntervals, Interval, Speed, check_speed
 from .tokenizer import Thought, has_thought
 from .vae import StandaloneVAE
 
@@ -54,7 +55,8 @@ class ImageRequest:
     conversation before, as far as it fits.
 
     Outside start..end, shares of the schedule in 0..1, a scale is 1 and costs less. `speed` is a preset of
-    `speed.SPEEDS`: it sets steps and intervals where they are left as they are.
+    `speed.SPEEDS`: it sets steps and intervals where they are left as they are. `evaluations` is what `turbo` draws in,
+    which `Pipeline.settled` finds out.
     """
 
     prompt: str
@@ -75,6 +77,7 @@ class ImageRequest:
     part_cfg_start: float = 0.0
     part_cfg_end: float = 1.0
     speed: str = QUALITY
+    evaluations: int | None = None
 
     def __post_init__(self):
         check_whole("seed", self.seed, -(2**63), 2**64 - 1)
@@ -82,13 +85,22 @@ class ImageRequest:
         for name in ("all_cfg", "part_cfg"):
             if getattr(self, name) is not None:
                 check_real(name, getattr(self, name))
-        self.way.intervals.check()
+        self._typed.intervals.check()
+        check_speed(self.speed)
 
     @property
     def way(self) -> Speed:
-        """The steps and the intervals of guidance, those of the preset where none are given."""
+        """The steps and the intervals of guidance, those of the preset where none are given.
+
+        Raises:
+            ValueError: the preset is `turbo`, and nobody has said in how many evaluations.
+        """
+        return self._typed.filled(self.speed, self.evaluations)
+
+    @property
+    def _typed(self) -> Speed:
         words, pictures = (self.all_cfg_start, self.all_cfg_end), (self.part_cfg_start, self.part_cfg_end)
-        return Speed(self.steps, GuidanceIntervals(Interval(*words), Interval(*pictures))).filled(self.speed)
+        return Speed(self.steps, GuidanceIntervals(Interval(*words), Interval(*pictures)))
 
     @property
     def guidance(self) -> Guidance:
@@ -146,6 +158,7 @@ class Pipeline:
         Raises:
             ValueError: a size, the number of steps or the number of placeholders is out of range.
         """
+        request = self.settled(request)
         width, height = self.size(request)
         drawn = image_module.drawn_size(width, height)
         self._vae()  # one that cannot be loaded is not found after minutes of work
@@ -155,6 +168,19 @@ class Pipeline:
             noise = image_module.noise(*drawn, seed)
             latent = self.sample(contexts, noise, sigmas, request.guidance, on_step, intervals)
             yield image_module.resize(image_module.to_image(self.decode(latent)[0]), width, height)
+
+    def settled(self, request: ImageRequest) -> ImageRequest:
+        """Returns the request with the evaluations of `turbo`, if that is its preset and it has none.
+
+        Raises:
+            ValueError: the transformer has not been distilled to few of them.
+        """
+        if request.speed != TURBO or request.evaluations is not None:
+            return request
+        evaluations = evaluations_in(self._mmdit().state_dict())
+        if evaluations is None:
+            raise ValueError(NOT_DISTILLED)
+        return replace(request, evaluations=evaluations)
 
     def size(self, request: ImageRequest) -> tuple[int, int]:
         """Returns the wished (width, height): by default the first input image's, or the checkpoint's own."""
@@ -270,7 +296,7 @@ class Pipeline:
         intervals: GuidanceIntervals = ALWAYS,
     ) -> torch.Tensor:
         """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
-        model = self._on_device("mmdit", lambda: load_mmdit(self.files.transformer, dtype=self.dtype))
+        model = self._mmdit()
         levels = sigmas.to(self.device)
         denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype, intervals, levels)
 
@@ -295,6 +321,9 @@ class Pipeline:
             return ()
         vae = self._vae()
         return tuple(vae.encode(image_module.reference_pixels(image, sizes)) for image in images)
+
+    def _mmdit(self) -> MMDiT:
+        return self._on_device("mmdit", lambda: load_mmdit(self.files.transformer, dtype=self.dtype))
 
     def _vae(self) -> StandaloneVAE:
         return self._on_device("vae", lambda: load_vae(self.files.vae, dtype=self.dtype))

@@ -1,0 +1,1 @@
+"""Fine-tuning with LoRA: imported by the commands that train, and by nothing else."""

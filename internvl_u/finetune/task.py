@@ -1,0 +1,150 @@
+"""What a run learns from and with: the examples, read and cached, and the networks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from ..load import load_mllm, load_mmdit
+from ..mllm import MLLM
+from ..mmdit import MMDiT
+from ..pipeline import Pipeline
+from .buckets import Buckets, batches
+from .cache import Sample, SampleCache, TextSample
+from .examples import read_examples
+from .objective import TokenObjective
+from .settings import TrainSettings
+
+SAMPLE_PROMPTS = 4
+
+
+class Task:
+    """The examples of a run, read and checked when it is made; `load` fills the cache and loads the networks."""
+
+    def __init__(self, settings: TrainSettings, device: torch.device, report: Callable[[str], object]):
+        """Reads the examples.
+
+        Raises:
+            ValueError: there are none, or one cannot be learned from.
+        """
+        self.settings, self.device, self.report = settings, device, report
+        self.dtype = getattr(torch, settings.dtype)
+        self.examples = [one for place in settings.data for one in read_examples(place, settings.trigger)]
+        self.count = len(self.examples)
+        drawn = [one for one in self.examples if one.image is not None]
+        told = [one for one in self.examples if one.answer is not None or (self._language and one.thought)]
+        if told and not self._language:
+            raise ValueError(
+                f"{told[0].name}: a question with an answer found, which the transformer does not learn from: add "
+                "--train language, or leave it out"
+            )
+        self.held_back = _held_back(len(drawn), settings.validation, settings.seed)
+        self._drawn, self._told = drawn, told
+        self.transformer: MMDiT | None = None
+        self.mllm: MLLM | None = None
+        self.pipeline = Pipeline(settings.model, dtype=self.dtype, device=device)
+        self.buckets = Buckets.of_resolution(
+            settings.resolution, self.pipeline.encoder.default_size, self.pipeline.encoder.sizes
+        )
+        self.base = f"{self.pipeline.files.transformer.name} ({self.pipeline.root.name})"
+
+    @property
+    def _language(self) -> bool:
+        return "language" in self.settings.parts
+
+    @property
+    def drawn_size(self) -> tuple[int, int]:
+        """Width and height of the contact sheets' pictures."""
+        return self.buckets.bucket(1, 1)
+
+    def load(self) -> None:
+        """Computes what is not cached yet, and loads the networks that the run needs."""
+        settings = self.settings
+        cache = SampleCache(settings.folder / "cache", self.pipeline, self.buckets)
+        self.report(self.buckets.report(self._drawn))
+        self.samples: Sequence[Sample] = cache.samples(self._drawn)
+        self.texts: Sequence[TextSample] = cache.texts(self._told) if self._told else ()
+        self.fingerprint = cache.dataset_fingerprint
+        learned = sorted(set(range(len(self._drawn))) - set(self.held_back))
+        self._pictures = _Some(learned, [self.samples[i].shape for i in learned], settings.batch, settings.seed)
+        self._texts = _Some(list(range(len(self.texts))), [0] * len(self.texts), settings.batch, settings.seed + 1)
+        self.pipeline = Pipeline(settings.model, dtype=self.dtype, device=self.device)  # without what was loaded
+        if self._drawn:
+            self.transformer = load_mmdit(self.pipeline.files.transformer, dtype=self.dtype)
+        if self._language:
+            self.mllm = load_mllm(self.pipeline.files.language, dtype=self.dtype)
+
+    def pictures_at(self, number: int) -> list[int]:
+        """Returns the samples of the batch of a number."""
+        return self._pictures(number)
+
+    def texts_at(self, number: int) -> list[int]:
+        """Returns the texts of the batch of a number."""
+        return self._texts(number)
+
+    def drawn(self, indices: Sequence[int], tokens: TokenObjective | None) -> list[Sample]:
+        """Returns samples; where the language model learns, with contexts that it is learned through."""
+        samples = [self.samples[index] for index in indices]
+        if tokens is None:
+            return samples
+        return [self._through(self.samples.prompts(index), sample, tokens) for index, sample in zip(indices, samples)]
+
+    def text(self, index: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Returns a text's embeddings [1, T, D], and the ids at its end that are learned."""
+        assert self.mllm is not None
+        sample = self.texts[index]
+        embedded = self.pipeline.encoder.embed(
+            self.mllm, sample.prompt, sample.features, device=self.device, dtype=self.dtype
+        )
+        return embedded, sample.prompt.ids[sample.target_start :]
+
+    def _through(self, prompts, sample: Sample, tokens: TokenObjective) -> Sample:
+        def context(prompt, features):
+            assert self.mllm is not None
+            embedded = self.pipeline.encoder.embed(self.mllm, prompt, features, device=self.device, dtype=self.dtype)
+            states = tokens.hidden(embedded, self.pipeline.encoder.layers)[1]
+            assert states is not None
+            return states[0, prompt.user_start :], prompt.layout
+
+        branches, features = prompts
+        partial = context(branches.partial, features) if sample.partial is not None else None
+        return dataclasses.replace(
+            sample,
+            conditional=context(branches.conditional, features),
+            partial=partial,
+            unconditional=context(branches.unconditional, ()),
+        )
+
+    def some_prompts(self) -> list[str]:
+        """Returns a few of the texts that are learned from."""
+        texts = list(dict.fromkeys(one.text for one in self._drawn if not one.references))
+        return random.Random(self.settings.seed).sample(texts, min(SAMPLE_PROMPTS, len(texts)))
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[Pipeline]:
+        """Yields a pipeline that draws with the networks as they are now."""
+        networks = {"mmdit": self.transformer, "mllm": self.mllm}
+        with torch.inference_mode():
+            self.pipeline.use({name: network for name, network in networks.items() if network is not None})
+            yield self.pipeline
+
+
+class _Some:
+    """Which of some samples a batch has; of none it has none."""
+
+    def __init__(self, indices: list[int], shapes: Sequence, batch: int, seed: int):
+        self._indices = indices
+        self._batches = batches(shapes, batch, seed) if indices else None
+
+    def __call__(self, number: int) -> list[int]:
+        return [self._indices[place] for place in self._batches(number)] if self._batches else []
+
+
+def _held_back(count: int, share: float, seed: int) -> list[int]:
+    """Returns the examples that are not learned from, by a seed: at least one where a share is wanted."""
+    wanted = min(count - 1, max(1, round(share * count))) if share and count > 1 else 0
+    return sorted(random.Random(f"validation {seed}").sample(range(count), wanted))
