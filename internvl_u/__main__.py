@@ -244,7 +244,15 @@ def _chat(options: argparse.Namespace) -> None:
     chat_console.run(options, _open(options))
 
 
-_COMMANDS = {"draw": _draw, "chat": _chat, "ask": _ask, "convert": _convert, "merge": _merge, "distill": _distill, "download": _download}
+_COMMANDS = {
+    "draw": _draw,
+    "chat": _chat,
+    "ask": _ask,
+    "convert": _convert,
+    "merge": _merge,
+    "distill": _distill,
+    "download": _download,
+}
 
 
 if __name__ == "__main__":

@@ -113,8 +113,8 @@ SPEEDS = {
 }
 """Presets; the first one is official. The steps of the last are those that the transformer has been distilled to."""
 NOT_DISTILLED = (
-    f"speed {TURBO} found for a transformer that was not distilled, one with the LoRA of `python -m internvl_u distill` "
-    f"expected: load that LoRA at strength 1, or choose {FAST}"
+    f"speed {TURBO} found for a transformer that was not distilled, one with the LoRA of `python -m internvl_u "
+    f"distill` expected: load that LoRA at strength 1, or choose {FAST}"
 )
 
 

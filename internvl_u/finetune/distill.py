@@ -233,9 +233,10 @@ class Distillation:
     def write(self) -> list[Path]:
         """Writes the LoRA, with the mark that tells how many evaluations it is for."""
         layer = marked_layer(name for name, _ in self.model.named_parameters())
-        marked = {f"{FILE_PREFIX['transformer']}{layer}.diff_b": mark(self.model.config.width, self.settings.evaluations)}
+        added = mark(self.model.config.width, self.settings.evaluations)
+        more = {f"{FILE_PREFIX['transformer']}{layer}.diff_b": added}
         parts = {"transformer": adapter_weights(self.model)}
-        return write_adapter(self.settings.out, parts, self.adapter, self.metadata(), marked)
+        return write_adapter(self.settings.out, parts, self.adapter, self.metadata(), more)
 
     def metadata(self) -> dict[str, str]:
         """Returns what the file says of itself."""

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> list[Path]:
     if importlib.util.find_spec("peft") is None:
         raise ImportError("distill needs peft, which is not installed: pip install peft")
     from ..devices import chosen_device, chosen_dtype
-    from .distill import DistillSettings, Distillation
+    from .distill import Distillation, DistillSettings
 
     check_model_name(str(options.model))
     device = chosen_device(options.device)

@@ -45,7 +45,8 @@ def read_prompts(source: Path) -> list[Wish]:
         found = [Wish(f"line {number} of {source}", line) for number, line in enumerate(lines, 1) if line]
     elif source.is_file() and source.suffix.lower() == ".jsonl" and not _shows_pictures(source):
         opener = FileOpener(source.parent)
-        found = collect((place, lambda place=place, row=row: _wish(place, row(), opener)) for place, row in json_lines(source))
+        rows = json_lines(source)
+        found = collect((place, lambda place=place, row=row: _wish(place, row(), opener)) for place, row in rows)
     else:
         drawn = [example for example in read_examples(source) if example.image is not None]
         found = [Wish(example.name, example.text, example.references, example.thought) for example in drawn]
@@ -80,7 +81,7 @@ class PromptSource:
     """The contexts of wishes, made when they are first asked for, and kept while there is room."""
 
     def __init__(self, pipeline: Pipeline, wishes: Sequence[Wish], side: int | None = None):
-        """Takes wishes to draw from. `side`, in pixels, is that of a square of the area drawn; None: the model's own."""
+        """Takes wishes to draw from. `side` is that of a square, in pixels, of the area drawn; None: the model's."""
         self.pipeline, self.wishes, self.side = pipeline, wishes, side
         self.sizes = pipeline.encoder.sizes.limited(side)
         self.buckets: dict[tuple[Grid, ...], list[int]] = {}
@@ -114,9 +115,7 @@ class PromptSource:
     def _made(self, wish: Wish) -> Prompt:
         width, height = self._drawn(wish)
         images = tuple(picture.open() for picture in wish.references)
-        request = ImageRequest(
-            wish.text, width, height, images=images, thought=wish.thought, reference_size=self.side
-        )
+        request = ImageRequest(wish.text, width, height, images=images, thought=wish.thought, reference_size=self.side)
         contexts = self.pipeline.encode_prompt(request)
         return Prompt(_on_cpu(contexts), _grid((width, height)), request.guidance)
 

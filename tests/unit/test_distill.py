@@ -140,7 +140,7 @@ def test_every_batch_of_the_pool_has_all_steps_and_no_step_is_left_out():
     pool = Pool([3, 5], (4, 4), 8, EVALUATIONS, torch.Generator().manual_seed(0))
     assert set(pool.wishes.tolist()) <= {3, 5}
     seen = []
-    for step in range(3 * EVALUATIONS):
+    for _ in range(3 * EVALUATIONS):
         seen.append(pool.index.tolist())
         old = pool.latents
         pool.move(old + 1, old)
