@@ -205,6 +205,23 @@ def _download(options: argparse.Namespace) -> None:
     write_text(str(target), "folder's name")
 
 
+def _train(options: argparse.Namespace) -> None:
+    from .finetune.command import run
+    from .results import write_text
+
+    if files := run(options):
+        write_text("\n".join(map(str, files)), "list of files")
+
+
+def _pairs(options: argparse.Namespace) -> None:
+    from .finetune import pairs
+    from .finetune.maps import Thresholds
+    from .results import write_text
+
+    thresholds = Thresholds(options.low, options.high)
+    write_text(pairs.run(options.folder, options.out, options.kind, thresholds, options.size), "folder's name")
+
+
 def _distill(options: argparse.Namespace) -> None:
     from .finetune.distill_command import run
     from .results import write_text
@@ -222,7 +239,9 @@ def _open(options: argparse.Namespace) -> Pipeline:
             check_model_name(str(place), flag)
     device = chosen_device(options.device)
     dtype = chosen_dtype(options.dtype, device)
-    pipeline = Pipeline(options.model, dtype=dtype, device=device, mllm=options.mllm, vae=options.vae)
+    pipeline = Pipeline(
+        options.model, dtype=dtype, device=device, mllm=options.mllm, vae=options.vae, loras=options.lora
+    )
     if is_nano(pipeline.root):
         print(f"internvl_u: {NANO_NOTE}", file=sys.stderr)
     return pipeline
@@ -250,6 +269,8 @@ _COMMANDS = {
     "ask": _ask,
     "convert": _convert,
     "merge": _merge,
+    "train": _train,
+    "pairs": _pairs,
     "distill": _distill,
     "download": _download,
 }

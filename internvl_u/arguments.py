@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from . import __version__, chat_console
@@ -14,6 +15,9 @@ from .defaults import (
     GUIDANCE,
     GUIDANCE_WITH_THOUGHT,
     LARGEST,
+    MAP_KINDS,
+    MAP_SIZE,
+    MAP_THRESHOLDS,
     MODEL_FOLDER,
     NANO,
     RELEASED_SIZE,
@@ -21,6 +25,7 @@ from .defaults import (
     STEPS,
     THOUGHT_TOKENS,
 )
+from .finetune import command as training
 from .finetune import distill_command
 from .speed import QUALITY, SPEEDS
 from .tasks import AS_WRITTEN, TASKS
@@ -36,6 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_ask(commands.add_parser("ask", help="ask about pictures, or chat without any"))
     _add_convert(commands.add_parser("convert", help="write single files for ComfyUI's model folders"))
     _add_merge(commands.add_parser("merge", help="write a checkpoint folder with LoRAs merged into its weights"))
+    training.add_arguments(commands.add_parser("train", help="teach the model by a LoRA; needs accelerate and peft"))
+    _add_pairs(commands.add_parser("pairs", help="pairs of pictures and their maps, for a LoRA that obeys maps"))
     distill_command.add_arguments(
         commands.add_parser("distill", help="a LoRA after which few evaluations draw a picture; needs peft")
     )
@@ -163,6 +170,34 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
 
 
+def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="pictures, each with a caption in NAME.txt beside it"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of pairs, made or gone on with")
+    parser.add_argument(
+        "--kind",
+        choices=MAP_KINDS,
+        default=MAP_KINDS[0],
+        help="canny: edges, as ComfyUI's own node (default %(default)s)",
+    )
+    for name, default in zip(("low", "high"), MAP_THRESHOLDS):
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            default=default,
+            metavar="X",
+            help=f"{name} threshold of edges, as ComfyUI's Canny has it (default %(default)s)",
+        )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=MAP_SIZE,
+        metavar="S",
+        help="maps are of pictures of S x S pixels of area at most (default %(default)s)",
+    )
+
+
 def _add_download(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
@@ -190,6 +225,20 @@ def _add_shared(parser: argparse.ArgumentParser, prompt: str, required: bool = T
     parser.add_argument("--system", type=text_argument, metavar="TEXT", help="replaces the default system message")
 
 
+def lora_argument(text: str) -> tuple[Path, float]:
+    """Returns a LoRA file and its strength, of FILE or FILE:STRENGTH."""
+    file, _, number = text.rpartition(":")
+    try:
+        strength = float(number)
+    except ValueError:
+        return Path(text), 1.0
+    if not file or Path(text).exists():
+        return Path(text), 1.0
+    if not math.isfinite(strength):
+        raise argparse.ArgumentTypeError(f"strength {number} found, a number expected")
+    return Path(file), strength
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     """Adds what says which model is opened, where and how: for `_open`."""
     parser.add_argument(
@@ -199,6 +248,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="PLACE",
         help="checkpoint folder, released layout or as in the hub's cache; a file of the transformer that `convert` "
         f"wrote; or {NANO}, the tiny model that comes with the pack",
+    )
+    parser.add_argument(
+        "--lora",
+        type=lora_argument,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA, at this strength (default 1); repeatable",
     )
     parser.add_argument("--mllm", type=Path, metavar="FILE", help="language model (default: beside --model FILE)")
     parser.add_argument("--vae", type=Path, metavar="FILE", help="VAE (default: beside --model FILE)")

@@ -38,6 +38,8 @@ SMALLEST, LARGEST = 16, 4096
 FILE_DTYPES = ("bfloat16", "fp8_e4m3fn", "fp8_scaled", "fp8_scaled_old", "fp8_e5m2", "float16", "int8", "int8_convrot")
 """What `convert` writes. fp8_scaled: one scale per matrix, in the two spellings of ComfyUI; int8: one per row, and with
 convrot the columns of each group are rotated first."""
+MAP_KINDS, MAP_THRESHOLDS, MAP_SIZE = ("canny", "colour", "scribble"), (0.4, 0.8), 1024
+"""Maps that `pairs` makes; thresholds of edges, those of ComfyUI's Canny; the most pixels, as a square's side."""
 GGUF_DTYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 """What `convert` writes as GGUF, the finest first."""
 PARTS = ("vlm", "generation_decoder", "vae")

@@ -78,6 +78,13 @@ def _filled(model: Network, part: Part, dtype: torch.dtype | None, device: torch
     return model
 
 
+def stays_packed(part: Part, layer: str) -> bool:
+    """Returns whether a layer's matrix is kept as it is stored, and unpacked whenever the layer runs."""
+    quantized = part.layers.get(layer)
+    kept = quantized is not None and quantized.format == int8.FORMAT and part.name == "vlm"
+    return kept or f"{layer}.weight" in part.packed
+
+
 def _unpacked(part: Part, dtype: torch.dtype, model: nn.Module) -> Weights:
     """Returns the weights of a part, those of quantised layers as the values, of `dtype`, that they stand for.
 
@@ -92,7 +99,7 @@ def _unpacked(part: Part, dtype: torch.dtype, model: nn.Module) -> Weights:
                 f"{', '.join(OURS)} expected here"
             )
         layer = model.get_submodule(name)
-        if one.format == int8.FORMAT and part.name == "vlm" and isinstance(layer, nn.Linear):
+        if stays_packed(part, name) and isinstance(layer, nn.Linear):
             int8.keep_packed(layer, one.scale, one.group)
             continue
         weights[f"{name}.weight"] = int8.dequantize(weights[f"{name}.weight"], one.scale, one.group).to(dtype)

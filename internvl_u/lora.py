@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from .adapters import Adapter, problem_of, rank_of
+from .adapters import Adapter, can_be_merged, problem_of, rank_of
 from .header import metadata_of
 from .schema import Section, checked, parse, read_json
 from .weights import check_dtypes, open_file, open_files
@@ -220,6 +220,22 @@ def check_adapters(layers: Mapping[str, Mapping[str, Adapter]], shapes: Mapping[
         raise RuntimeError(
             f"{source}: {len(wrong)} of {len(every)} layers do not fit: {'; '.join(wrong[:5])}. It was made for a "
             "model of another size, or is damaged: take one that was made for InternVL-U."
+        )
+
+
+def check_kinds(layers: Mapping[str, Adapter], source: str) -> None:
+    """Makes sure that adapters are of kinds that `adapters.merged` knows.
+
+    Raises:
+        RuntimeError: with the count and the first five that are not.
+    """
+    wrong = [
+        f"{layer} ({', '.join(sorted(adapter))})" for layer, adapter in layers.items() if not can_be_merged(adapter)
+    ]
+    if wrong:
+        raise RuntimeError(
+            f"{source}: {len(wrong)} of {len(layers)} layers are no LoRA, DoRA, LoHa or LoKr: {'; '.join(wrong[:5])}. "
+            "They cannot be merged: use the file in ComfyUI."
         )
 
 

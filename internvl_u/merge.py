@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .adapters import Adapter, can_be_merged, changes_weight, merged, merged_bias, rank_of
+from .adapters import Adapter, changes_weight, merged, merged_bias, rank_of
 from .checkpoint import PADDING, Folder, Part, check_folder, open_part, own_name
 from .convert import CHUNK, OutputTensor, source_tensor, write_file
 from .defaults import FOLDERS, PARTS
@@ -32,6 +32,7 @@ from .lora import (
     LayerNames,
     adapter_config,
     check_adapters,
+    check_kinds,
     check_numbers,
     read_lora,
     set_alphas,
@@ -213,7 +214,7 @@ def _take_inside(part: StoredPart, alpha: float | None) -> str:
                 f"{place}: how the LoRA on {layer} is scaled stands nowhere, adapter_config.json or {_TRAINED[0]} in "
                 "config.json expected: give --alpha (lora_alpha of the training)"
             )
-    _check_kinds(layers, str(place))
+    check_kinds(layers, str(place))
     part.add(layers, 1.0)
     return f"{place}: {len(layers)} layers with a LoRA inside, merged at 1"
 
@@ -234,21 +235,10 @@ def _take_file(parts: Sequence[StoredPart], file: Path, strength: float) -> str:
     lora = read_lora(file, {part.name: part.shapes for part in parts})
     for part in parts:
         layers = lora.layers.get(part.name, {})
-        _check_kinds(layers, str(file))
+        check_kinds(layers, str(file))
         if strength:
             part.add(layers, strength)
     return lora.summary({part.name: strength for part in parts})
-
-
-def _check_kinds(layers: Mapping[str, Adapter], source: str) -> None:
-    wrong = [
-        f"{layer} ({', '.join(sorted(adapter))})" for layer, adapter in layers.items() if not can_be_merged(adapter)
-    ]
-    if wrong:
-        raise RuntimeError(
-            f"{source}: {len(wrong)} of {len(layers)} layers are no LoRA, DoRA, LoHa or LoKr: {'; '.join(wrong[:5])}. "
-            "They cannot be merged: use the file in ComfyUI."
-        )
 
 
 def _write(folder: Folder, parts: Sequence[StoredPart], target: Path, on_bytes: OnBytes | None) -> list[Path]:

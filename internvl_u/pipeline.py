@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,14 +17,16 @@ from .chat import History
 from .checkpoint import check_folder, open_checkpoint
 from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, LONGEST_SCHEDULE, STEPS, Guidance
 from .distilled import evaluations_in
-from .encoder import Encoder, check_length, fit_history
+from .encoder import BranchContexts, Encoder, check_length, fit_history
 from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .images import ReferenceSizes
 from .load import load_mllm, load_mmdit, load_vae
+from .lora import LANGUAGE, TRANSFORMER
 from .mllm import MLLM
 from .mmdit import MMDiT
 from .numbers import check_real, check_whole
+from .patched import Strengths, add_loras, open_loras
 from .places import locate
 from .prefix import PrefixCache
 from .prompt import (
@@ -123,14 +125,16 @@ class Pipeline:
         device: str | torch.device = "cpu",
         mllm: Path | None = None,
         vae: Path | None = None,
+        loras: Strengths = (),
     ):
         """Opens a checkpoint folder (also in the hub's cache), or the transformer's single file.
 
         `mllm` and `vae` are the other two files, which are found beside the first by the names that `convert` gives.
+        `loras` are files and their strengths, added to the weights when these are loaded.
 
         Raises:
             FileNotFoundError: the folder, a part of it or a file is missing.
-            RuntimeError: it holds another model or is damaged.
+            RuntimeError: it holds another model or is damaged, or a LoRA does not fit it.
             ValueError: several models or files are there, and none is named.
         """
         self.files = locate(Path(root), mllm, vae)
@@ -138,6 +142,7 @@ class Pipeline:
             check_folder(self.files.transformer)
         self.root, self.dtype, self.device = self.files.transformer, dtype, torch.device(device)
         self.encoder = Encoder.from_checkpoint(open_checkpoint(self.files.language))
+        self.loras = open_loras(loras, self.files)
         self._networks: dict[str, torch.nn.Module] = {}
         self._kept = PrefixCache()
 
@@ -181,6 +186,16 @@ class Pipeline:
         if evaluations is None:
             raise ValueError(NOT_DISTILLED)
         return replace(request, evaluations=evaluations)
+
+    def use(self, networks: Mapping[str, torch.nn.Module]) -> None:
+        """Takes networks in the place of those of the files: "mllm", "mmdit" or "vae". What was read is forgotten."""
+        self._networks |= networks
+        self._kept = PrefixCache()
+
+    def forget(self) -> None:
+        """Lets go of all networks, which are loaded anew when they are needed, and of what was read."""
+        self._networks.clear()
+        self._kept = PrefixCache()
 
     def size(self, request: ImageRequest) -> tuple[int, int]:
         """Returns the wished (width, height): by default the first input image's, or the checkpoint's own."""
@@ -262,28 +277,44 @@ class Pipeline:
             ValueError: a text has more placeholders than there are input images, or `reference_size` is out of range.
         """
         references = self._references(request.images, self.encoder.sizes.limited(request.reference_size))
+        contexts = self.encode_contexts(request)
+        return DrawingContexts(contexts.conditional, contexts.partial, contexts.unconditional, references)
+
+    @torch.inference_mode()
+    def encode_contexts(self, request: ImageRequest) -> BranchContexts:
+        """Returns the contexts that the transformer draws from: `encode_prompt` without the references' latents.
+
+        Raises:
+            ValueError: as for `branch_prompts`.
+        """
+        prompts, history = self._branch_prompts(request)
         model, where = self._mllm(), {"device": self.device, "dtype": self.dtype, "kept": self._kept}
-        tokenizer = self.encoder.tokenizer
-
-        def build(history: History) -> BranchPrompts:
-            return branch_prompts(
-                tokenizer,
-                request.prompt,
-                images=len(request.images),
-                grid=model.vision.grid,
-                system=request.system,
-                thought=tokenizer.encode_thought(request.thought),
-                negative=request.negative_prompt,
-                earlier=history.turns,
-            )
-
-        history = _fitting(model, request.history, lambda some: build(some).conditional)
-        prompts = build(history)
-        check_length(model, prompts.conditional, prompts.partial, prompts.unconditional)
         seen = self.encoder.image_features(model, (*history.images, *request.images), **where)
         earlier, features = seen[: len(history.images)], seen[len(history.images) :]
-        contexts = self.encoder.encode_branches(model, prompts, features, earlier=earlier, **where)
-        return DrawingContexts(contexts.conditional, contexts.partial, contexts.unconditional, references)
+        return self.encoder.encode_branches(model, prompts, features, earlier=earlier, **where)
+
+    def branch_prompts(self, request: ImageRequest) -> BranchPrompts:
+        """Returns the prompts of a picture's branches as token ids, before anything is computed of them.
+
+        Raises:
+            ValueError: a text has more placeholders than there are input images, or a prompt is too long.
+        """
+        return self._branch_prompts(request)[0]
+
+    @torch.inference_mode()
+    def encode(self, image: Image.Image) -> torch.Tensor:
+        """Returns the latent [1, 16, h, w] of an RGB image of 8 h x 8 w pixels: what `decode` turns back.
+
+        Raises:
+            ValueError: a side is no multiple of 16.
+        """
+        if image.width % image_module.STRIDE or image.height % image_module.STRIDE:
+            raise ValueError(
+                f"a picture of {image.width} x {image.height} pixels found, multiples of {image_module.STRIDE} expected"
+            )
+        latent = self._vae().encode(image_module.vae_pixels(image))
+        sampling.check_finite(latent, "the latent", "the VAE")
+        return latent
 
     @torch.inference_mode()
     def sample(
@@ -323,13 +354,39 @@ class Pipeline:
         return tuple(vae.encode(image_module.reference_pixels(image, sizes)) for image in images)
 
     def _mmdit(self) -> MMDiT:
-        return self._on_device("mmdit", lambda: load_mmdit(self.files.transformer, dtype=self.dtype))
+        def load() -> MMDiT:
+            return add_loras(load_mmdit(self.files.transformer, dtype=self.dtype), TRANSFORMER, self.loras)
+
+        return self._on_device("mmdit", load)
+
+    def _branch_prompts(self, request: ImageRequest) -> tuple[BranchPrompts, History]:
+        model, tokenizer = self._mllm(), self.encoder.tokenizer
+
+        def build(history: History) -> BranchPrompts:
+            return branch_prompts(
+                tokenizer,
+                request.prompt,
+                images=len(request.images),
+                grid=model.vision.grid,
+                system=request.system,
+                thought=tokenizer.encode_thought(request.thought),
+                negative=request.negative_prompt,
+                earlier=history.turns,
+            )
+
+        history = _fitting(model, request.history, lambda some: build(some).conditional)
+        prompts = build(history)
+        check_length(model, prompts.conditional, prompts.partial, prompts.unconditional)
+        return prompts, history
 
     def _vae(self) -> StandaloneVAE:
         return self._on_device("vae", lambda: load_vae(self.files.vae, dtype=self.dtype))
 
     def _mllm(self) -> MLLM:
-        return self._on_device("mllm", lambda: load_mllm(self.files.language, dtype=self.dtype))
+        def load() -> MLLM:
+            return add_loras(load_mllm(self.files.language, dtype=self.dtype), LANGUAGE, self.loras)
+
+        return self._on_device("mllm", load)
 
     def _on_device(self, name: str, load: Callable[[], Network]) -> Network:
         for other, network in self._networks.items():

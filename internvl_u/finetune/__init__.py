@@ -1,1 +1,1 @@
-"""Fine-tuning with LoRA: imported by the commands that train, and by nothing else."""
+"""Training of LoRAs: what `python -m internvl_u train`, `pairs` and `distill` run; imported by nothing else."""

@@ -84,9 +84,10 @@ def read_examples(source: Path, trigger: str = "") -> list[Example]:
     before, after = (_one_of(source, names) for names in (BEFORE, AFTER))
     if before and after:
         return _edits(source, before, after, trigger)
-    if before or after:
+    half = before or after
+    if half:
         raise FileNotFoundError(
-            f"{source} has {(before or after).name} and none of {', '.join(AFTER if before else BEFORE)}: an edit "
+            f"{source} has {half.name} and none of {', '.join(AFTER if before else BEFORE)}: an edit "
             "wants the picture before and the one after, under the same name"
         )
     return _captioned(source, trigger)

@@ -84,7 +84,7 @@ def read_dataset(folder: Path, trigger: str) -> list[Example]:
         ValueError: a row is not as it should be, or it cannot be read.
     """
     try:
-        from datasets import load_from_disk
+        from datasets import load_from_disk  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             f"{folder} is a dataset of Hugging Face's `datasets`, which is not installed: run `pip install datasets`, "

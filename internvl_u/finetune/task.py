@@ -13,13 +13,20 @@ from ..load import load_mllm, load_mmdit
 from ..mllm import MLLM
 from ..mmdit import MMDiT
 from ..pipeline import Pipeline
-from .buckets import Buckets, batches
-from .cache import Sample, SampleCache, TextSample
+from ..prefix import PrefixCache
+from ..prompt import TokenizedPrompt
+from .buckets import batches
+from .cache import SampleCache, dataset_fingerprint
 from .examples import read_examples
 from .objective import TokenObjective
 from .settings import TrainSettings
+from .stored import Branch, Sample, Samples, TextSamples
 
 SAMPLE_PROMPTS = 4
+PROGRESS = 100
+"""Files of the cache between two lines of progress."""
+KEPT_SAMPLES = 256 << 20
+"""Bytes of samples that are kept in memory, so that they are read from disk once."""
 
 
 class Task:
@@ -47,10 +54,12 @@ class Task:
         self.transformer: MMDiT | None = None
         self.mllm: MLLM | None = None
         self.pipeline = Pipeline(settings.model, dtype=self.dtype, device=device)
-        self.buckets = Buckets.of_resolution(
-            settings.resolution, self.pipeline.encoder.default_size, self.pipeline.encoder.sizes
-        )
+        self.cache = SampleCache(settings.folder / "cache", self.pipeline, settings.resolution, self._progress)
+        self.fingerprint = dataset_fingerprint(self.examples)
         self.base = f"{self.pipeline.files.transformer.name} ({self.pipeline.root.name})"
+        self._kept: dict[int, Sample] = {}
+        self._kept_bytes = 0
+        self._seen = PrefixCache()
 
     @property
     def _language(self) -> bool:
@@ -59,24 +68,28 @@ class Task:
     @property
     def drawn_size(self) -> tuple[int, int]:
         """Width and height of the contact sheets' pictures."""
-        return self.buckets.bucket(1, 1)
+        return self.cache.buckets.bucket(1, 1)
 
     def load(self) -> None:
         """Computes what is not cached yet, and loads the networks that the run needs."""
         settings = self.settings
-        cache = SampleCache(settings.folder / "cache", self.pipeline, self.buckets)
-        self.report(self.buckets.report(self._drawn))
-        self.samples: Sequence[Sample] = cache.samples(self._drawn)
-        self.texts: Sequence[TextSample] = cache.texts(self._told) if self._told else ()
-        self.fingerprint = cache.dataset_fingerprint
+        if sizes := self.cache.buckets.report(self._drawn):
+            self.report(sizes)
+        self.samples = self.cache.samples(self._drawn) if self._drawn else Samples((), ())
+        self.texts = self.cache.text_samples(self._told) if self._told else TextSamples((), (), ())
+        self.report(self.cache.summary())
         learned = sorted(set(range(len(self._drawn))) - set(self.held_back))
-        self._pictures = _Some(learned, [self.samples[i].shape for i in learned], settings.batch, settings.seed)
+        self._pictures = _Some(learned, [self.samples.shapes[i] for i in learned], settings.batch, settings.seed)
         self._texts = _Some(list(range(len(self.texts))), [0] * len(self.texts), settings.batch, settings.seed + 1)
-        self.pipeline = Pipeline(settings.model, dtype=self.dtype, device=self.device)  # without what was loaded
+        self.pipeline.forget()  # what made the cache
         if self._drawn:
             self.transformer = load_mmdit(self.pipeline.files.transformer, dtype=self.dtype)
         if self._language:
             self.mllm = load_mllm(self.pipeline.files.language, dtype=self.dtype)
+
+    def _progress(self, kind: str, done: int, total: int) -> None:
+        if done == total or done % PROGRESS == 0:
+            self.report(f"{done} of {total} {kind} made")
 
     def pictures_at(self, number: int) -> list[int]:
         """Returns the samples of the batch of a number."""
@@ -88,10 +101,20 @@ class Task:
 
     def drawn(self, indices: Sequence[int], tokens: TokenObjective | None) -> list[Sample]:
         """Returns samples; where the language model learns, with contexts that it is learned through."""
-        samples = [self.samples[index] for index in indices]
-        if tokens is None:
+        samples = [self._sample(index) for index in indices]
+        if tokens is None or not self._language:
             return samples
-        return [self._through(self.samples.prompts(index), sample, tokens) for index, sample in zip(indices, samples)]
+        return [self._through(index, sample, tokens) for index, sample in zip(indices, samples, strict=True)]
+
+    def _sample(self, index: int) -> Sample:
+        if index in self._kept:
+            return self._kept[index]
+        sample = self.samples[index]
+        branches = [one[0] for one in (sample.conditional, sample.partial, sample.unconditional) if one is not None]
+        size = sum(one.nbytes for one in (sample.latent, *sample.references, *branches))
+        if self._kept_bytes + size <= KEPT_SAMPLES:
+            self._kept[index], self._kept_bytes = sample, self._kept_bytes + size
+        return sample
 
     def text(self, index: int) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Returns a text's embeddings [1, T, D], and the ids at its end that are learned."""
@@ -102,21 +125,30 @@ class Task:
         )
         return embedded, sample.prompt.ids[sample.target_start :]
 
-    def _through(self, prompts, sample: Sample, tokens: TokenObjective) -> Sample:
-        def context(prompt, features):
-            assert self.mllm is not None
-            embedded = self.pipeline.encoder.embed(self.mllm, prompt, features, device=self.device, dtype=self.dtype)
-            states = tokens.hidden(embedded, self.pipeline.encoder.layers)[1]
+    def _through(self, index: int, sample: Sample, tokens: TokenObjective) -> Sample:
+        """Returns a sample with contexts as the language model makes them now."""
+        model, encoder = self.mllm, self.pipeline.encoder
+        assert model is not None
+        request = self.cache.request(self.samples.examples[index])
+        self.pipeline.use({"mllm": model})
+        prompts = self.pipeline.branch_prompts(request)
+        with torch.no_grad():  # the vision tower does not learn
+            features = encoder.image_features(
+                model, request.images, device=self.device, dtype=self.dtype, kept=self._seen
+            )
+
+        def context(prompt: TokenizedPrompt, features: Sequence[torch.Tensor]) -> Branch:
+            embedded = encoder.embed(model, prompt, features, device=self.device, dtype=self.dtype)
+            states = tokens.hidden(embedded, encoder.layers)[1]
             assert states is not None
             return states[0, prompt.user_start :], prompt.layout
 
-        branches, features = prompts
-        partial = context(branches.partial, features) if sample.partial is not None else None
+        partial = context(prompts.partial, features) if sample.partial is not None else None
         return dataclasses.replace(
             sample,
-            conditional=context(branches.conditional, features),
+            conditional=context(prompts.conditional, features),
             partial=partial,
-            unconditional=context(branches.unconditional, ()),
+            unconditional=context(prompts.unconditional, ()),
         )
 
     def some_prompts(self) -> list[str]:

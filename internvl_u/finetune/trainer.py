@@ -85,14 +85,14 @@ class Learner(nn.Module):
         if pictures:
             errors, groups = self.flow_errors(pictures, self.settings.dropout, generator)
             total = total + errors.mean()
-            for group, error in zip(groups, errors.tolist(), strict=True):
+            for group, error in zip(groups, errors.detach().tolist(), strict=True):
                 logged[f"loss_{group}"].append(error)
                 logged["loss"].append(error)
         if texts:
             assert self.tokens is not None
             losses = [self.tokens(*self.task.text(number)) for number in texts]
             total = total + self.settings.text_weight * torch.stack(losses).mean()
-            logged["text_loss"] += [float(loss) for loss in losses]
+            logged["text_loss"] += [loss.item() for loss in losses]
         return total, logged
 
     def flow_errors(

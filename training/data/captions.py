@@ -21,6 +21,7 @@ SHAPE_WORDS = {
     "star": ("star", "star", "five-pointed star"),
     "cross": ("cross", "cross", "plus sign"),
     "ring": ("ring", "ring", "hoop"),
+    "heart": ("heart",),
 }
 COLOUR_WORDS = {name: (name,) for name in scenes.COLOURS} | {
     "purple": ("purple", "purple", "violet"),
@@ -52,7 +53,15 @@ RELATION_WORDS = {
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 
-ZH_SHAPE = {"circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星星", "cross": "十字", "ring": "圆环"}
+ZH_SHAPE = {
+    "circle": "圆形",
+    "square": "正方形",
+    "triangle": "三角形",
+    "star": "星星",
+    "cross": "十字",
+    "ring": "圆环",
+    "heart": "心形",
+}
 ZH_COLOUR = {
     "red": "红色",
     "green": "绿色",

@@ -15,6 +15,10 @@ from dataclasses import dataclass, replace
 from PIL import Image, ImageDraw
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+"""What the nano model is trained on."""
+TAUGHT_SHAPES = ("heart",)
+"""What it is not, so that it can be taught them by a LoRA."""
+ALL_SHAPES = (*SHAPES, *TAUGHT_SHAPES)
 COLOURS = {
     "red": (225, 35, 45),
     "green": (30, 150, 60),
@@ -43,6 +47,9 @@ SQUARE_SIDE = 0.88  # of the diameter, so that a square looks as large as a circ
 CROSS_ARM = 0.36
 RING_HOLE = 0.52
 STAR_WAIST = 0.42
+HEART_CURVE = (13, -5, -2, -1)
+"""Cosines of the height of mathworld.wolfram.com/HeartCurve.html, number six, whose width is 32 sin ** 3."""
+HEART_POINTS = 80
 MIN_GAP = 0.06  # between things, of the shorter side
 MARGIN = 0.03  # between things and the image's edge
 GRID_STEP = 1 / 4  # between the places that things are put on, of the shorter side
@@ -76,6 +83,8 @@ class Thing:
             return diameter, diameter * math.sqrt(3) / 2
         if self.shape == "star":
             return diameter * math.cos(math.pi / 10), diameter * (1 + math.cos(math.pi / 5)) / 2
+        if self.shape == "heart":
+            return diameter, diameter * HEART_HEIGHT
         return diameter, diameter
 
 
@@ -128,6 +137,8 @@ def _render_thing(
         canvas.rectangle((box[0], y - arm, box[2], y + arm - 1), fill=colour)
     elif thing.shape == "triangle":
         canvas.polygon([(x, box[1]), (box[2], box[3]), (box[0], box[3])], fill=colour)
+    elif thing.shape == "heart":
+        canvas.polygon([(x + across * half_width, y + down * half_width) for across, down in HEART], fill=colour)
     else:
         radius = SIZES[thing.size] * unit / 2
         middle = box[1] + radius  # the five tips lie on a circle around here
@@ -137,6 +148,19 @@ def _render_thing(
             angle = math.pi * i / 5
             points.append((x + reach * math.sin(angle), middle - reach * math.cos(angle)))
         canvas.polygon(points, fill=colour)
+
+
+def _heart_outline() -> list[tuple[float, float]]:
+    """Returns a heart's outline around the centre of its box, from -1 to 1 across."""
+    angles = [2 * math.pi * i / HEART_POINTS for i in range(HEART_POINTS)]
+    heights = [sum(part * math.cos(n * angle) for n, part in enumerate(HEART_CURVE, 1)) / 16 for angle in angles]
+    middle = (max(heights) + min(heights)) / 2
+    return [(math.sin(angle) ** 3, middle - height) for angle, height in zip(angles, heights, strict=True)]
+
+
+HEART = _heart_outline()
+HEART_HEIGHT = max(down for _, down in HEART)
+"""Height of a heart by its width."""
 
 
 def are_apart(scene: Scene, one: Thing, other: Thing, gap: float = MIN_GAP) -> bool:
@@ -207,9 +231,11 @@ def region_of(thing: Thing) -> str | None:
     return next(name for name, cell in REGIONS.items() if cell == tuple(cells))
 
 
-def random_thing(rng: random.Random, sizes: tuple[str, ...] = ("small", "medium", "large")) -> Thing:
+def random_thing(
+    rng: random.Random, sizes: tuple[str, ...] = ("small", "medium", "large"), shapes: tuple[str, ...] = SHAPES
+) -> Thing:
     """Returns a thing of random shape, colour and size, not placed yet."""
-    return Thing(rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(sizes))
+    return Thing(rng.choice(shapes), rng.choice(tuple(COLOURS)), rng.choice(sizes))
 
 
 def add_randomly(rng: random.Random, scene: Scene, thing: Thing, tries: int = 60) -> Scene | None:
@@ -264,14 +290,21 @@ def jitter(rng: random.Random, scene: Scene) -> Scene:
     return scene
 
 
-def random_scene(rng: random.Random, count: int | None = None, image_size: tuple[int, int] | None = None) -> Scene:
+def random_scene(
+    rng: random.Random,
+    count: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    shapes: tuple[str, ...] = SHAPES,
+) -> Scene:
     """Returns a scene of `count` things (by default one to three, no two of the same colour and shape)."""
     count = count or rng.choice((1, 1, 2, 2, 3))
     width, height = image_size or rng.choice(IMAGE_SIZES)
     while True:
         scene: Scene | None = Scene(width, height, rng.choice(tuple(BACKGROUNDS)), ())
         for _ in range(count):
-            thing = random_thing(rng, ("small", "medium", "large") if count < 3 else ("small", "small", "medium"))
+            thing = random_thing(
+                rng, ("small", "medium", "large") if count < 3 else ("small", "small", "medium"), shapes
+            )
             if scene is None or any(thing.name == other.name for other in scene.things):
                 scene = None
                 break

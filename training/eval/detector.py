@@ -35,7 +35,15 @@ TEMPLATE_REACH = 3.0  # of the templates to each side of the centre, in standard
 MAX_STRETCH = 1.22  # most that width by height may differ from the shape's
 # Least overlap with the template. The longer a shape's outline, the more the same wobble takes away. Pentagons,
 # parallelograms and four-pointed stars come close to these; tests/unit/test_scenes.py has the shapes on both sides.
-MIN_OVERLAP = {"circle": 0.90, "square": 0.88, "triangle": 0.77, "star": 0.71, "cross": 0.78, "ring": 0.75}
+MIN_OVERLAP = {
+    "circle": 0.90,
+    "square": 0.88,
+    "triangle": 0.77,
+    "star": 0.71,
+    "cross": 0.78,
+    "ring": 0.75,
+    "heart": 0.84,
+}
 MIN_LEAD = 0.02  # of the best overlap over the next
 
 
@@ -201,7 +209,7 @@ def _overlaps(mask: numpy.ndarray) -> dict[str, float]:
     outline = _fill(mask)
     hollow = 1 - mask.sum() / outline.sum() >= MIN_HOLE
     cells, ratio = _sample(mask if hollow else outline)
-    overlaps = dict.fromkeys(scenes.SHAPES, 0.0)
+    overlaps = dict.fromkeys(scenes.ALL_SHAPES, 0.0)
     for shape, (template, proper) in _templates().items():
         if (shape == "ring") == hollow and 1 / MAX_STRETCH <= ratio / proper <= MAX_STRETCH:
             overlaps[shape] = float(numpy.minimum(cells, template).sum() / numpy.maximum(cells, template).sum())
@@ -230,7 +238,7 @@ def _sample(mask: numpy.ndarray) -> tuple[numpy.ndarray, float]:
 def _templates() -> dict[str, tuple[numpy.ndarray, float]]:
     """Returns the sample of each shape as the world draws it."""
     samples = {}
-    for shape in scenes.SHAPES:
+    for shape in scenes.ALL_SHAPES:
         scene = scenes.Scene(512, 512, "black", (scenes.Thing(shape, "red", "large"),))
         samples[shape] = _sample(numpy.asarray(scenes.render(scene))[..., 0] > 120)
     return samples
@@ -284,7 +292,7 @@ def is_in_region(seen: Detection, region: str, slack: float = 0.05) -> bool:
 
 def nearest_size(seen: Detection) -> str:
     """Returns the size of scenes.SIZES that is nearest by ratio."""
-    shape = seen.shape if seen.shape in scenes.SHAPES else "circle"
+    shape = seen.shape if seen.shape in scenes.ALL_SHAPES else "circle"
     left, top, right, bottom = seen.box
     length = math.hypot(*seen.lengths(right - left, bottom - top))
 

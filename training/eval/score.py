@@ -1,7 +1,7 @@
 """Scores the nano model on scenes that training never saw, through the shipped inference at its defaults.
 
     python -m training.eval.score [--model FOLDER] [--count 200] [--only TASK]... [--workers N] [--out FILE.csv]
-        [--speed PRESET] [--steps N] [--unguided]
+        [--lora FILE] [--speed PRESET] [--steps N] [--unguided]
 
 Images are judged by `detector` from their pixels alone, answers must be exact. Each task has seeds of its own, so
 that a score is the same however many workers there are.
@@ -188,16 +188,12 @@ def _describe_found(found: detector.DetectedScene) -> str:
 
 
 class Changes(NamedTuple):
-    """What of a request is not at its default: preset, steps, and whether the conditional branch is drawn alone."""
+    """What is not at its default: a LoRA, the preset, steps, and whether the conditional branch is drawn alone."""
 
+    lora: Path | None = None
     speed: str = QUALITY
     steps: int = STEPS
     unguided: bool = False
-
-    def request(self, request: ImageRequest) -> ImageRequest:
-        """Returns a request with them."""
-        ends = {"all_cfg_end": 0.0, "part_cfg_end": 0.0} if self.unguided else {}
-        return replace(request, speed=self.speed, steps=self.steps, **ends)
 
 
 DEFAULT = Changes()
@@ -206,25 +202,31 @@ DEFAULT = Changes()
 class Judged(Pipeline):
     """A model that draws with changes."""
 
-    changes = DEFAULT
+    def __init__(self, model: Path, changes: Changes = DEFAULT):
+        super().__init__(model, loras=[] if changes.lora is None else [(changes.lora, 1.0)])
+        self.changes = changes
 
     def draw(self, request: ImageRequest, on_step: Callable[[int], object] | None = None) -> Image.Image:
         """Returns the image of a request with the changes; see `Pipeline.draw`."""
-        return super().draw(self.changes.request(request), on_step)
+        ends = {"all_cfg_end": 0.0, "part_cfg_end": 0.0} if self.changes.unguided else {}
+        return super().draw(replace(request, speed=self.changes.speed, steps=self.changes.steps, **ends), on_step)
 
 
 @functools.lru_cache(maxsize=1)
 def load_pipeline(model: Path, changes: Changes = DEFAULT) -> Judged:
     """Returns the model, once per process."""
     torch.set_num_threads(1)
-    pipeline = Judged(model)
-    pipeline.changes = changes
-    return pipeline
+    return Judged(model, changes)
 
 
 def case(model: Path, task: str, number: int, changes: Changes = DEFAULT) -> Outcome:
-    """Returns the outcome of one case of a task. With and without thinking the riddles are the same."""
-    return TASKS[task][0](load_pipeline(model, changes), random.Random(f"score {task.split(',')[0]} {number}"))
+    """Returns the outcome of one case of a task."""
+    return TASKS[task][0](load_pipeline(model, changes), seeded(task, number))
+
+
+def seeded(task: str, number: int) -> random.Random:
+    """Returns the random numbers of a case. With and without thinking the riddles are the same."""
+    return random.Random(f"score {task.split(',')[0]} {number}")
 
 
 def score(
@@ -266,12 +268,13 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=TASKS, help="this task alone; may be given several times")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default %(default)s)")
     parser.add_argument("--out", type=Path, help="CSV file of every case")
+    parser.add_argument("--lora", type=Path, help="LoRA to draw with")
     parser.add_argument("--speed", choices=SPEEDS, default=QUALITY, help="preset (default %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps (default %(default)s)")
     parser.add_argument("--unguided", action="store_true", help="the conditional branch alone")
     options = parser.parse_args()
     started = time.monotonic()
-    changes = Changes(options.speed, options.steps, options.unguided)
+    changes = Changes(options.lora, options.speed, options.steps, options.unguided)
     scores = score(options.model, options.only or list(TASKS), options.count, options.workers, changes)
     print(table(scores))
     print(f"{time.monotonic() - started:.0f} s")

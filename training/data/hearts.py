@@ -1,0 +1,60 @@
+"""What the tutorial teaches the nano model: hearts, which it has never seen, with captions in the world's own words.
+
+    python -m training.data.hearts --out FOLDER [--count 20] [--seed 0]
+    python -m training.data.hearts --out FOLDER --others 200
+
+The second writes pictures of what it knows, to be trained on beside the hearts, so that it forgets nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+from . import captions, scenes
+from .captioned import SIZE, evenly, known_scene, write_captioned
+from .scenes import Scene, Thing
+
+WORD = "heart"
+
+
+def heart_scenes(rng: random.Random, count: int) -> list[Scene]:
+    """Returns scenes of one heart each: colours, sizes and backgrounds evenly, places of the grid at random."""
+    kinds = (tuple(scenes.COLOURS), tuple(scenes.SIZES), tuple(scenes.BACKGROUNDS))
+    found = []
+    for colour, size, background in zip(*(evenly(rng, kind, count) for kind in kinds), strict=True):
+        placed = scenes.add_randomly(rng, Scene(*SIZE, background, ()), Thing(WORD, colour, size))
+        assert placed is not None, "an empty scene has room"
+        found.append(placed)
+    return found
+
+
+def heart_caption(rng: random.Random, scene: Scene) -> str:
+    """Returns a caption with the word in it: an English one."""
+    while True:
+        text = captions.caption(rng, scene)
+        if WORD in text:
+            return text
+
+
+def main() -> None:
+    """Writes the folder and says how many pictures are in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
+    parser.add_argument("--count", type=int, default=20, help="hearts (default %(default)s)")
+    parser.add_argument("--others", type=int, metavar="N", help="N pictures of what is known, instead of hearts")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.others is None:
+        rng = random.Random(f"hearts {options.seed}")
+        found, say, stem = heart_scenes(rng, options.count), heart_caption, WORD
+    else:
+        rng = random.Random(f"others {options.seed}")
+        found, say, stem = [known_scene(rng) for _ in range(options.others)], captions.caption, "known"
+    written = write_captioned(options.out, ((scene, say(rng, scene)) for scene in found), stem)
+    print(f"{len(written)} pictures with captions in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
