@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from .. import __version__
 from ..defaults import STEPS
 from ..distilled import mark, marked_layer
 from ..load import load_mmdit
-from ..mmdit import MMDiT
+from ..mmdit import MMDiT, RunBlock
 from ..numbers import check_real, check_whole
 from ..pipeline import Pipeline
 from .adapter import FILE_PREFIX, AdapterSettings, adapter_weights, add_adapter, count_parameters, write_adapter
@@ -160,7 +160,8 @@ class Distillation:
         self.model.to(self.device)
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings.lr, betas=BETAS, weight_decay=0.0)
-        self.velocities = Velocities(self.model, self.dtype, checkpointed if settings.checkpointing else None)
+        run_block = cast(RunBlock, checkpointed) if settings.checkpointing else None
+        self.velocities = Velocities(self.model, self.dtype, run_block)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.pools: dict[int, Pool] = {}
         self.shapes = list(self.source.buckets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def _shows_pictures(source: Path) -> bool:
     return any(set(IMAGE) & set(row()) for _, row in list(json_lines(source))[:1])
 
 
-def _wish(place: str, cells: dict[str, Any], opener: FileOpener) -> Wish:
+def _wish(place: str, cells: Mapping[str, Any], opener: FileOpener) -> Wish:
     row = Row(place, cells, opener)
     text, references, thought = (cell(row, names) for names in (TEXT, REFERENCES, THOUGHT))
     words = "" if text is None else checked_text(text, place, "the text")

@@ -109,8 +109,9 @@ class Velocities:
                 for prompt in prompts
             ]
             partial = self._call(latents, levels, seeing, references)
-        scales = (_spread(torch.tensor(scale), latents) for scale in zip(*(prompt.guidance for prompt in prompts)))
-        return dual_guidance(conditional, partial, unconditional, *scales, whole_timestep(levels))
+        all_cfg = _spread(torch.tensor([prompt.guidance.all_cfg for prompt in prompts]), latents)
+        part_cfg = _spread(torch.tensor([prompt.guidance.part_cfg for prompt in prompts]), latents)
+        return dual_guidance(conditional, partial, unconditional, all_cfg, part_cfg, whole_timestep(levels))
 
     def _call(
         self,

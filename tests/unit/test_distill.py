@@ -287,6 +287,19 @@ def test_merged_it_draws_in_its_evaluations_on_one_branch(written, checkpoint, d
     assert turbo.tobytes() == pipeline.draw(typed).tobytes()
 
 
+def test_on_the_command_line_it_is_given_beside_the_model(written, checkpoint, data):
+    file, _ = written
+    line = ["draw", "--model", str(checkpoint), "--prompt", "a cat", "--width", "32", "--height", "32"]
+    line += ["--lora", str(file), "--device", "cpu"]
+    assert main([*line, "--speed", "turbo", "--out", str(data / "turbo.png")]) == 0
+    typed = ["--steps", str(EVALUATIONS), "--all-cfg-end", "0", "--part-cfg-end", "0"]
+    assert main([*line, *typed, "--out", str(data / "typed.png")]) == 0
+    with Image.open(data / "turbo.png") as turbo, Image.open(data / "typed.png") as same:
+        assert turbo.tobytes() == same.tobytes()
+        settings = json.loads(turbo.info["internvl_u"])
+    assert settings["speed"] == "turbo" and settings["steps"] == EVALUATIONS and settings["all_cfg_end"] == 0.0
+
+
 def test_merged_it_has_the_velocity_that_was_trained(settings, checkpoint, data):
     run = Distillation(settings(), quiet)
     file, _ = run.run()
