@@ -52,7 +52,7 @@ def evaluations_of(bias: torch.Tensor) -> int | None:
         return None
     codes = (bias[: len(MARK) + 1].detach().float().cpu() / _UNIT).round().tolist()
     *letters, evaluations = codes
-    return int(evaluations) if letters == list(MARK) and evaluations >= 1 else None
+    return int(evaluations) if letters == list(MARK) and 1 <= evaluations <= MOST_EVALUATIONS else None
 
 
 def evaluations_in(weights: Mapping[str, torch.Tensor]) -> int | None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pack.internvl_u import distilled, sampling
 from pack.internvl_u.__main__ import main
+from pack.internvl_u.convert import convert
 from pack.internvl_u.defaults import GUIDANCE
 from pack.internvl_u.images import noise
 from pack.internvl_u.load import load_mmdit
@@ -22,6 +23,7 @@ from pack.internvl_u.finetune.prompts import PromptSource, read_prompts  # noqa:
 from pack.internvl_u.finetune.trajectory import Velocities, student_schedule, teacher_schedule  # noqa: E402
 
 EVALUATIONS, SUBSTEPS, SIDE = 4, 3, 32
+SHAPE = (SIDE // 8, SIDE // 8)
 TEXTS = ("a red circle", "a blue square on a white background", "two stars", "a cross")
 
 
@@ -180,6 +182,28 @@ def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(setting
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_blocks_computed_twice_change_no_weight(settings):
+    once, twice = (
+        load_file(Distillation(settings(f"{kept}.safetensors", steps=2, checkpointing=kept), quiet).run()[0])
+        for kept in (False, True)
+    )
+    assert all(torch.allclose(once[name], twice[name], atol=1e-6) for name in once)
+
+
+def test_it_runs_in_bfloat16(settings):
+    tensors = load_file(Distillation(settings(steps=2, dtype="bfloat16"), quiet).run()[0])
+    assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_edits_come_as_often_as_is_wished(settings):
+    run = Distillation(settings(edits=1.0), quiet)
+    run._load()
+    assert all(run._chosen_pool() is run._pool(run.shapes.index((SHAPE, SHAPE))) for _ in range(8))
+    run = Distillation(settings(edits=0.0), quiet)
+    run._load()
+    assert all(run._chosen_pool() is run._pool(run.shapes.index((SHAPE,))) for _ in range(8))
+
+
 def test_a_state_of_other_prompts_or_settings_is_refused(settings, data):
     Distillation(settings(), quiet).run()
     with pytest.raises(RuntimeError, match="other settings, data or model"):
@@ -251,6 +275,13 @@ def test_the_mark_is_read_from_what_is_added_and_from_what_it_was_added_to():
             assert distilled.evaluations_of(bias + 0.7 * added) is None
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e9, -256.0, 0.0, 256.5 * 256])
+def test_a_mark_of_no_number_of_evaluations_is_none(bad):
+    added = distilled.mark(16, 8)
+    added[len(distilled.MARK)] = bad
+    assert distilled.evaluations_of(added) is None
+
+
 def test_the_marked_bias_changes_no_velocity(checkpoint, source):
     model = load_mmdit(checkpoint)
     prompt, latents = source[0], noise(SIDE, SIDE, 1)
@@ -285,6 +316,16 @@ def test_merged_it_draws_in_its_evaluations_on_one_branch(written, checkpoint, d
     assert len(calls) == EVALUATIONS and not any(one.partial or one.unconditional for one in calls)
     typed = ImageRequest("a red circle", SIDE, SIDE, steps=EVALUATIONS, all_cfg_end=0.0, part_cfg_end=0.0)
     assert turbo.tobytes() == pipeline.draw(typed).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8_scaled", "int8", "Q8_0"])
+def test_converted_it_still_says_so(written, checkpoint, data, kind):
+    if kind == "Q8_0":
+        pytest.importorskip("gguf", reason="the package that writes GGUF files, see requirements-dev.txt")
+    merge(checkpoint, data / "merged", [(written[0], 1.0)])
+    drawing, language, vae = convert(data / "merged", data / "files", kind)
+    pipeline = Pipeline(drawing, mllm=language, vae=vae)
+    assert pipeline.settled(ImageRequest("a cat", speed="turbo")).evaluations == EVALUATIONS
 
 
 def test_on_the_command_line_it_is_given_beside_the_model(written, checkpoint, data):
