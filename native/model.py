@@ -23,7 +23,7 @@ from ..internvl_u.files import check_unchanged
 from ..internvl_u.load import check_part
 from ..internvl_u.mmdit import BranchInput, MMDiT, time_embedding
 from ..internvl_u.rope import Grid, Layout, Span, grid_of
-from . import compat, guidance, modulation
+from . import compat, guidance, modulation, training
 from .conditioning import CONTEXTS
 from .dtypes import plan_transformer
 from .gguf_ops import cast_packed_layers, check_plain
@@ -216,6 +216,7 @@ def load_model(
     compat.reload_with(patcher, load_model, source, precision)
     guidance.install(patcher)
     modulation.install(patcher)
+    training.install(patcher)
     return patcher
 
 

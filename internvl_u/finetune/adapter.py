@@ -172,8 +172,7 @@ def _plain(value: Any) -> Any:
 def _config(names: list[str], settings: AdapterSettings) -> Any:
     from peft import LoKrConfig, LoraConfig
 
+    alpha: Any = settings.scale  # PEFT's hint says int, and it divides
     if settings.kind == "lokr":
-        return LoKrConfig(r=settings.rank, alpha=settings.scale, target_modules=names)
-    return LoraConfig(
-        r=settings.rank, lora_alpha=settings.scale, target_modules=names, use_dora=settings.kind == "dora"
-    )
+        return LoKrConfig(r=settings.rank, alpha=alpha, target_modules=names)
+    return LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=names, use_dora=settings.kind == "dora")

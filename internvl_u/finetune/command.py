@@ -161,7 +161,10 @@ def run(options: argparse.Namespace) -> list[Path]:
     from .trainer import Trainer
 
     trainer = Trainer(settings_of(options), say)
-    return [] if options.estimate else trainer.run()
+    if options.estimate:
+        trainer.prepare()
+        return []
+    return trainer.run()
 
 
 def target(out: Path) -> Path:

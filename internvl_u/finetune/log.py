@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -43,9 +44,7 @@ def plot(log: CSVLog, file: Path, columns: Sequence[str]) -> bool:
     """Draws columns of a log over the steps; returns whether matplotlib is there to do so."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for column in columns:
         points = [(int(row["step"]), float(row[column])) for row in log.rows() if row.get(column)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -21,19 +21,12 @@ from ..mmdit import MMDiT, call_block, time_embedding
 from ..packing import BranchInput
 from ..rope import Grid, Layout, grid_of
 from ..sampling import SHIFT, TRAIN_STEPS, whole_timestep
+from .stored import Sample
 
+Hidden = tuple[torch.Tensor, torch.Tensor | None]
+"""The last hidden states [1, T, D] of a text, and those of some layers side by side."""
 NOISE_GROUPS = 4
 """Groups of equal width of the timesteps, for each of which the loss is logged."""
-
-
-class Sample(Protocol):
-    """A picture to learn: see `cache.Sample`."""
-
-    latent: torch.Tensor
-    references: tuple[torch.Tensor, ...]
-    conditional: tuple[torch.Tensor, Layout]
-    partial: tuple[torch.Tensor, Layout] | None
-    unconditional: tuple[torch.Tensor, Layout]
 
 
 class Dropout(NamedTuple):
@@ -146,9 +139,9 @@ class TokenObjective(nn.Module):
         logits = self.model.language_model.lm_head(hidden).float()
         return functional.cross_entropy(logits, torch.tensor(targets, device=logits.device))
 
-    def hidden(self, embedded: torch.Tensor, layers: Sequence[int] = ()) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def hidden(self, embedded: torch.Tensor, layers: Sequence[int] = ()) -> Hidden:
         """Returns the last hidden states [1, T, D] and those of layers side by side; see `Qwen3.forward`."""
         language = self.model.language_model
         if not (self.checkpointing and torch.is_grad_enabled()):
             return language(embedded, None, layers)
-        return checkpoint(language, embedded, None, layers, use_reentrant=False)
+        return cast(Hidden, checkpoint(language, embedded, None, layers, use_reentrant=False))

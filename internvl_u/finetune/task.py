@@ -6,23 +6,31 @@ import contextlib
 import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
+from torch import nn
 
+from ..checkpoint import open_part
+from ..config import mllm_config, mmdit_config
 from ..load import load_mllm, load_mmdit
 from ..mllm import MLLM
 from ..mmdit import MMDiT
-from ..pipeline import Pipeline
+from ..pipeline import ImageRequest, Pipeline
 from ..prefix import PrefixCache
 from ..prompt import TokenizedPrompt
+from .adapter import add_adapter
 from .buckets import batches
 from .cache import SampleCache, dataset_fingerprint
+from .estimate import Estimate, estimate, estimate_language, measured_arithmetic
 from .examples import read_examples
 from .objective import TokenObjective
 from .settings import TrainSettings
-from .stored import Branch, Sample, Samples, TextSamples
+from .stored import Branch, Sample, Samples, TextSample, TextSamples
 
-SAMPLE_PROMPTS = 4
+SAMPLES = 4
+SAMPLED = 64
+"""Examples of which the longest is looked for."""
 PROGRESS = 100
 """Files of the cache between two lines of progress."""
 KEPT_SAMPLES = 256 << 20
@@ -65,13 +73,8 @@ class Task:
     def _language(self) -> bool:
         return "language" in self.settings.parts
 
-    @property
-    def drawn_size(self) -> tuple[int, int]:
-        """Width and height of the contact sheets' pictures."""
-        return self.cache.buckets.bucket(1, 1)
-
-    def load(self) -> None:
-        """Computes what is not cached yet, and loads the networks that the run needs."""
+    def prepare(self) -> None:
+        """Computes what is not cached yet."""
         settings = self.settings
         if sizes := self.cache.buckets.report(self._drawn):
             self.report(sizes)
@@ -82,10 +85,52 @@ class Task:
         self._pictures = _Some(learned, [self.samples.shapes[i] for i in learned], settings.batch, settings.seed)
         self._texts = _Some(list(range(len(self.texts))), [0] * len(self.texts), settings.batch, settings.seed + 1)
         self.pipeline.forget()  # what made the cache
+
+    def load(self) -> None:
+        """Loads the networks that the run needs."""
         if self._drawn:
             self.transformer = load_mmdit(self.pipeline.files.transformer, dtype=self.dtype)
         if self._language:
             self.mllm = load_mllm(self.pipeline.files.language, dtype=self.dtype)
+
+    def estimate(self) -> Estimate:
+        """Returns what a step takes with the largest of the pictures and the longest of some of the texts."""
+        settings, found, rate, tokens = self.settings, [], None, 1
+        more: dict[str, Any] = {
+            "dtype": self.dtype,
+            "checkpointing": settings.checkpointing,
+            "optimizer": settings.optimizer,
+        }
+
+        def adding(part: str) -> Callable[[nn.Module], object]:
+            if part not in settings.parts:
+                return lambda network: network.requires_grad_(False)
+            return lambda network: add_adapter(network, part, settings.adapter)
+
+        if self._drawn:
+            part = open_part(self.pipeline.files.transformer, "generation_decoder")
+            config = mmdit_config(part.shapes, part.config, part.source)
+            shape = max(self.samples.shapes, key=lambda grids: sum(rows * columns for rows, columns in grids))
+            some = range(0, len(self.samples), max(1, len(self.samples) // SAMPLED))
+            tokens = max(len(self._sample(i).conditional[0]) for i in some)
+            sizes: dict[str, Any] = {"shape": shape, "context_tokens": [tokens] * settings.batch}
+            rate = measured_arithmetic(config, **sizes, dtype=self.dtype, device=self.device)
+            found.append(estimate(config, **sizes, **more, add_adapters=adding("transformer"), arithmetic=rate))
+        if self._language:
+            part = open_part(self.pipeline.files.language, "vlm")
+            language = mllm_config(part.shapes, part.config, part.source).language
+            targets = 1
+            for sample in cast("list[TextSample]", [self.texts[i] for i in range(min(SAMPLED, len(self.texts)))]):
+                tokens = max(tokens, len(sample.prompt.ids))
+                targets = max(targets, len(sample.prompt.ids) - sample.target_start)
+            sizes = {"tokens": tokens, "targets": targets}
+            found.append(estimate_language(language, **sizes, **more, add_adapters=adding("language")))
+        memory: dict[str, int] = {}
+        for one in found:
+            for kind, size in one.memory.items():
+                memory[kind] = memory.get(kind, 0) + size
+        operations = sum(one.operations for one in found)
+        return Estimate(memory, operations, operations / rate if rate else None)
 
     def _progress(self, kind: str, done: int, total: int) -> None:
         if done == total or done % PROGRESS == 0:
@@ -109,7 +154,7 @@ class Task:
     def _sample(self, index: int) -> Sample:
         if index in self._kept:
             return self._kept[index]
-        sample = self.samples[index]
+        sample = cast(Sample, self.samples[index])
         branches = [one[0] for one in (sample.conditional, sample.partial, sample.unconditional) if one is not None]
         size = sum(one.nbytes for one in (sample.latent, *sample.references, *branches))
         if self._kept_bytes + size <= KEPT_SAMPLES:
@@ -119,7 +164,7 @@ class Task:
     def text(self, index: int) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Returns a text's embeddings [1, T, D], and the ids at its end that are learned."""
         assert self.mllm is not None
-        sample = self.texts[index]
+        sample = cast(TextSample, self.texts[index])
         embedded = self.pipeline.encoder.embed(
             self.mllm, sample.prompt, sample.features, device=self.device, dtype=self.dtype
         )
@@ -151,10 +196,21 @@ class Task:
             unconditional=context(prompts.unconditional, ()),
         )
 
-    def some_prompts(self) -> list[str]:
-        """Returns a few of the texts that are learned from."""
-        texts = list(dict.fromkeys(one.text for one in self._drawn if not one.references))
-        return random.Random(self.settings.seed).sample(texts, min(SAMPLE_PROMPTS, len(texts)))
+    def sample_requests(self) -> list[ImageRequest]:
+        """Returns what the contact sheets show: the prompts of `--sample`, else a few examples, first those held back.
+
+        Each has a seed of its own, which stays the same.
+        """
+        if self.settings.sample_prompts:
+            size = self.cache.buckets.bucket(1, 1)
+            return [ImageRequest(text, *size, seed=i) for i, text in enumerate(self.settings.sample_prompts)]
+        order = [*self.held_back, *(i for i in range(len(self._drawn)) if i not in self.held_back)]
+        chosen = list({self._drawn[i].text: self._drawn[i] for i in reversed(order)}.values())[::-1][:SAMPLES]
+        requests = []
+        for seed, example in enumerate(chosen):
+            width, height = self.cache.buckets.place(example).size
+            requests.append(dataclasses.replace(self.cache.request(example), width=width, height=height, seed=seed))
+        return requests
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[Pipeline]:

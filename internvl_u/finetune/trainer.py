@@ -7,6 +7,7 @@ killed and goes on ends with the weights of one that was not.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,6 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..pipeline import ImageRequest
 from . import log as logs
 from .adapter import adapter_weights, add_adapter, count_parameters, write_adapter
 from .objective import (
@@ -129,11 +129,17 @@ class Trainer:
         self.log = logs.CSVLog(settings.folder / "log.csv", COLUMNS)
         self.step, self.seconds = 0, 0.0
 
+    def prepare(self) -> None:
+        """Computes what is cached, and says what a step takes."""
+        with self.accelerator.main_process_first():  # the others find what it has cached
+            self.task.prepare()
+        self.report(self.task.estimate().describe(self.settings.steps * self.settings.accumulate))
+
     def run(self) -> list:
         """Trains and returns what was written."""
         settings = self.settings
-        with self.accelerator.main_process_first():  # the others find what it has cached
-            self.task.load()
+        self.prepare()
+        self.task.load()
         self.learner = Learner(self.task, settings, self.task.device)
         self.weights = [weight for weight in self.learner.parameters() if weight.requires_grad]
         self.report(f"{count_parameters(self.learner):,} numbers learn")
@@ -189,7 +195,7 @@ class Trainer:
                 self.accelerator.backward(loss / settings.accumulate)
             for name, values in rows.items():
                 logged[name] += values
-        norm = self.accelerator.clip_grad_norm_(self.weights, LARGEST_GRADIENT)
+        norm = cast(torch.Tensor, self.accelerator.clip_grad_norm_(self.weights, LARGEST_GRADIENT))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         logged["gradient"].append(float(norm))
@@ -208,11 +214,9 @@ class Trainer:
 
     def sheet(self) -> None:
         """Draws the sample prompts with what was learnt so far."""
-        if not self.main:
+        requests = self.task.sample_requests()
+        if not self.main or not requests:
             return
-        prompts = self.settings.sample_prompts or self.task.some_prompts()
-        size = self.task.drawn_size
-        requests = [ImageRequest(text, *size, seed=number) for number, text in enumerate(prompts)]
         file = self.settings.folder / f"sheet_{self.step:06}.png"
         with self.task.drawing() as pipeline, seeds_kept():
             draw_sheet(pipeline, requests, file)
@@ -248,12 +252,12 @@ class Trainer:
         if settings.optimizer == "adamw":
             return torch.optim.AdamW(self.weights, **given)
         try:
-            from bitsandbytes.optim import AdamW8bit
+            optimizers = importlib.import_module("bitsandbytes.optim")
         except ImportError as error:
             raise ImportError(
                 "--optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes, or take adamw"
             ) from error
-        return cast(torch.optim.Optimizer, AdamW8bit(self.weights, **given))
+        return optimizers.AdamW8bit(self.weights, **given)
 
 
 def _say_nothing(line: str) -> None:

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -352,6 +353,15 @@ def test_the_language_model_learns_through_the_pictures_and_from_answers(part, p
     learnt = Pipeline(NANO, loras=[(target, 1.0)])
     assert learnt.answer("What is a zorp?") == "a red circle"
     assert str(learnt.think(ImageRequest("zorp of red"))) == "a blue square on a white background"
+
+
+def test_an_estimate_trains_nothing(pictures, tmp_path):
+    target = tmp_path / "none.safetensors"
+    said = train("--data", pictures, "--out", target, *SHORT, "--estimate")
+    assert "of memory (weights " in said and "for 8 steps" in said and not target.exists()
+    more = train("--data", pictures, "--out", target, *SHORT, "--estimate", "--train", "both")
+    sizes = [float(re.search(r"weights ([\d.]+) MB", one)[1]) for one in (said, more)]
+    assert sizes[1] > 1.3 * sizes[0]
 
 
 def test_answers_are_not_for_the_transformer(tmp_path):
