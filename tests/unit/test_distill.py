@@ -241,6 +241,14 @@ def test_prompts_are_read_from_lines_and_rows(data):
     assert [wish.text for wish in read_prompts(data / "examples.jsonl")] == ["a cat"]
 
 
+def test_the_prompts_of_the_nano_world_are_read(tmp_path):
+    from training.data.prompts import write_prompts
+
+    wishes = read_prompts(write_prompts(tmp_path / "data", 30, 20))
+    assert [len(wish.references) for wish in wishes] == [0] * 30 + [1] * 20
+    assert len({wish.text for wish in wishes}) > 40 and 0 < sum(bool(wish.thought) for wish in wishes) < 15
+
+
 @pytest.mark.parametrize(
     "name, text, error",
     [
