@@ -18,7 +18,7 @@ Nodes = dict[str, dict[str, Any]]
 
 
 class Drawing(NamedTuple):
-    """What was drawn: texts, the names of the reference images, and numbers.
+    """What was drawn: texts, the names of the reference images and of LoRAs with their strengths, and numbers.
 
     `size` is (width, height) in pixels; `of_image` tells that it is the first reference's. `model` and `precision` are
     choices of Load InternVL-U.
@@ -38,6 +38,7 @@ class Drawing(NamedTuple):
     negative_prompt: str = ""
     reference_size: int | None = None
     intervals: GuidanceIntervals = ALWAYS
+    loras: Sequence[tuple[str, float]] = ()
 
 
 class _Kind(NamedTuple):
@@ -62,6 +63,13 @@ _KINDS = {
         ("model_name", "precision", "mllm_name", "vae_name"),
         0,
         (300, 170),
+    ),
+    "InternVLU_LoadLoRA": _Kind(
+        (("model", "MODEL"), ("mllm", _MLLM)),
+        (("MODEL", "MODEL"), ("MLLM", _MLLM)),
+        ("lora_name", "strength_model", "strength_mllm"),
+        0,
+        (300, 150),
     ),
     "InternVLU_CreateLatent": _Kind(
         (), (("LATENT", "LATENT"),), ("preset", "width", "height", "batch_size"), 0, (300, 130)
@@ -113,7 +121,11 @@ def api_graph(drawing: Drawing) -> Nodes:
         mllm_name="auto",
         vae_name="auto",
     )
-    read: dict[str, object] = {"mllm": [load, 1]}
+    model = load
+    for name, strength in drawing.loras:
+        given = {"model": [model, 0], "mllm": [model, 1]}
+        model = add("InternVLU_LoadLoRA", lora_name=name, strength_model=strength, strength_mllm=strength, **given)
+    read: dict[str, object] = {"mllm": [model, 1]}
     if drawing.images:
         read["vae"] = [load, 2]
     for number, image in enumerate(drawing.images, 1):
@@ -135,7 +147,7 @@ def api_graph(drawing: Drawing) -> Nodes:
         part_cfg=drawing.guidance.part_cfg,
         denoise=1.0,
         **limits,
-        model=[load, 0],
+        model=[model, 0],
         positive=[encode, 0],
         negative=[encode, 1],
         latent_image=[encode, 2] if drawing.of_image else [size, 0],

@@ -124,6 +124,7 @@ def open_image(file: Path, name: str = "") -> Image.Image:
     """
     try:
         with Image.open(file) as image:
+            getattr(image, "n_frames", 1)  # counted now: it cannot be once the file is closed
             image.load()
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name or file} is not readable as a picture ({error})") from error

@@ -63,6 +63,8 @@ def _settings(pipeline: Pipeline, request: ImageRequest, images: list[str], mode
     settings |= {name: getattr(request, name) for name in ("negative_prompt", "reference_size")}
     settings |= {"steps": request.way.steps, **request.way.intervals.named()}
     settings |= {"width": width, "height": height, **guidance._asdict(), "dtype": str(pipeline.dtype)[6:]}
+    if pipeline.loras:
+        settings["loras"] = [{"file": name, "strength": strength} for name, strength in _loras(pipeline)]
     return settings | {"images": images, "model": shown_name(model.absolute().name), "version": __version__}
 
 
@@ -84,7 +86,12 @@ def _drawing(pipeline: Pipeline, request: ImageRequest, images: list[str]) -> Dr
         negative_prompt=request.negative_prompt,
         reference_size=request.reference_size,
         intervals=request.way.intervals,
+        loras=_loras(pipeline),
     )
+
+
+def _loras(pipeline: Pipeline) -> list[tuple[str, float]]:
+    return [(shown_name(lora.file.name), strength) for lora, strength in pipeline.loras]
 
 
 def _choice(place: Path) -> str:

@@ -6,13 +6,14 @@ import logging
 import numpy
 import pytest
 import torch
-from pack.internvl_u.images import ReferenceSizes, preprocessing_warnings, to_rgb
+from pack.internvl_u.images import ReferenceSizes, open_image, preprocessing_warnings, to_rgb
 from pack.internvl_u.prompt import branch_prompts
 from pack.internvl_u.tokenizer import Tokenizer
 from PIL import Image
 
 RED, WHITE = (255, 0, 0), (255,) * 3
 SIZES = ReferenceSizes(16, 10**6, None)
+LOSSLESS = {"webp": {"lossless": True}}
 
 
 def half_red(mode="RGB"):
@@ -55,6 +56,15 @@ def test_every_usual_mode_becomes_rgb(mode):
     base = half_red("RGBA") if mode in ("RGBa", "PA", "LA") else half_red()
     image = base.convert(mode)
     assert to_rgb(image).mode == "RGB" and to_rgb(image).getpixel((7, 3)) == (255,) * 3
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "tiff"])
+def test_of_a_film_the_first_frame_counts_and_that_is_told(tmp_path, ending):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "white")]
+    frames[0].save(tmp_path / f"x.{ending}", save_all=True, append_images=frames[1:], **LOSSLESS.get(ending, {}))
+    image = open_image(tmp_path / f"x.{ending}")
+    assert "of its 3 frames the first is taken" in preprocessing_warnings(image, SIZES)
+    assert to_rgb(image).getpixel((4, 4)) == RED
 
 
 def test_a_mode_without_rgb_is_named():

@@ -10,10 +10,11 @@ import numpy
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from training.data import scenes
+from training.data import captioned, captions, edits, hearts, questions, riddles, scenes
 from training.data.scenes import Scene, Thing
 
 pytest.importorskip("scipy", reason="the detector needs scipy, which ComfyUI brings")
+from training.data import controls  # noqa: E402
 from training.eval import detector  # noqa: E402
 
 MAKERS = (scenes.random_scene, scenes.related_scene, scenes.counted_scene)
@@ -132,6 +133,40 @@ def test_counted_things_are_alike(count):
     assert [thing.name for thing in seen] == [name] * count
 
 
+def test_what_is_taught_later_is_in_nothing_that_training_makes():
+    rng = random.Random(9)
+    for scene in [*make_scenes(300, 9), *(scenes.any_scene(rng) for _ in range(100))]:
+        assert all(thing.shape in scenes.SHAPES for thing in scene.things)
+        made = [edit for edit in edits.edits_of(rng, scene)]
+        said = [captions.caption(rng, scene), *(edit.instruction for edit in made)]
+        said += [f"{question.text} {question.answer}" for question in questions.questions(rng, scene)]
+        said += [riddles.random_riddle(rng).text]
+        assert not [text for text in said if "heart" in text or captions.ZH_SHAPE["heart"] in text]
+        assert all(thing.shape in scenes.SHAPES for edit in made for thing in edit.after.things)
+
+
+def test_hearts_to_teach_come_in_all_colours_and_their_captions_say_so(tmp_path):
+    rng = random.Random(10)
+    made = hearts.heart_scenes(rng, 20)
+    for kind, least in ((scenes.COLOURS, 2), (scenes.SIZES, 6), (scenes.BACKGROUNDS, 3)):
+        seen = Counter(name for scene in made for name in (*vars(scene.things[0]).values(), scene.background))
+        assert all(seen[name] >= least for name in kind)
+    assert all("heart" in hearts.heart_caption(rng, scene) for scene in made for _ in range(20))
+    files = captioned.write_captioned(tmp_path / "new", ((scene, "a heart") for scene in made), "heart")
+    assert len(list((tmp_path / "new").iterdir())) == 40 and files[0].with_suffix(".txt").read_text() == "a heart\n"
+    assert Image.open(files[3]).tobytes() == scenes.render(made[3]).tobytes()
+    with pytest.raises(FileExistsError, match="holds files already"):
+        captioned.write_captioned(tmp_path / "new", (), "heart")
+
+
+def test_captions_to_learn_control_from_do_not_say_where():
+    rng = random.Random(11)
+    words = [word for words in captions.PLACE_WORDS.values() for word in words] + list(captions.ZH_PLACE.values())
+    for _ in range(300):
+        text = captioned.without_a_place(rng, controls.control_scene(rng))
+        assert not [word for word in words if word in text]
+
+
 # What is read
 
 
@@ -139,7 +174,15 @@ def test_drawn_scenes_are_read_back(drawn):
     assert_read(drawn, 0.995)
 
 
-@pytest.mark.parametrize("shape", scenes.SHAPES)
+def test_hearts_are_read_among_the_others():
+    rng = random.Random(8)
+    made = [scenes.random_scene(rng, 1 + i % 3, None, scenes.ALL_SHAPES) for i in range(300)]
+    made = [scenes.jitter(rng, scene) if i % 2 else scene for i, scene in enumerate(made)]
+    assert sum(thing.shape == "heart" for scene in made for thing in scene.things) > 50
+    assert_read([(scene, scenes.render(scene)) for scene in made], 0.995)
+
+
+@pytest.mark.parametrize("shape", scenes.ALL_SHAPES)
 @pytest.mark.parametrize("size", scenes.SIZES)
 def test_a_thing_of_each_size_is_read_at_each_place(shape, size):
     for column, row in ((0.17, 0.83), (0.5, 0.5), (0.83, 0.17)):
@@ -264,6 +307,12 @@ def disc_with_hole(*box):
     return draw
 
 
+def heart(half=False, turned=False, stretch=1.0):
+    outline = scenes.HEART[: len(scenes.HEART) // 2] if half else scenes.HEART
+    return polygon(*((48 + 28 * across, 48 + 28 * stretch * (-down if turned else down)) for across, down in outline))
+
+
+CONE = [(100, 152), (284, 152), (192, 340)]
 BLOBS = {
     "ellipse 2:1": ellipse(20, 34, 76, 62),
     "ellipse 1:1.4": ellipse(28, 20, 68, 76),
@@ -286,6 +335,11 @@ BLOBS = {
     "star on its head": star(5, 0.42, math.pi),
     "L": polygon((20, 20), (38, 20), (38, 58), (76, 58), (76, 76), (20, 76)),
     "any corners": polygon((14, 40), (36, 22), (52, 44), (84, 30), (66, 58), (78, 80), (46, 62), (26, 74)),
+    "heart on its head": heart(turned=True),
+    "half a heart": heart(half=True),
+    "wide heart": heart(stretch=0.6),
+    "heart without its dent": polygon((20, 30), (76, 30), (76, 48), (48, 76), (20, 48)),
+    "ice cream": lambda pen, c, _: (pen.pieslice((100, 60, 284, 244), 180, 360, c), pen.polygon(CONE, c)),
     "two overlapping": lambda pen, c, _: (pen.ellipse((60, 60, 210, 210), c), pen.rectangle((180, 180, 330, 330), c)),
 }
 

@@ -47,8 +47,9 @@ SQUARE_SIDE = 0.88  # of the diameter, so that a square looks as large as a circ
 CROSS_ARM = 0.36
 RING_HOLE = 0.52
 STAR_WAIST = 0.42
-HEART_CURVE = (13, -5, -2, -1)
-"""Cosines of the height of mathworld.wolfram.com/HeartCurve.html, number six, whose width is 32 sin ** 3."""
+HEART_CURVE = (13, -6, -2.5, -1)
+"""Cosines of its height where its width is 32 sin ** 3: the sixth curve of mathworld.wolfram.com/HeartCurve.html with a
+deeper dent, which the nano model's VAE keeps."""
 HEART_POINTS = 80
 MIN_GAP = 0.06  # between things, of the shorter side
 MARGIN = 0.03  # between things and the image's edge

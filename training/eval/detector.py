@@ -44,6 +44,7 @@ MIN_OVERLAP = {
     "ring": 0.75,
     "heart": 0.84,
 }
+MIN_DENT = 0.025  # of a heart's height; drawn ones have a quarter, small ones that the nano VAE has decoded a fortieth
 MIN_LEAD = 0.02  # of the best overlap over the next
 
 
@@ -211,9 +212,18 @@ def _overlaps(mask: numpy.ndarray) -> dict[str, float]:
     cells, ratio = _sample(mask if hollow else outline)
     overlaps = dict.fromkeys(scenes.ALL_SHAPES, 0.0)
     for shape, (template, proper) in _templates().items():
-        if (shape == "ring") == hollow and 1 / MAX_STRETCH <= ratio / proper <= MAX_STRETCH:
+        possible = (shape == "ring") == hollow and (shape != "heart" or _is_dented(outline))
+        if possible and 1 / MAX_STRETCH <= ratio / proper <= MAX_STRETCH:
             overlaps[shape] = float(numpy.minimum(cells, template).sum() / numpy.maximum(cells, template).sum())
     return overlaps
+
+
+def _is_dented(outline: numpy.ndarray) -> bool:
+    """Returns whether the middle of a cut-out outline's upper edge lies below both its sides, as a heart's does."""
+    height, width = outline.shape
+    tops = numpy.where(outline.any(0), outline.argmax(0), height)
+    left, middle, right = tops[: width // 3], tops[width // 3 : width - width // 3], tops[width - width // 3 :]
+    return min(map(len, (left, middle, right))) > 0 and middle.max() - max(left.min(), right.min()) >= MIN_DENT * height
 
 
 def _sample(mask: numpy.ndarray) -> tuple[numpy.ndarray, float]:
