@@ -107,7 +107,7 @@ class FlowObjective(nn.Module):
             time_embedding(noisy.timestep.to(device)).to(self.dtype),
             branches,
             [one.to(device, self.dtype) for one in batch.references],
-            run_block=_checkpointed if self.checkpointing and torch.is_grad_enabled() else None,
+            run_block=checkpointed if self.checkpointing and torch.is_grad_enabled() else None,
         )
         return (velocity.float() - noisy.target.to(device)).square().flatten(1).mean(1)
 
@@ -120,7 +120,8 @@ class FlowObjective(nn.Module):
         return self.model.branch(nothing, layout, grid, references).rotary
 
 
-def _checkpointed(index, block, image, text, modulation, packing, image_tokens):
+def checkpointed(index, block, image, text, modulation, packing, image_tokens):
+    """Runs a block, to be computed again when its gradients are asked for; see `RunBlock`."""
     return checkpoint(call_block, index, block, image, text, modulation, packing, image_tokens, use_reentrant=False)
 
 
