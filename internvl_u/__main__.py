@@ -85,7 +85,7 @@ def _draw(options: argparse.Namespace) -> None:
         thought = pipeline.think(request, GenerationConfig(options.max_new_tokens))
         print(thought, file=sys.stderr)
         request = dataclasses.replace(request, thought=thought)
-    _draw_files(pipeline, request, outs, options)
+    _draw_files(pipeline, pipeline.settled(request), outs, options)
 
 
 def _draw_files(pipeline: Pipeline, request: ImageRequest, outs: Sequence[Path], options: argparse.Namespace) -> None:
@@ -222,6 +222,13 @@ def _pairs(options: argparse.Namespace) -> None:
     write_text(pairs.run(options.folder, options.out, options.kind, thresholds, options.size), "folder's name")
 
 
+def _distill(options: argparse.Namespace) -> None:
+    from .finetune.distill_command import run
+    from .results import write_text
+
+    write_text("\n".join(map(str, run(options))), "list of files")
+
+
 def _open(options: argparse.Namespace) -> Pipeline:
     from .devices import chosen_device, chosen_dtype
     from .pipeline import Pipeline
@@ -264,6 +271,7 @@ _COMMANDS = {
     "merge": _merge,
     "train": _train,
     "pairs": _pairs,
+    "distill": _distill,
     "download": _download,
 }
 

@@ -26,6 +26,7 @@ from .defaults import (
     THOUGHT_TOKENS,
 )
 from .finetune import command as training
+from .finetune import distill_command
 from .speed import QUALITY, SPEEDS
 from .tasks import AS_WRITTEN, TASKS
 
@@ -42,6 +43,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_merge(commands.add_parser("merge", help="write a checkpoint folder with LoRAs merged into its weights"))
     training.add_arguments(commands.add_parser("train", help="teach the model by a LoRA; needs accelerate and peft"))
     _add_pairs(commands.add_parser("pairs", help="pairs of pictures and their maps, for a LoRA that obeys maps"))
+    distill_command.add_arguments(
+        commands.add_parser("distill", help="a LoRA after which few evaluations draw a picture; needs peft")
+    )
     _add_download(commands.add_parser("download", help=f"fetch the released model ({RELEASED_SIZE})"))
     return parser
 

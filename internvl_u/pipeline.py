@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,7 +15,8 @@ from . import images as image_module
 from . import sampling
 from .chat import History
 from .checkpoint import check_folder, open_checkpoint
-from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, LONGEST_SCHEDULE, STEPS, Guidance
+from .defaults import Guidance
+from .distilled import evaluations_in
 from .encoder import BranchContexts, Encoder, check_length, fit_history
 from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
@@ -24,7 +25,6 @@ from .load import load_mllm, load_mmdit, load_vae
 from .lora import LANGUAGE, TRANSFORMER
 from .mllm import MLLM
 from .mmdit import MMDiT
-from .numbers import check_real, check_whole
 from .patched import Strengths, add_loras, open_loras
 from .places import locate
 from .prefix import PrefixCache
@@ -36,70 +36,15 @@ from .prompt import (
     drawing_system,
     generation_prompt,
 )
+from .request import ImageRequest
 from .rope import grid_of
 from .sampling import Denoiser, DrawingContexts
-from .speed import ALWAYS, QUALITY, GuidanceIntervals, Interval, Speed
-from .tokenizer import Thought, has_thought
+from .speed import ALWAYS, NOT_DISTILLED, TURBO, GuidanceIntervals
+from .tokenizer import Thought
 from .vae import StandaloneVAE
 
 _logger = logging.getLogger("internvl_u")
 Network = TypeVar("Network", bound=torch.nn.Module)
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """What to draw. Sizes are pixels, scales the two guidance strengths; None takes the official default.
-
-    With `images` (RGB) the prompt edits them; `thought` is a chain of thought that the drawing follows.
-    `negative_prompt` is what to keep away from, which is not official; `reference_size` the most that the transformer
-    sees of each image, as the side in pixels of a square of equal area, None for the official size. `history` is the
-    conversation before, as far as it fits.
-
-    Outside start..end, shares of the schedule in 0..1, a scale is 1 and costs less. `speed` is a preset of
-    `speed.SPEEDS`: it sets steps and intervals where they are left as they are.
-    """
-
-    prompt: str
-    width: int | None = None
-    height: int | None = None
-    steps: int = STEPS
-    seed: int = 0
-    all_cfg: float | None = None
-    part_cfg: float | None = None
-    system: str | None = None
-    images: tuple[Image.Image, ...] = ()
-    thought: str = ""
-    negative_prompt: str = ""
-    reference_size: int | None = None
-    history: History = History()
-    all_cfg_start: float = 0.0
-    all_cfg_end: float = 1.0
-    part_cfg_start: float = 0.0
-    part_cfg_end: float = 1.0
-    speed: str = QUALITY
-
-    def __post_init__(self):
-        check_whole("seed", self.seed, -(2**63), 2**64 - 1)
-        check_whole("steps", self.steps, 1, LONGEST_SCHEDULE)
-        for name in ("all_cfg", "part_cfg"):
-            if getattr(self, name) is not None:
-                check_real(name, getattr(self, name))
-        self.way.intervals.check()
-
-    @property
-    def way(self) -> Speed:
-        """The steps and the intervals of guidance, those of the preset where none are given."""
-        words, pictures = (self.all_cfg_start, self.all_cfg_end), (self.part_cfg_start, self.part_cfg_end)
-        return Speed(self.steps, GuidanceIntervals(Interval(*words), Interval(*pictures))).filled(self.speed)
-
-    @property
-    def guidance(self) -> Guidance:
-        """The two guidance strengths: the official ones, which a thought changes, where none is given."""
-        usual = GUIDANCE_WITH_THOUGHT if has_thought(self.thought) else GUIDANCE
-        return Guidance(
-            usual.all_cfg if self.all_cfg is None else self.all_cfg,
-            usual.part_cfg if self.part_cfg is None else self.part_cfg,
-        )
 
 
 class Pipeline:
@@ -151,6 +96,7 @@ class Pipeline:
         Raises:
             ValueError: a size, the number of steps or the number of placeholders is out of range.
         """
+        request = self.settled(request)
         width, height = self.size(request)
         drawn = image_module.drawn_size(width, height)
         self._vae()  # one that cannot be loaded is not found after minutes of work
@@ -160,6 +106,19 @@ class Pipeline:
             noise = image_module.noise(*drawn, seed)
             latent = self.sample(contexts, noise, sigmas, request.guidance, on_step, intervals)
             yield image_module.resize(image_module.to_image(self.decode(latent)[0]), width, height)
+
+    def settled(self, request: ImageRequest) -> ImageRequest:
+        """Returns the request with the evaluations of `turbo`, if that is its preset and it has none.
+
+        Raises:
+            ValueError: the transformer has not been distilled to few of them.
+        """
+        if request.speed != TURBO or request.evaluations is not None:
+            return request
+        evaluations = evaluations_in(self._mmdit().state_dict())
+        if evaluations is None:
+            raise ValueError(NOT_DISTILLED)
+        return replace(request, evaluations=evaluations)
 
     def use(self, networks: Mapping[str, torch.nn.Module]) -> None:
         """Takes networks in the place of those of the files: "mllm", "mmdit" or "vae". What was read is forgotten."""

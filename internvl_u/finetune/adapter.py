@@ -107,9 +107,13 @@ def write_adapter(
     parts: Mapping[str, Mapping[str, torch.Tensor]],
     settings: AdapterSettings,
     metadata: Mapping[str, str],
+    more: Mapping[str, torch.Tensor] | None = None,
 ) -> list[Path]:
-    """Writes the file for ComfyUI and, beside it, the folder for PEFT; each whole or not at all. Returns both."""
-    tensors = {}
+    """Writes the file for ComfyUI and, beside it, the folder for PEFT; each whole or not at all. Returns both.
+
+    The file gets `more` tensors, under the names that they have.
+    """
+    tensors = dict(more or {})
     for part, weights in parts.items():
         tensors |= file_tensors(part, weights, settings)
     draft = target.with_name(f".{target.name}.part")

@@ -127,7 +127,7 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
     return TrainSettings(
         model=options.model,
         data=tuple(options.data),
-        out=_target(options.out),
+        out=target(options.out),
         train=options.train,
         adapter=AdapterSettings(options.adapter, options.rank, options.alpha, options.layers),
         steps=options.steps,
@@ -160,14 +160,14 @@ def run(options: argparse.Namespace) -> list[Path]:
     """Trains as options say and returns what was written; with `--estimate` nothing is."""
     from .trainer import Trainer
 
-    trainer = Trainer(settings_of(options), _say)
+    trainer = Trainer(settings_of(options), say)
     if options.estimate:
         trainer.estimate()
         return []
     return trainer.run()
 
 
-def _target(out: Path) -> Path:
+def target(out: Path) -> Path:
     """Returns --out, which is to be a file that can be written.
 
     Raises:
@@ -183,6 +183,7 @@ def _target(out: Path) -> Path:
     return out
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Tells what goes on, on stderr."""
     sys.stderr.write(f"internvl_u: {line}\n")
     sys.stderr.flush()

@@ -21,7 +21,8 @@ from ..mmdit import MMDiT, call_block, time_embedding
 from ..packing import BranchInput
 from ..rope import Grid, Layout, grid_of
 from ..sampling import SHIFT, TRAIN_STEPS, whole_timestep
-from .stored import Sample
+from .live import LiveSample
+from .stored import Branch, Sample
 
 Hidden = tuple[torch.Tensor, torch.Tensor | None]
 """The last hidden states [1, T, D] of a text, and those of some layers side by side."""
@@ -65,21 +66,24 @@ def add_noise(latents: torch.Tensor, levels: torch.Tensor, generator: torch.Gene
     return NoisyBatch((1 - share) * latents + share * noise, whole_timestep(levels), noise - latents)
 
 
-def drawn_batches(samples: Sequence[Sample], dropout: Dropout, generator: torch.Generator) -> list[DrawnBatch]:
+def drawn_batches(
+    samples: Sequence[Sample | LiveSample], dropout: Dropout, generator: torch.Generator
+) -> list[DrawnBatch]:
     """Returns samples of one shape as batches, after some prompts were dropped: with and without references."""
     chances = torch.rand(len(samples), generator=generator).tolist()
     seeing, blind = [], []
     for sample, chance in zip(samples, chances, strict=True):
         if chance < dropout.prompt:
             blind.append((sample, sample.unconditional))
-        elif sample.partial is not None and chance < dropout.prompt + dropout.reference:
+        elif sample.references and chance < dropout.prompt + dropout.reference:
+            assert sample.partial is not None
             seeing.append((sample, sample.partial))
         else:
             (seeing if sample.references else blind).append((sample, sample.conditional))
     return [_stacked(kind, with_references) for kind, with_references in ((seeing, True), (blind, False)) if kind]
 
 
-def _stacked(samples: list[tuple[Sample, tuple[torch.Tensor, Layout]]], with_references: bool) -> DrawnBatch:
+def _stacked(samples: list[tuple[Sample | LiveSample, Branch]], with_references: bool) -> DrawnBatch:
     samples = sorted(samples, key=lambda one: len(one[1][0]))  # equal lengths share a call of the attention
     latents = torch.stack([sample.latent for sample, _ in samples])
     references = zip(*(sample.references for sample, _ in samples), strict=True) if with_references else ()
@@ -103,7 +107,7 @@ class FlowObjective(nn.Module):
             time_embedding(noisy.timestep.to(device)).to(self.dtype),
             branches,
             [one.to(device, self.dtype) for one in batch.references],
-            run_block=_checkpointed if self.checkpointing and torch.is_grad_enabled() else None,
+            run_block=checkpointed if self.checkpointing and torch.is_grad_enabled() else None,
         )
         return (velocity.float() - noisy.target.to(device)).square().flatten(1).mean(1)
 
@@ -116,7 +120,8 @@ class FlowObjective(nn.Module):
         return self.model.branch(nothing, layout, grid, references).rotary
 
 
-def _checkpointed(index, block, image, text, modulation, packing, image_tokens):
+def checkpointed(index, block, image, text, modulation, packing, image_tokens):
+    """Runs a block, to be computed again when its gradients are asked for; see `RunBlock`."""
     return checkpoint(call_block, index, block, image, text, modulation, packing, image_tokens, use_reentrant=False)
 
 

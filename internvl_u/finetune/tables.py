@@ -64,10 +64,10 @@ def read_table(file: Path, trigger: str) -> list[Example]:
         ValueError: a row is not as it should be, or there are too many.
         FileNotFoundError: there is none.
     """
-    readers = {".jsonl": _json_lines, ".csv": _csv_rows}
+    readers = {".jsonl": json_lines, ".csv": _csv_rows}
     if file.suffix.lower() not in readers:
         raise ValueError(f"{file} found, a folder or a file ending in {' or '.join(readers)} expected")
-    opener = _FileOpener(file.parent)
+    opener = FileOpener(file.parent)
     try:
         rows = readers[file.suffix.lower()](file)
         named = ((place, lambda place=place, cells=cells: Row(place, cells(), opener)) for place, cells in rows)
@@ -127,8 +127,8 @@ def _stored_row(stored: Any, number: int, folder: Path) -> Row:
 
 
 def _example(row: Row, trigger: str) -> Example:
-    text, image, references, thought, question, answer = (_cell(row, names) for names in COLUMNS)
-    pictures = _pictures(row, references)
+    text, image, references, thought, question, answer = (cell(row, names) for names in COLUMNS)
+    pictures = pictures_of(row, references)
     if answer is not None or question is not None:
         return _question(row, {TEXT[0]: text, THOUGHT[0]: thought}, image, pictures, question, answer)
     if image is None:
@@ -172,7 +172,7 @@ def _question(
     return Example(row.place, asked, None, pictures, "", said)
 
 
-def _cell(row: Row, names: Sequence[str]) -> Any:
+def cell(row: Row, names: Sequence[str]) -> Any:
     """Returns what a row has under one of the names; None where that is nothing."""
     found = {name: row.cells[name] for name in names if row.cells.get(name) not in (None, "", [])}
     if len(found) > 1:
@@ -180,7 +180,7 @@ def _cell(row: Row, names: Sequence[str]) -> Any:
     return next(iter(found.values()), None)
 
 
-def _pictures(row: Row, cell: object) -> tuple[Picture, ...]:
+def pictures_of(row: Row, cell: object) -> tuple[Picture, ...]:
     if cell is None:
         return ()
     if isinstance(cell, str) and cell.lstrip().startswith("["):  # a list in a CSV file
@@ -191,7 +191,7 @@ def _pictures(row: Row, cell: object) -> tuple[Picture, ...]:
     return tuple(row.picture(one, row.place) for one in (cell if isinstance(cell, list) else [cell]))
 
 
-class _FileOpener:
+class FileOpener:
     """Pictures by their names from a folder on; one that several rows name is looked at once."""
 
     def __init__(self, folder: Path):
@@ -243,7 +243,7 @@ def _holds(value: object, cell: object) -> bool:
     return value is cell or (isinstance(value, list) and any(one is cell for one in value))
 
 
-def _json_lines(file: Path) -> Iterator[ReadRow]:
+def json_lines(file: Path) -> Iterator[ReadRow]:
     number = 0
     with file.open("rb") as lines:
         while line := lines.readline(LARGEST_LINE + 1):

@@ -20,6 +20,7 @@ from .buckets import batches
 from .cache import SampleCache, dataset_fingerprint
 from .estimate import Estimate, estimate_run
 from .examples import read_examples
+from .live import LiveSample
 from .objective import TokenObjective
 from .settings import TrainSettings
 from .stored import Branch, Sample, Samples, TextSample, TextSamples
@@ -107,7 +108,7 @@ class Task:
         """Returns the texts of the batch of a number."""
         return self._texts(number)
 
-    def drawn(self, indices: Sequence[int], tokens: TokenObjective | None) -> list[Sample]:
+    def drawn(self, indices: Sequence[int], tokens: TokenObjective | None) -> Sequence[Sample | LiveSample]:
         """Returns samples; where the language model learns, with contexts that it is learned through."""
         samples = [self._sample(index) for index in indices]
         if tokens is None or not self._language:
@@ -133,7 +134,7 @@ class Task:
         )
         return embedded, sample.prompt.ids[sample.target_start :]
 
-    def _through(self, index: int, sample: Sample, tokens: TokenObjective) -> Sample:
+    def _through(self, index: int, sample: Sample, tokens: TokenObjective) -> LiveSample:
         """Returns a sample with contexts as the language model makes them now."""
         model, encoder = self.mllm, self.pipeline.encoder
         assert model is not None
@@ -145,19 +146,14 @@ class Task:
                 model, request.images, device=self.device, dtype=self.dtype, kept=self._seen
             )
 
-        def context(prompt: TokenizedPrompt, features: Sequence[torch.Tensor]) -> Branch:
-            embedded = encoder.embed(model, prompt, features, device=self.device, dtype=self.dtype)
+        def context(prompt: TokenizedPrompt) -> Branch:
+            seen = features if prompt.images else ()
+            embedded = encoder.embed(model, prompt, seen, device=self.device, dtype=self.dtype)
             states = tokens.hidden(embedded, encoder.layers)[1]
             assert states is not None
             return states[0, prompt.user_start :], prompt.layout
 
-        partial = context(prompts.partial, features) if sample.partial is not None else None
-        return dataclasses.replace(
-            sample,
-            conditional=context(prompts.conditional, features),
-            partial=partial,
-            unconditional=context(prompts.unconditional, ()),
-        )
+        return LiveSample(sample.latent, sample.references, prompts, context)
 
     def sample_requests(self) -> list[ImageRequest]:
         """Returns what the contact sheets show: the prompts of `--sample`, else a few examples, first those held back.

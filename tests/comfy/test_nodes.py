@@ -64,7 +64,7 @@ FROZEN = {
         ["GUIDER"],
     ),
     "InternVLU_SelectSampler": ([], ["SAMPLER"]),
-    "InternVLU_ScheduleSteps": (["steps", "denoise", "speed"], ["SIGMAS"]),
+    "InternVLU_ScheduleSteps": (["steps", "denoise", "speed", "model"], ["SIGMAS"]),
     "InternVLU_DecodeLatent": (["vae", "samples", "width", "height", "size"], ["IMAGE"]),
     "InternVLU_WriteThought": (
         ["mllm", "prompt", *WRITING, "system_prompt", *PICTURES, *MORE_PICTURES, "think", "budget", "history"],
