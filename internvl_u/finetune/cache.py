@@ -25,6 +25,7 @@ from ..files import digest_of
 from ..images import fit_reference, latent_size
 from ..pipeline import ImageRequest, Pipeline
 from ..prompt import SYSTEM_ANSWER, drawing_system, generation_prompt
+from ..rope import Grid
 from ..tokenizer import IM_END
 from ..weights import SMALL
 from .buckets import Buckets, Placed, Size, fill
@@ -137,9 +138,15 @@ class SampleCache:
         Raises:
             ValueError: a picture is unreadable.
         """
-        return self._request(example, self.buckets.images(example)[1])
+        return self.request_with(example, self.buckets.images(example)[1])
 
-    def _request(self, example: Example, images: tuple[Image.Image, ...]) -> ImageRequest:
+    def request_with(self, example: Example, images: tuple[Image.Image, ...] | None = None) -> ImageRequest:
+        """Returns an example as the pipeline is asked for it, with references that are opened already.
+
+        Without `images` it has as many as the example, and nothing is seen in them: for counting tokens.
+        """
+        if images is None:
+            images = (Image.new("RGB", (1, 1)),) * len(example.references)
         thought = ""
         if example.thought:  # what the transformer is handed of it lacks its last token
             tokenizer = self.pipeline.encoder.tokenizer
@@ -162,8 +169,18 @@ class SampleCache:
             tuple(latents[1:]),
             self._file(CONTEXTS, self._language, [example.text, example.thought, seen]),
             self._file(CONTEXTS, self._language, [UNCONDITIONAL, bool(seen)]),
-            tuple(latent_size(*size) for size in sizes),
+            self.shape(example),
         )
+
+    def shape(self, example: Example) -> tuple[Grid, ...]:
+        """Returns the (rows, columns) of the latents of an example with a picture to draw, and of its references.
+
+        Raises:
+            ValueError: a picture is unreadable.
+        """
+        placed = self.buckets.place(example)
+        sizes = [placed.size, *self._reference_sizes(example, placed)]
+        return tuple(latent_size(*size) for size in sizes)
 
     def _reference_sizes(self, example: Example, placed: Placed) -> list[Size]:
         """Returns the (width, height) at which the transformer sees each reference."""
@@ -204,24 +221,32 @@ class SampleCache:
 
     def _context_bytes(self, example: Example) -> int:
         """Returns the bytes of an example's contexts; makes sure, before anything is made, that its text fits."""
-        blank = Image.new("RGB", (1, 1))  # how many there are is all that counts
         try:
-            prompts = self.pipeline.branch_prompts(self._request(example, (blank,) * len(example.references)))
+            prompts = self.pipeline.branch_prompts(self.request_with(example))
         except ValueError as error:
             raise ValueError(f"{example.name}: {error}") from error
         tokens = sum(len(one.ids) - one.user_start for one in (prompts.conditional, prompts.partial))
         config, layers = self.pipeline._mllm().language_model.config, self.pipeline.encoder.layers
         return tokens * config.hidden_size * len(layers) * self.pipeline.dtype.itemsize
 
-    def _text_sample(self, example: Example) -> TextSample:
+    def text_sample(self, example: Example, grid: int) -> TextSample:
+        """Returns what the language model learns of an example, without features; an image has `grid` ** 2 tokens.
+
+        Raises:
+            ValueError: the text has more placeholders than there are images.
+        """
         count, tokenizer = len(example.references), self.pipeline.encoder.tokenizer
         system = drawing_system(count) if example.answer is None else SYSTEM_ANSWER
         said = example.thought if example.answer is None else example.answer
+        prompt = generation_prompt(tokenizer, example.text, system=system, images=count, grid=grid)
+        target = (*tokenizer.encode([said])[0], tokenizer.special[IM_END])
+        return TextSample(replace(prompt, ids=(*prompt.ids, *target)), len(prompt.ids), ())
+
+    def _text_sample(self, example: Example) -> TextSample:
+        """Returns `text_sample`, made sure to fit into the model's context."""
         model = self.pipeline._mllm()
         try:
-            prompt = generation_prompt(tokenizer, example.text, system=system, images=count, grid=model.vision.grid)
-            target = (*tokenizer.encode([said])[0], tokenizer.special[IM_END])
-            sample = TextSample(replace(prompt, ids=(*prompt.ids, *target)), len(prompt.ids), ())
+            sample = self.text_sample(example, model.vision.grid)
             check_length(model, sample.prompt)
         except ValueError as error:
             raise ValueError(f"{example.name}: {error}") from error

@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> list[Path]:
 
     trainer = Trainer(settings_of(options), say)
     if options.estimate:
-        trainer.prepare()
+        trainer.estimate()
         return []
     return trainer.run()
 

@@ -1,46 +1,42 @@
-"""Memory and time of a training step, before it starts, counted on the meta device, which computes nothing.
-
-Forward and backward pass run on tensors without values, and what is alive is added up. Attention is counted as fused
-kernels have it (FlashAttention, arXiv 2307.08691): saved are queries, keys, values, output and one number a row.
-"""
+"""Memory and time of a training step, before anything is loaded: the run's own losses, counted on the meta device."""
 
 from __future__ import annotations
 
 import math
 import time
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
 
-from ..attention import Attention, scaled_dot_product
-from ..config import LanguageConfig, MMDiTConfig
-from ..mmdit import TIME_WIDTH, MMDiT, RunBlock
-from ..qwen3 import Layer, Qwen3
+from ..checkpoint import open_part
+from ..config import MLLMConfig, MMDiTConfig, mllm_config, mmdit_config
+from ..mllm import MLLM
+from ..mmdit import MMDiT
+from ..prompt import branch_prompts
 from ..rope import Grid, Span
+from .adapter import add_adapter
+from .counting import count
+from .objective import DrawnBatch, FlowObjective, NoisyBatch, TokenObjective
 
-OPTIMIZER_BYTES = {"adamw": 2.0, "adamw8bit": 0.5 + 2 / 256, "sgd": 0.0, "momentum": 1.0}
-"""What an optimizer keeps of each trained value, as a multiple of four bytes."""
-BACKWARD_OF_ATTENTION = 2.5
-"""Products of the backward pass for one of the forward pass: five for two, as the scores are computed again."""
-AddAdapters = Callable[[nn.Module], object]
-"""Puts adapters into a network on the meta device; what requires gradients after it is trained."""
-Inputs = TypeVar("Inputs")
+if TYPE_CHECKING:
+    from .cache import SampleCache
+    from .examples import Example
+    from .settings import TrainSettings
+
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256}
+"""What an optimizer keeps of each number that learns."""
+AddAdapters = Callable[[nn.Module, str], object]
+"""Puts adapters into a network, on the meta device; the part is named. What requires gradients after it learns."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a training step takes. `memory` in bytes by kind; `seconds_a_step` is None where nothing was measured.
+    """What a training step takes: `memory` in bytes by kind; `seconds_a_step` is None where nothing was measured.
 
-    "activations" are saved for the backward pass, "working" is alive beside them at the worst moment.
+    "activations" are kept for the backward pass, "working" is alive beside them at the worst moment.
     """
 
     memory: dict[str, int] = field(default_factory=dict)
@@ -54,298 +50,236 @@ class Estimate:
 
     def describe(self, steps: int = 0) -> str:
         """Returns a sentence on memory and time, also of all `steps`."""
-        parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in self.memory.items() if size)
-        text = f"about {_gigabytes(self.total)} of memory ({parts}), {self.operations / 1e12:.3g} TFLOP a step"
+        parts = ", ".join(f"{name} {_bytes(size)}" for name, size in self.memory.items() if size)
+        text = f"about {_bytes(self.total)} of memory ({parts}), {self.operations / 1e12:.3g} TFLOP a step"
         if self.seconds_a_step is None:
             return text
         whole = f", {_duration(self.seconds_a_step * steps)} for {steps} steps" if steps else ""
         return f"{text}, about {self.seconds_a_step:.2g} s a step{whole}"
 
 
-class Counts(NamedTuple):
-    """What is alive after the forward pass, what comes on top at the worst moment (bytes), and operations."""
+@dataclass(frozen=True)
+class DrawnSize:
+    """A picture to draw: (rows, columns) of its latent and of its references', tokens of the context it is drawn from.
 
-    activations: int
-    working: int
-    operations: float
+    `prompts` are the tokens of all that the language model reads of it, where it learns: the whole prompt of each
+    branch, first that of the context.
+    """
+
+    shape: tuple[Grid, ...]
+    context_tokens: int
+    prompts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """A text in tokens, of which the last `targets` are learned."""
+
+    tokens: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """The pictures, of one shape, and the texts of a batch."""
+
+    drawn: tuple[DrawnSize, ...] = ()
+    texts: tuple[TextSize, ...] = ()
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a run, None where it does without, and how they learn.
+
+    `layers` are those of the language model that the transformer is handed. `add_adapters` None: all weights learn.
+    """
+
+    transformer: MMDiTConfig | None
+    language: MLLMConfig | None
+    dtype: torch.dtype
+    checkpointing: bool = False
+    add_adapters: AddAdapters | None = None
+    layers: tuple[int, ...] = (-1, -2)
+
+    def small(self) -> Networks:
+        """Returns the same with two layers of each network, and few tokens known."""
+        transformer, language = self.transformer, self.language
+        if transformer is not None:
+            transformer = replace(transformer, layers=2)
+        if language is not None:
+            qwen3 = replace(language.language, num_hidden_layers=2, vocab_size=1024)
+            language = replace(language, vision=replace(language.vision, layers=1), language=qwen3)
+        return replace(self, transformer=transformer, language=language)
+
+
+class LearningStep(nn.Module):
+    """The networks of a run with weights that mean nothing, and the loss of a batch as the run has it."""
+
+    def __init__(self, networks: Networks, device: torch.device):
+        super().__init__()
+        self.networks, self.device = networks, device
+        factory: dict[str, Any] = {"dtype": networks.dtype, "device": device}
+        how: dict[str, Any] = {"dtype": networks.dtype, "checkpointing": networks.checkpointing}
+        self.flow = self.tokens = None
+        with device:
+            if networks.transformer is not None:
+                self.flow = FlowObjective(MMDiT(networks.transformer, **factory), **how)
+            if networks.language is not None:
+                self.tokens = TokenObjective(MLLM(networks.language, **factory), **how)
+            if networks.add_adapters is not None:
+                self.requires_grad_(False)
+                for objective, part in ((self.flow, "transformer"), (self.tokens, "language")):
+                    if objective is not None:
+                        networks.add_adapters(objective.model, part)
+
+    def loss(self, batch: BatchSize) -> torch.Tensor:
+        """Returns the loss of a batch of random numbers, a scalar."""
+        total = torch.zeros((), device=self.device)
+        if batch.drawn:
+            total = total + self._drawn(batch.drawn).mean()
+        for text in batch.texts:
+            assert self.tokens is not None
+            total = total + self.tokens(self._embedded(text.tokens), [0] * text.targets) / len(batch.texts)
+        return total
+
+    def _drawn(self, drawn: Sequence[DrawnSize]) -> torch.Tensor:
+        assert self.flow is not None
+        channels = self.flow.model.config.channels
+        shape = drawn[0].shape
+        target, latents, *references = (torch.randn(len(drawn), channels, *grid) for grid in (shape[0], *shape))
+        read = [self._read(one) for one in drawn]  # of all, before one branch of each is chosen
+        contexts = [(of[0][-one.context_tokens :], (Span(one.context_tokens),)) for one, of in zip(drawn, read)]
+        del read
+        noisy = NoisyBatch(latents, torch.zeros(len(drawn)), target)
+        return self.flow(DrawnBatch(latents, tuple(references), contexts), noisy)
+
+    def _read(self, one: DrawnSize) -> list[torch.Tensor]:
+        """Returns the contexts of a picture's branches, at least one; not cut to the user's turn."""
+        if self.tokens is None or not one.prompts:
+            assert self.flow is not None
+            width = self.flow.model.config.context_width
+            return [torch.randn(one.context_tokens, width, dtype=self.networks.dtype)]
+        states = [self.tokens.hidden(self._embedded(tokens), self.networks.layers)[1] for tokens in one.prompts]
+        return [found[0] for found in states if found is not None]
+
+    def _embedded(self, tokens: int) -> torch.Tensor:
+        assert self.networks.language is not None
+        width = self.networks.language.language.hidden_size
+        return torch.randn(1, tokens, width, device=self.device, dtype=self.networks.dtype)
 
 
 def estimate(
-    config: MMDiTConfig,
-    *,
-    shape: Sequence[Grid],
-    context_tokens: Sequence[int],
-    dtype: torch.dtype,
-    checkpointing: bool,
-    optimizer: str = "adamw",
-    add_adapters: AddAdapters | None = None,
-    arithmetic: float | None = None,
+    networks: Networks, batch: BatchSize, optimizer: str = "adamw", arithmetic: float | None = None
 ) -> Estimate:
-    """Returns what a step of training the transformer takes.
-
-    `shape` are the (rows, columns) of the latent and of its references, as in `Samples.shapes`; `context_tokens` are
-    those of each sample of the batch. With `checkpointing` each block is computed again in the backward pass. Without
-    `add_adapters` all weights are trained. `arithmetic` is in operations a second; see `measured_arithmetic`.
+    """Returns what a step of one batch takes. `arithmetic`: operations a second, as by `measured_arithmetic`.
 
     Raises:
         ValueError: the optimizer is unknown.
     """
-    model = MMDiT(config, device="meta", dtype=dtype)
-    step = _DrawingStep(model, shape, context_tokens, dtype)
-    attention = _CountedAttention()
-    run_block = block_runner(attention, checkpointing)
-    return _estimate(
-        model, step.inputs, lambda given: step.loss(given, run_block), attention, optimizer, add_adapters, arithmetic
-    )
+    if optimizer not in OPTIMIZER_BYTES:
+        raise ValueError(f"optimizer {optimizer!r} found, one of {', '.join(OPTIMIZER_BYTES)} expected")
+    step = LearningStep(networks, torch.device("meta"))
+    weights = list(step.parameters())
+    learning = [weight for weight in weights if weight.requires_grad]
+    size = sum(weight.nbytes for weight in learning)
+    counted = count(step, lambda: step.loss(batch))
+    memory = {
+        "weights": sum(weight.nbytes for weight in weights) - size,
+        "adapters" if networks.add_adapters is not None else "learning weights": size,
+        "gradients": size,
+        "optimizer": round(OPTIMIZER_BYTES[optimizer] * sum(weight.numel() for weight in learning)),
+        "activations": counted.activations,
+        "working": counted.working,
+    }
+    return Estimate(memory, counted.operations, counted.operations / arithmetic if arithmetic else None)
 
 
-def estimate_language(
-    config: LanguageConfig,
-    *,
-    tokens: int,
-    targets: int,
-    dtype: torch.dtype,
-    checkpointing: bool,
-    optimizer: str = "adamw",
-    add_adapters: AddAdapters | None = None,
-    arithmetic: float | None = None,
-) -> Estimate:
-    """Returns what a step of training the language model takes on a text of `tokens`, the last `targets` to be learned.
-
-    With `checkpointing` each layer is computed again in the backward pass. For the rest see `estimate`.
-
-    Raises:
-        ValueError: the optimizer is unknown.
-    """
-    model = Qwen3(config, device="meta", dtype=dtype)
-    attention = _CountedAttention()
-    for layer in cast("Iterable[Layer]", model.model.layers):
-        layer.self_attn.attend = attention.causal
-        if checkpointing:
-            layer.forward = _checkpointed(layer.forward)
-
-    def inputs() -> torch.Tensor:
-        return torch.empty(1, tokens, config.hidden_size, device="meta", dtype=dtype)
-
-    def loss(embedded: torch.Tensor) -> torch.Tensor:
-        hidden, _ = model(embedded)
-        logits = model.lm_head(hidden[0, -targets - 1 : -1])
-        return functional.cross_entropy(logits.float(), torch.zeros(targets, dtype=torch.long, device="meta"))
-
-    return _estimate(model, inputs, loss, attention, optimizer, add_adapters, arithmetic)
-
-
-def block_runner(attention: Attention, checkpointing: bool) -> RunBlock:
-    """Returns what runs a block of the transformer; see `mmdit.RunBlock`."""
-
-    def run(index, block, image, text, modulation, packing, image_tokens):
-        call = _checkpointed(block) if checkpointing else block
-        return call(image, text, modulation, packing, attention, image_tokens)
-
-    return run
-
-
-def count(
-    model: nn.Module,
-    inputs: Callable[[], Inputs],
-    loss: Callable[[Inputs], torch.Tensor],
-    attention: _CountedAttention | None = None,
-) -> Counts:
-    """Returns what a forward and a backward pass take, of `loss(inputs())`; the gradients are there already.
-
-    Weights and gradients are not in it; inputs are among the activations.
-    """
-    own = []
-    for weight in model.parameters():
-        own.append(weight)
-        if weight.requires_grad:
-            weight.grad = torch.zeros_like(weight)
-            own.append(weight.grad)
-    with _Counter(own) as counter:
-        given = inputs()
-        value = loss(given)
-        activations = counter.live - value.untyped_storage().nbytes()  # which is as large as a latent on the CPU
-        value.backward()
-        del given
-    more = attention.operations if attention is not None else 0
-    return Counts(activations, counter.peak - activations, counter.operations + more)
-
-
-def measured_arithmetic(
-    config: MMDiTConfig,
-    *,
-    shape: Sequence[Grid],
-    context_tokens: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> float:
-    """Returns how many operations a second a device makes in a training step of the transformer.
-
-    Two blocks of it are run; their weights are random and not trained, as under adapters.
-    """
-    small = replace(config, layers=2)
-
-    def backwards(step: _DrawingStep, attention: Attention) -> Callable[[list[Any]], torch.Tensor]:
-        def loss(given: list[Any]) -> torch.Tensor:
-            given[0][0].requires_grad_()
-            return step.loss(given, block_runner(attention, False))
-
-        return loss
-
-    attention, counted = _CountedAttention(), MMDiT(small, device="meta", dtype=dtype).requires_grad_(False)
-    step = _DrawingStep(counted, shape, context_tokens, dtype)
-    operations = count(counted, step.inputs, backwards(step, attention), attention).operations
-    model = MMDiT(small, device=device, dtype=dtype).requires_grad_(False)
-    step = _DrawingStep(model, shape, context_tokens, dtype)
-    loss, seconds = backwards(step, scaled_dot_product), math.inf
-    for _ in range(3):
-        given = step.inputs()
+def measured_arithmetic(networks: Networks, batch: BatchSize, device: torch.device, times: int = 3) -> float:
+    """Returns how many operations a second a device makes in a step: two layers of each network are run."""
+    small = networks.small()
+    operations = estimate(small, batch).operations
+    step, seconds = LearningStep(small, device), math.inf
+    for _ in range(times):
         start = time.perf_counter()
-        loss(given).backward()
-        given[0][0].grad.sum().item()  # waits for a GPU
+        loss = step.loss(batch)
+        loss.backward()
+        loss.item()  # waits for a GPU
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds = min(seconds, time.perf_counter() - start)
     return operations / seconds
 
 
-class _DrawingStep:
-    """The inputs of a step of training the transformer, without meaning, and its loss."""
-
-    def __init__(self, model: MMDiT, shape: Sequence[Grid], context_tokens: Sequence[int], dtype: torch.dtype):
-        self.model, self.shape, self.context_tokens, self.dtype = model, shape, context_tokens, dtype
-        self.device = next(model.parameters()).device
-
-    def inputs(self) -> list[Any]:
-        """Returns latents, references and target, sinusoids, and branches."""
-        config, batch = self.model.config, len(self.context_tokens)
-        factory: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
-        contexts = [torch.randn(count, config.context_width, **factory) for count in self.context_tokens]
-        branches = [self.model.branch(one, (Span(len(one)),), self.shape[0], self.shape[1:]) for one in contexts]
-        grids = (*self.shape, self.shape[0])
-        latents = [torch.randn(batch, config.channels, *grid, **factory) for grid in grids]
-        return [latents, torch.randn(batch, TIME_WIDTH, device=self.device), branches]
-
-    def loss(self, given: list[Any], run_block: RunBlock) -> torch.Tensor:
-        (noisy, *references, target), sinusoids, branches = given
-        velocity = self.model(noisy, sinusoids, branches, references, run_block)
-        return functional.mse_loss(velocity.float(), target.float())
-
-
-class _CountedAttention:
-    """Attention on the meta device that saves what the fused kernels do, and adds up its operations."""
-
-    def __init__(self):
-        self.operations = 0.0
-
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Returns what `attention.scaled_dot_product` does; see `attention.Attention`."""
-        return self._attend(query, key, value, 1.0).transpose(1, 2).flatten(2)
-
-    def causal(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Returns what `qwen3.attend` does without a mask; half of the scores are not computed."""
-        repeats = query.shape[1] // keys.shape[1]
-        keys, values = (one.repeat_interleave(repeats, dim=1) for one in (keys, values))
-        return self._attend(query, keys, values, 0.5)
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, share: float) -> torch.Tensor:
-        batch, heads, rows, width = query.shape
-        operations = 4.0 * batch * heads * rows * key.shape[2] * width * share
-
-        def add(times: float) -> None:
-            self.operations += operations * times
-
-        return cast(torch.Tensor, _Fused.apply(query, key, value, add))
-
-
-class _Fused(torch.autograd.Function):
-    """Attention without arithmetic: what it saves, and what its gradients are as large as."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, add):
-        add(1.0)
-        output = torch.empty_like(query)  # laid out as the CPU's kernel does
-        sums = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-        ctx.add = add
-        ctx.save_for_backward(query, key, value, output, sums)
-        return output
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        ctx.add(BACKWARD_OF_ATTENTION)
-        return *(torch.empty_like(one) for one in ctx.saved_tensors[:3]), None
-
-
-class _Counter(TorchDispatchMode):
-    """Adds up the bytes of what is alive, without the storages of `own`, and the operations of what is computed."""
-
-    def __init__(self, own: Iterable[torch.Tensor]):
-        super().__init__()
-        self.live = self.peak = 0
-        self.operations = 0.0
-        self._known: dict[int, weakref.ref] = {}
-        self._own = [tensor.untyped_storage() for tensor in own]
-        self._own_ids = {id(storage) for storage in self._own}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        if packet in flop_registry:
-            self.operations += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key in self._own_ids or key in self._known:
-            return
-        size = storage.nbytes()
-
-        def gone(_: object) -> None:
-            self.live -= size
-            del self._known[key]
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-
-def _estimate(
-    model: nn.Module,
-    inputs: Callable[[], Inputs],
-    loss: Callable[[Inputs], torch.Tensor],
-    attention: _CountedAttention,
-    optimizer: str,
-    add_adapters: AddAdapters | None,
-    arithmetic: float | None,
+def estimate_run(
+    settings: TrainSettings, cache: SampleCache, examples: Sequence[Example], device: torch.device | None = None
 ) -> Estimate:
-    if optimizer not in OPTIMIZER_BYTES:
-        raise ValueError(f"optimizer {optimizer!r} found, one of {', '.join(OPTIMIZER_BYTES)} expected")
-    if add_adapters is not None:
-        model.requires_grad_(False)
-        add_adapters(model)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    size = sum(weight.nbytes for weight in trained)
-    counted = count(model, inputs, loss, attention)
-    memory = {
-        "weights": sum(weight.nbytes for weight in model.parameters()) - size,
-        "adapters" if add_adapters is not None else "trained weights": size,
-        "gradients": size,
-        "optimizer": round(4 * OPTIMIZER_BYTES[optimizer] * sum(weight.numel() for weight in trained)),
-        "activations": counted.activations,
-        "working": counted.working,
-    }
-    seconds = counted.operations / arithmetic if arithmetic else None
-    return Estimate(memory, counted.operations, seconds)
+    """Returns what a step of a run takes: memory with its largest examples, time with those of the usual length.
+
+    No weights are loaded. Time is measured on `device`, with two layers of each network; None: it is not.
+
+    Raises:
+        ValueError: an example cannot be learned from.
+    """
+    files, dtype = cache.pipeline.files, getattr(torch, settings.dtype)
+    part = open_part(files.language, "vlm")
+    language = mllm_config(part.shapes, part.config, part.source)
+    part = open_part(files.transformer, "generation_decoder")
+    transformer = mmdit_config(part.shapes, part.config, part.source)
+    learns = "language" in settings.parts
+    drawn = [_drawn_size(cache, one, language, learns) for one in examples if one.image is not None]
+    texts = [_text_size(cache, one, language) for one in examples if learns and (one.answer is not None or one.thought)]
+
+    def add(network: nn.Module, part: str) -> None:
+        if part in settings.parts:
+            add_adapter(network, part, settings.adapter)
+
+    networks = Networks(
+        transformer if drawn else None,
+        language if learns else None,
+        dtype,
+        settings.checkpointing,
+        add,
+        cache.pipeline.encoder.layers,
+    )
+    largest = _batch(settings.batch, max(drawn, key=_tokens, default=None), max(texts, key=_tokens, default=None))
+    whole = estimate(networks, largest, settings.optimizer)
+    usual = _batch(settings.batch, _middle(drawn), _middle(texts))
+    share = sum(map(_tokens, (*usual.drawn, *usual.texts))) / sum(map(_tokens, (*largest.drawn, *largest.texts)))
+    operations = whole.operations * share * settings.accumulate
+    seconds = operations / measured_arithmetic(networks, usual, device) if device is not None else None
+    return replace(whole, operations=operations, seconds_a_step=seconds)
 
 
-def _checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args: checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+def _batch(count: int, drawn: DrawnSize | None, text: TextSize | None) -> BatchSize:
+    return BatchSize((drawn,) * count if drawn else (), (text,) * count if text else ())
 
 
-def _gigabytes(size: float) -> str:
+def _middle(sizes: Sequence[Any]) -> Any:
+    return sorted(sizes, key=_tokens)[len(sizes) // 2] if sizes else None
+
+
+def _tokens(size: DrawnSize | TextSize) -> int:
+    if isinstance(size, TextSize):
+        return size.tokens
+    return sum(rows * columns // 4 for rows, columns in size.shape) + size.context_tokens + sum(size.prompts)
+
+
+def _drawn_size(cache: SampleCache, example: Example, language: MLLMConfig, learns: bool) -> DrawnSize:
+    request, tokenizer = cache.request_with(example), cache.pipeline.encoder.tokenizer
+    given: dict[str, Any] = {"images": len(request.images), "grid": language.vision.grid}
+    prompts = branch_prompts(tokenizer, request.prompt, thought=tokenizer.encode_thought(request.thought), **given)
+    read = [prompts.conditional, *([prompts.partial] if request.images else []), prompts.unconditional]
+    read.sort(key=lambda one: one.user_start - len(one.ids))
+    whole = tuple(len(one.ids) for one in read) if learns else ()
+    return DrawnSize(cache.shape(example), len(read[0].ids) - read[0].user_start, whole)
+
+
+def _text_size(cache: SampleCache, example: Example, language: MLLMConfig) -> TextSize:
+    sample = cache.text_sample(example, language.vision.grid)
+    return TextSize(len(sample.prompt.ids), len(sample.prompt.ids) - sample.target_start)
+
+
+def _bytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 

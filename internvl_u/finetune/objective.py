@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -145,7 +145,9 @@ class TokenObjective(nn.Module):
 
     def hidden(self, embedded: torch.Tensor, layers: Sequence[int] = ()) -> Hidden:
         """Returns the last hidden states [1, T, D] and those of layers side by side; see `Qwen3.forward`."""
-        language = self.model.language_model
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return language(embedded, None, layers)
-        return cast(Hidden, checkpoint(language, embedded, None, layers, use_reentrant=False))
+        run_layer = _checkpointed_layer if self.checkpointing and torch.is_grad_enabled() else None
+        return self.model.language_model(embedded, None, layers, run_layer=run_layer)
+
+
+def _checkpointed_layer(layer: nn.Module, *inputs: Any) -> torch.Tensor:
+    return cast(torch.Tensor, checkpoint(layer, *inputs, use_reentrant=False))

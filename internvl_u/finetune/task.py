@@ -6,23 +6,19 @@ import contextlib
 import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import nn
 
-from ..checkpoint import open_part
-from ..config import mllm_config, mmdit_config
 from ..load import load_mllm, load_mmdit
 from ..mllm import MLLM
 from ..mmdit import MMDiT
 from ..pipeline import ImageRequest, Pipeline
 from ..prefix import PrefixCache
 from ..prompt import TokenizedPrompt
-from .adapter import add_adapter
 from .buckets import batches
 from .cache import SampleCache, dataset_fingerprint
-from .estimate import Estimate, estimate, estimate_language, measured_arithmetic
+from .estimate import Estimate, estimate_run
 from .examples import read_examples
 from .live import LiveSample
 from .objective import TokenObjective
@@ -30,8 +26,6 @@ from .settings import TrainSettings
 from .stored import Branch, Sample, Samples, TextSample, TextSamples
 
 SAMPLES = 4
-SAMPLED = 64
-"""Examples of which the longest is looked for."""
 PROGRESS = 100
 """Files of the cache between two lines of progress."""
 KEPT_SAMPLES = 256 << 20
@@ -95,43 +89,12 @@ class Task:
             self.mllm = load_mllm(self.pipeline.files.language, dtype=self.dtype)
 
     def estimate(self) -> Estimate:
-        """Returns what a step takes with the largest of the pictures and the longest of some of the texts."""
-        settings, found, rate, tokens = self.settings, [], None, 1
-        more: dict[str, Any] = {
-            "dtype": self.dtype,
-            "checkpointing": settings.checkpointing,
-            "optimizer": settings.optimizer,
-        }
+        """Returns what a step takes: memory with the largest of the examples, time with the usual ones.
 
-        def adding(part: str) -> Callable[[nn.Module], object]:
-            if part not in settings.parts:
-                return lambda network: network.requires_grad_(False)
-            return lambda network: add_adapter(network, part, settings.adapter)
-
-        if self._drawn:
-            part = open_part(self.pipeline.files.transformer, "generation_decoder")
-            config = mmdit_config(part.shapes, part.config, part.source)
-            shape = max(self.samples.shapes, key=lambda grids: sum(rows * columns for rows, columns in grids))
-            some = range(0, len(self.samples), max(1, len(self.samples) // SAMPLED))
-            tokens = max(len(self._sample(i).conditional[0]) for i in some)
-            sizes: dict[str, Any] = {"shape": shape, "context_tokens": [tokens] * settings.batch}
-            rate = measured_arithmetic(config, **sizes, dtype=self.dtype, device=self.device)
-            found.append(estimate(config, **sizes, **more, add_adapters=adding("transformer"), arithmetic=rate))
-        if self._language:
-            part = open_part(self.pipeline.files.language, "vlm")
-            language = mllm_config(part.shapes, part.config, part.source).language
-            targets = 1
-            for sample in cast("list[TextSample]", [self.texts[i] for i in range(min(SAMPLED, len(self.texts)))]):
-                tokens = max(tokens, len(sample.prompt.ids))
-                targets = max(targets, len(sample.prompt.ids) - sample.target_start)
-            sizes = {"tokens": tokens, "targets": targets}
-            found.append(estimate_language(language, **sizes, **more, add_adapters=adding("language")))
-        memory: dict[str, int] = {}
-        for one in found:
-            for kind, size in one.memory.items():
-                memory[kind] = memory.get(kind, 0) + size
-        operations = sum(one.operations for one in found)
-        return Estimate(memory, operations, operations / rate if rate else None)
+        Raises:
+            ValueError: an example cannot be learned from.
+        """
+        return estimate_run(self.settings, self.cache, self.examples, self.device)
 
     def _progress(self, kind: str, done: int, total: int) -> None:
         if done == total or done % PROGRESS == 0:

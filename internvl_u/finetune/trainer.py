@@ -129,16 +129,17 @@ class Trainer:
         self.log = logs.CSVLog(settings.folder / "log.csv", COLUMNS)
         self.step, self.seconds = 0, 0.0
 
-    def prepare(self) -> None:
-        """Computes what is cached, and says what a step takes."""
-        with self.accelerator.main_process_first():  # the others find what it has cached
-            self.task.prepare()
-        self.report(self.task.estimate().describe(self.settings.steps * self.settings.accumulate))
+    def estimate(self) -> None:
+        """Says what a step takes, before anything is computed or loaded."""
+        if self.main:
+            self.report(self.task.estimate().describe(self.settings.steps))
 
     def run(self) -> list:
         """Trains and returns what was written."""
         settings = self.settings
-        self.prepare()
+        self.estimate()
+        with self.accelerator.main_process_first():  # the others find what it has cached
+            self.task.prepare()
         self.task.load()
         self.learner = Learner(self.task, settings, self.task.device)
         self.weights = [weight for weight in self.learner.parameters() if weight.requires_grad]
