@@ -155,7 +155,7 @@ class Task:
 
         return LiveSample(sample.latent, sample.references, prompts, context)
 
-    def sample_requests(self) -> list[ImageRequest]:
+    def sample_wishes(self) -> list[ImageRequest]:
         """Returns what the contact sheets show: the prompts of `--sample`, else a few examples, first those held back.
 
         Each has a seed of its own, which stays the same.
@@ -165,11 +165,11 @@ class Task:
             return [ImageRequest(text, *size, seed=i) for i, text in enumerate(self.settings.sample_prompts)]
         order = [*self.held_back, *(i for i in range(len(self._drawn)) if i not in self.held_back)]
         chosen = list({self._drawn[i].text: self._drawn[i] for i in reversed(order)}.values())[::-1][:SAMPLES]
-        requests = []
+        wishes = []
         for seed, example in enumerate(chosen):
             width, height = self.cache.buckets.place(example).size
-            requests.append(dataclasses.replace(self.cache.request(example), width=width, height=height, seed=seed))
-        return requests
+            wishes.append(dataclasses.replace(self.cache.request(example), width=width, height=height, seed=seed))
+        return wishes
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[Pipeline]:
