@@ -415,8 +415,8 @@ NANO_LATENT = ("latent", "InternVLU_CreateLatent", LATENT_SIZE | {"width": 64, "
 NANO_LOADED = ("Model", [[("load", "InternVLU_LoadModel", {"model_name": NANO_CHOICE, "precision": "auto"})]])
 LARGER = ("decode", "InternVLU_DecodeLatent", {"width": 256, "height": 256})
 NANO_DRAW = ("Draw", [[SAMPLE], [LARGER], [SAVE]])
-TRAINING = {"batch_size": 8, "grad_accumulation_steps": 1, "steps": 250, "learning_rate": 0.002, "rank": 8}
-TRAINING |= {"optimizer": "AdamW", "loss_function": "MSE", "training_dtype": "fp32", "lora_dtype": "fp32"}
+TRAINING = {"batch_size": 8, "grad_accumulation_steps": 1, "steps": 500, "learning_rate": 0.003, "rank": 32}
+TRAINING |= {"optimizer": "AdamW", "loss_function": "L1", "training_dtype": "fp32", "lora_dtype": "fp32"}
 TRAINING |= FIXED | {"seed": 0, "algorithm": "LoRA", "gradient_checkpointing": False}
 
 STEPS_OF = {
