@@ -36,6 +36,14 @@ def _add_what_learns(parser: argparse.ArgumentParser) -> None:
         "the folders before and after and a .txt beside each picture after; metadata.jsonl or .csv; a .jsonl file; a "
         "Hugging Face dataset on disk",
     )
+    add(
+        "--repeats",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="how often each example of a --data comes in a round of all; given once for each of them (default: once)",
+    )
     add("--out", type=Path, required=True, metavar="FILE.safetensors", help="the LoRA; a folder for PEFT is put beside")
     add(
         "--train",
@@ -157,6 +165,7 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
         seed=options.seed,
         trigger=options.trigger,
         resolution=options.resolution,
+        repeats=tuple(options.repeats),
         dropout=Dropout(options.prompt_dropout, options.reference_dropout),
         text_weight=options.text_weight,
         validation=options.validation,
