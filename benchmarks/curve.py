@@ -30,7 +30,16 @@ from internvl_u.mmdit import MMDiT, time_embedding
 from internvl_u.pipeline import ImageRequest, Pipeline
 from internvl_u.rope import grid_of
 from internvl_u.sampling import Denoiser, DrawingContexts
-from internvl_u.speed import EVERY_BRANCH, SPEEDS, Branches, GuidanceIntervals, Interval, Speed
+from internvl_u.speed import (
+    EVERY_BRANCH,
+    QUALITY,
+    SPEEDS,
+    TURBO,
+    Branches,
+    GuidanceIntervals,
+    Interval,
+    Speed,
+)
 
 from .curve_caches import CachedDrawer
 from .curve_plot import plot
@@ -71,7 +80,7 @@ def points() -> list[Point]:
     """Returns all points; the first is what others are held to."""
     found = [Point(f"{steps} steps", PLAIN, Speed(steps)) for steps in (20, 15, 12, 10, 8, 6, 4)]
     found += [Point(f"{steps} steps, guided to 0.5", INTERVAL, until(0.5, steps)) for steps in (20, 12, 10, 8, 6, 4)]
-    found += [Point(name, PRESET, speed) for name, speed in SPEEDS.items() if speed != Speed()]
+    found += [Point(name, PRESET, speed) for name, speed in SPEEDS.items() if name not in (QUALITY, TURBO)]
     for threshold in (0.1, 0.2, 0.3):
         found += [
             Point(f"{name} {threshold}", CACHE, Speed(), (name, threshold)) for name in ("EasyCache", "LazyCache")

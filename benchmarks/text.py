@@ -210,7 +210,7 @@ def measure(
 ) -> tuple[dict[Key, list[Written]], dict[Key, float]]:
     """Returns what each has written in each turn, one for each prompt but the last, whose beginning warms up.
 
-    `others` take turns as well; of them the fastest seconds are returned.
+    `others` take turns as well; of them the median of the seconds is returned.
 
     Raises:
         ValueError: a text is shorter than wished.
@@ -232,7 +232,7 @@ def measure(
         lengths = [len(text.ids) for text in texts]
         if set(lengths) != {tokens}:
             raise ValueError(f"{name}: {lengths} tokens written, {tokens} each expected: it must not end a text")
-    return written, {key: min(times[("does", *key)]) / TOGETHER for key in others}
+    return written, {key: median(times[("does", *key)]) / TOGETHER for key in others}
 
 
 def _repeat(run: Callable[[], object]) -> None:

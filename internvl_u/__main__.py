@@ -85,7 +85,7 @@ def _draw(options: argparse.Namespace) -> None:
         thought = pipeline.think(request, GenerationConfig(options.max_new_tokens))
         print(thought, file=sys.stderr)
         request = dataclasses.replace(request, thought=thought)
-    _draw_files(pipeline, request, outs, options)
+    _draw_files(pipeline, pipeline.settled(request), outs, options)
 
 
 def _draw_files(pipeline: Pipeline, request: ImageRequest, outs: Sequence[Path], options: argparse.Namespace) -> None:
@@ -205,6 +205,14 @@ def _download(options: argparse.Namespace) -> None:
     write_text(str(target), "folder's name")
 
 
+def _train(options: argparse.Namespace) -> None:
+    from .finetune.command import run
+    from .results import write_text
+
+    if files := run(options):
+        write_text("\n".join(map(str, files)), "list of files")
+
+
 def _pairs(options: argparse.Namespace) -> None:
     from .finetune import pairs
     from .finetune.maps import Thresholds
@@ -212,6 +220,13 @@ def _pairs(options: argparse.Namespace) -> None:
 
     thresholds = Thresholds(options.low, options.high)
     write_text(pairs.run(options.folder, options.out, options.kind, thresholds, options.size), "folder's name")
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from .finetune.distill_command import run
+    from .results import write_text
+
+    write_text("\n".join(map(str, run(options))), "list of files")
 
 
 def _open(options: argparse.Namespace) -> Pipeline:
@@ -254,7 +269,9 @@ _COMMANDS = {
     "ask": _ask,
     "convert": _convert,
     "merge": _merge,
+    "train": _train,
     "pairs": _pairs,
+    "distill": _distill,
     "download": _download,
 }
 

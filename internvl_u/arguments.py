@@ -25,6 +25,8 @@ from .defaults import (
     STEPS,
     THOUGHT_TOKENS,
 )
+from .finetune import command as training
+from .finetune import distill_command
 from .speed import QUALITY, SPEEDS
 from .tasks import AS_WRITTEN, TASKS
 
@@ -39,7 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_ask(commands.add_parser("ask", help="ask about pictures, or chat without any"))
     _add_convert(commands.add_parser("convert", help="write single files for ComfyUI's model folders"))
     _add_merge(commands.add_parser("merge", help="write a checkpoint folder with LoRAs merged into its weights"))
+    training.add_arguments(commands.add_parser("train", help="teach the model by a LoRA; needs accelerate and peft"))
     _add_pairs(commands.add_parser("pairs", help="pairs of pictures and their maps, for a LoRA that obeys maps"))
+    distill_command.add_arguments(
+        commands.add_parser("distill", help="a LoRA after which few evaluations draw a picture; needs peft")
+    )
     _add_download(commands.add_parser("download", help=f"fetch the released model ({RELEASED_SIZE})"))
     return parser
 

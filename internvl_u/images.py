@@ -194,8 +194,17 @@ def vision_pixels(image: Image.Image, size: int, mean: Sequence[float], std: Seq
     return (levels.float() / 255 - centre) / spread
 
 
+def vae_pixels(image: Image.Image) -> torch.Tensor:
+    """Returns an RGB image for the VAE [1, 3, height, width] in [-1, 1], at its own size."""
+    levels = torch.from_numpy(numpy.array(image)).movedim(-1, 0)[None]  # HWC -> BCHW
+    return levels.float() / 255 * 2 - 1
+
+
+def fit_reference(image: Image.Image, sizes: ReferenceSizes) -> Image.Image:
+    """Returns a reference at the size that `sizes` gives, as the transformer sees it."""
+    return image.resize(sizes.fit(*image.size), Image.Resampling.BICUBIC)
+
+
 def reference_pixels(image: Image.Image, sizes: ReferenceSizes) -> torch.Tensor:
     """Returns a reference for the VAE [1, 3, height, width] in [-1, 1], at the size that `sizes` gives."""
-    scaled = image.resize(sizes.fit(*image.size), Image.Resampling.BICUBIC)
-    levels = torch.from_numpy(numpy.array(scaled)).movedim(-1, 0)[None]  # HWC -> BCHW
-    return levels.float() / 255 * 2 - 1
+    return vae_pixels(fit_reference(image, sizes))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,8 +15,9 @@ from . import images as image_module
 from . import sampling
 from .chat import History
 from .checkpoint import check_folder, open_checkpoint
-from .defaults import GUIDANCE, GUIDANCE_WITH_THOUGHT, LONGEST_SCHEDULE, STEPS, Guidance
-from .encoder import Encoder, check_length, fit_history
+from .defaults import Guidance
+from .distilled import evaluations_in
+from .encoder import BranchContexts, Encoder, check_length, fit_history
 from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
 from .images import ReferenceSizes
@@ -24,7 +25,6 @@ from .load import load_mllm, load_mmdit, load_vae
 from .lora import LANGUAGE, TRANSFORMER
 from .mllm import MLLM
 from .mmdit import MMDiT
-from .numbers import check_real, check_whole
 from .patched import Strengths, add_loras, open_loras
 from .places import locate
 from .prefix import PrefixCache
@@ -36,70 +36,15 @@ from .prompt import (
     drawing_system,
     generation_prompt,
 )
+from .request import ImageRequest
 from .rope import grid_of
 from .sampling import Denoiser, DrawingContexts
-from .speed import ALWAYS, QUALITY, GuidanceIntervals, Interval, Speed
-from .tokenizer import Thought, has_thought
+from .speed import ALWAYS, NOT_DISTILLED, TURBO, GuidanceIntervals
+from .tokenizer import Thought
 from .vae import StandaloneVAE
 
 _logger = logging.getLogger("internvl_u")
 Network = TypeVar("Network", bound=torch.nn.Module)
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """What to draw. Sizes are pixels, scales the two guidance strengths; None takes the official default.
-
-    With `images` (RGB) the prompt edits them; `thought` is a chain of thought that the drawing follows.
-    `negative_prompt` is what to keep away from, which is not official; `reference_size` the most that the transformer
-    sees of each image, as the side in pixels of a square of equal area, None for the official size. `history` is the
-    conversation before, as far as it fits.
-
-    Outside start..end, shares of the schedule in 0..1, a scale is 1 and costs less. `speed` is a preset of
-    `speed.SPEEDS`: it sets steps and intervals where they are left as they are.
-    """
-
-    prompt: str
-    width: int | None = None
-    height: int | None = None
-    steps: int = STEPS
-    seed: int = 0
-    all_cfg: float | None = None
-    part_cfg: float | None = None
-    system: str | None = None
-    images: tuple[Image.Image, ...] = ()
-    thought: str = ""
-    negative_prompt: str = ""
-    reference_size: int | None = None
-    history: History = History()
-    all_cfg_start: float = 0.0
-    all_cfg_end: float = 1.0
-    part_cfg_start: float = 0.0
-    part_cfg_end: float = 1.0
-    speed: str = QUALITY
-
-    def __post_init__(self):
-        check_whole("seed", self.seed, -(2**63), 2**64 - 1)
-        check_whole("steps", self.steps, 1, LONGEST_SCHEDULE)
-        for name in ("all_cfg", "part_cfg"):
-            if getattr(self, name) is not None:
-                check_real(name, getattr(self, name))
-        self.way.intervals.check()
-
-    @property
-    def way(self) -> Speed:
-        """The steps and the intervals of guidance, those of the preset where none are given."""
-        words, pictures = (self.all_cfg_start, self.all_cfg_end), (self.part_cfg_start, self.part_cfg_end)
-        return Speed(self.steps, GuidanceIntervals(Interval(*words), Interval(*pictures))).filled(self.speed)
-
-    @property
-    def guidance(self) -> Guidance:
-        """The two guidance strengths: the official ones, which a thought changes, where none is given."""
-        usual = GUIDANCE_WITH_THOUGHT if has_thought(self.thought) else GUIDANCE
-        return Guidance(
-            usual.all_cfg if self.all_cfg is None else self.all_cfg,
-            usual.part_cfg if self.part_cfg is None else self.part_cfg,
-        )
 
 
 class Pipeline:
@@ -151,6 +96,7 @@ class Pipeline:
         Raises:
             ValueError: a size, the number of steps or the number of placeholders is out of range.
         """
+        request = self.settled(request)
         width, height = self.size(request)
         drawn = image_module.drawn_size(width, height)
         self._vae()  # one that cannot be loaded is not found after minutes of work
@@ -160,6 +106,29 @@ class Pipeline:
             noise = image_module.noise(*drawn, seed)
             latent = self.sample(contexts, noise, sigmas, request.guidance, on_step, intervals)
             yield image_module.resize(image_module.to_image(self.decode(latent)[0]), width, height)
+
+    def settled(self, request: ImageRequest) -> ImageRequest:
+        """Returns the request with the evaluations of `turbo`, if that is its preset and it has none.
+
+        Raises:
+            ValueError: the transformer has not been distilled to few of them.
+        """
+        if request.speed != TURBO or request.evaluations is not None:
+            return request
+        evaluations = evaluations_in(self._mmdit().state_dict())
+        if evaluations is None:
+            raise ValueError(NOT_DISTILLED)
+        return replace(request, evaluations=evaluations)
+
+    def use(self, networks: Mapping[str, torch.nn.Module]) -> None:
+        """Takes networks in the place of those of the files: "mllm", "mmdit" or "vae". What was read is forgotten."""
+        self._networks |= networks
+        self._kept = PrefixCache()
+
+    def forget(self) -> None:
+        """Lets go of all networks, which are loaded anew when they are needed, and of what was read."""
+        self._networks.clear()
+        self._kept = PrefixCache()
 
     def size(self, request: ImageRequest) -> tuple[int, int]:
         """Returns the wished (width, height): by default the first input image's, or the checkpoint's own."""
@@ -241,28 +210,44 @@ class Pipeline:
             ValueError: a text has more placeholders than there are input images, or `reference_size` is out of range.
         """
         references = self._references(request.images, self.encoder.sizes.limited(request.reference_size))
+        contexts = self.encode_contexts(request)
+        return DrawingContexts(contexts.conditional, contexts.partial, contexts.unconditional, references)
+
+    @torch.inference_mode()
+    def encode_contexts(self, request: ImageRequest) -> BranchContexts:
+        """Returns the contexts that the transformer draws from: `encode_prompt` without the references' latents.
+
+        Raises:
+            ValueError: as for `branch_prompts`.
+        """
+        prompts, history = self._branch_prompts(request)
         model, where = self._mllm(), {"device": self.device, "dtype": self.dtype, "kept": self._kept}
-        tokenizer = self.encoder.tokenizer
-
-        def build(history: History) -> BranchPrompts:
-            return branch_prompts(
-                tokenizer,
-                request.prompt,
-                images=len(request.images),
-                grid=model.vision.grid,
-                system=request.system,
-                thought=tokenizer.encode_thought(request.thought),
-                negative=request.negative_prompt,
-                earlier=history.turns,
-            )
-
-        history = _fitting(model, request.history, lambda some: build(some).conditional)
-        prompts = build(history)
-        check_length(model, prompts.conditional, prompts.partial, prompts.unconditional)
         seen = self.encoder.image_features(model, (*history.images, *request.images), **where)
         earlier, features = seen[: len(history.images)], seen[len(history.images) :]
-        contexts = self.encoder.encode_branches(model, prompts, features, earlier=earlier, **where)
-        return DrawingContexts(contexts.conditional, contexts.partial, contexts.unconditional, references)
+        return self.encoder.encode_branches(model, prompts, features, earlier=earlier, **where)
+
+    def branch_prompts(self, request: ImageRequest) -> BranchPrompts:
+        """Returns the prompts of a picture's branches as token ids, before anything is computed of them.
+
+        Raises:
+            ValueError: a text has more placeholders than there are input images, or a prompt is too long.
+        """
+        return self._branch_prompts(request)[0]
+
+    @torch.inference_mode()
+    def encode(self, image: Image.Image) -> torch.Tensor:
+        """Returns the latent [1, 16, h, w] of an RGB image of 8 h x 8 w pixels: what `decode` turns back.
+
+        Raises:
+            ValueError: a side is no multiple of 16.
+        """
+        if image.width % image_module.STRIDE or image.height % image_module.STRIDE:
+            raise ValueError(
+                f"a picture of {image.width} x {image.height} pixels found, multiples of {image_module.STRIDE} expected"
+            )
+        latent = self._vae().encode(image_module.vae_pixels(image))
+        sampling.check_finite(latent, "the latent", "the VAE")
+        return latent
 
     @torch.inference_mode()
     def sample(
@@ -306,6 +291,26 @@ class Pipeline:
             return add_loras(load_mmdit(self.files.transformer, dtype=self.dtype), TRANSFORMER, self.loras)
 
         return self._on_device("mmdit", load)
+
+    def _branch_prompts(self, request: ImageRequest) -> tuple[BranchPrompts, History]:
+        model, tokenizer = self._mllm(), self.encoder.tokenizer
+
+        def build(history: History) -> BranchPrompts:
+            return branch_prompts(
+                tokenizer,
+                request.prompt,
+                images=len(request.images),
+                grid=model.vision.grid,
+                system=request.system,
+                thought=tokenizer.encode_thought(request.thought),
+                negative=request.negative_prompt,
+                earlier=history.turns,
+            )
+
+        history = _fitting(model, request.history, lambda some: build(some).conditional)
+        prompts = build(history)
+        check_length(model, prompts.conditional, prompts.partial, prompts.unconditional)
+        return prompts, history
 
     def _vae(self) -> StandaloneVAE:
         return self._on_device("vae", lambda: load_vae(self.files.vae, dtype=self.dtype))

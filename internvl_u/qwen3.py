@@ -8,6 +8,7 @@ Letters in shape comments: B sequences, T tokens, D width, H heads, K heads of k
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -20,6 +21,9 @@ from .operations import Operations
 
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 """See `attend`."""
+
+RunLayer = Callable[..., torch.Tensor]
+"""(layer, hidden [B, T, D], rotary, cache, mask) -> hidden after it; see `Layer.forward`."""
 
 
 class KeyValueCache:
@@ -120,13 +124,14 @@ class Decoder(nn.Module):
         *,
         mask: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
+        run_layer: RunLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the last hidden states [B, T, D] of embedded tokens [B, T, D], which follow those in `cache`.
 
         They are written into the cache. With `layers` come the hidden states of these layers side by side
         [B, T, len(layers) * D]: layer -1 is the output after the final norm, -2 the input of the last layer. Without a
         cache, for training, `mask` [B, 1, T, T] may say or weigh what a token sees instead of all before it, and
-        `positions` [B, T] where it stands.
+        `positions` [B, T] where it stands. `run_layer` may wrap or replace the call of a layer.
         """
         rotary = self._rotary(embedded, cache, positions)
         if mask is None and cache is not None:
@@ -137,7 +142,8 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             if index in wanted:
                 states[index] = hidden
-            hidden = cast(Layer, layer)(hidden, rotary, cache, mask)
+            run = cast(Layer, layer) if run_layer is None else functools.partial(run_layer, layer)
+            hidden = run(hidden, rotary, cache, mask)
         hidden = self.norm(hidden)
         if cache is not None:
             cache.length += embedded.shape[1]

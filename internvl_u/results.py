@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -73,8 +74,11 @@ def write_text(text: str, what: str) -> None:
         raise OSError(_keep(lambda kept: _write_text(text, kept), what, ".txt", why)) from error
 
 
-def replace_text(text: str, file: Path) -> None:
-    """Writes a text and a line's end to a file in UTF-8, whole or not at all. A symbolic link is followed.
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Gives the name of a file to write, which becomes `file` at the end; nothing of it stays where that fails.
+
+    A symbolic link is followed.
 
     Raises:
         OSError: it could not be written there.
@@ -82,12 +86,22 @@ def replace_text(text: str, file: Path) -> None:
     target = _real(file)
     partial = _partial(target)
     try:
-        _write_text(text, partial)
+        yield partial
         os.replace(partial, target)
     except OSError as error:
         raise OSError(f"{file} not written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_text(text: str, file: Path) -> None:
+    """Writes a text and a line's end to a file in UTF-8, whole or not at all. A symbolic link is followed.
+
+    Raises:
+        OSError: it could not be written there.
+    """
+    with replacing(file) as partial:
+        _write_text(text, partial)
 
 
 def _keep(write: Callable[[Path], object], what: str, suffix: str, why: str) -> str:

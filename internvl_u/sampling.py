@@ -70,16 +70,16 @@ def dual_guidance(
     conditional: torch.Tensor,
     partial: torch.Tensor,
     unconditional: torch.Tensor,
-    all_cfg: float,
-    part_cfg: float,
+    all_cfg: float | torch.Tensor,
+    part_cfg: float | torch.Tensor,
     timestep: torch.Tensor,
     scale_words: bool = True,
 ) -> torch.Tensor:
     """Returns the guided velocity, of the shape of the three velocities [B, C, ...].
 
-    `part_cfg` scales what the references bring, `all_cfg` what the words bring on top. `timestep` [B] are whole
-    timesteps; above 930 each difference is damped where its norm over the channels exceeds 1. Without
-    `scale_words` what the words bring is taken as it is, neither scaled nor damped.
+    `part_cfg` scales what the references bring, `all_cfg` what the words bring on top; tensors are [B, 1, ...].
+    `timestep` [B] are whole timesteps; above 930 each difference is damped where its norm over the channels exceeds 1.
+    Without `scale_words` what the words bring is taken as it is, neither scaled nor damped.
     """
     damped = (timestep > DAMPED_ABOVE).reshape(-1, *[1] * (conditional.ndim - 1))
     words = conditional - partial

@@ -83,24 +83,46 @@ class Speed(NamedTuple):
     steps: int = STEPS
     intervals: GuidanceIntervals = ALWAYS
 
-    def filled(self, speed: str) -> Speed:
+    def filled(self, speed: str, evaluations: int | None = None) -> Speed:
         """Returns the same with what a preset has in the place of what is left at its default.
 
+        `evaluations` are those that the transformer has been distilled to, None for one that has not been.
+
         Raises:
-            ValueError: there is no such preset.
+            ValueError: there is no such preset, or it is `turbo` and the transformer has not been distilled.
         """
-        if speed not in SPEEDS:
-            raise ValueError(f"speed {shown(speed)} found, one of {', '.join(SPEEDS)} expected")
+        check_speed(speed)
         preset, usual = SPEEDS[speed], Interval()
+        if speed == TURBO:
+            if evaluations is None:
+                raise ValueError(NOT_DISTILLED)
+            preset = preset._replace(steps=evaluations)
         given = zip(self.intervals, preset.intervals, strict=True)
         intervals = GuidanceIntervals(*(ready if typed == usual else typed for typed, ready in given))
         return Speed(preset.steps if self.steps == STEPS else self.steps, intervals)
 
 
-QUALITY, BALANCED, FAST = "quality", "balanced", "fast"
+QUALITY, BALANCED, FAST, TURBO = "quality", "balanced", "fast", "turbo"
+NEVER = GuidanceIntervals(Interval(end=0.0), Interval(end=0.0))
+"""The conditional branch alone, which is one evaluation a step."""
 SPEEDS = {
     QUALITY: Speed(),
     BALANCED: Speed(12, GuidanceIntervals(Interval(end=0.6), Interval(end=0.6))),
     FAST: Speed(8, GuidanceIntervals(Interval(end=0.5), Interval(end=0.5))),
+    TURBO: Speed(8, NEVER),
 }
-"""Presets; the first one is official."""
+"""Presets; the first one is official. The steps of the last are those that the transformer has been distilled to."""
+NOT_DISTILLED = (
+    f"speed {TURBO} found for a transformer that was not distilled, one with the LoRA of `python -m internvl_u "
+    f"distill` expected: load that LoRA at strength 1, or choose {FAST}"
+)
+
+
+def check_speed(speed: str) -> None:
+    """Makes sure that there is such a preset.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if speed not in SPEEDS:
+        raise ValueError(f"speed {shown(speed)} found, one of {', '.join(SPEEDS)} expected")

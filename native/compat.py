@@ -165,6 +165,19 @@ def fitted_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> torch.Tenso
     return comfy.sample.fix_empty_latent_channels(*arguments)
 
 
+def scale_training_latents(sampler: Any, scale: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Brings the pictures that core's trainer keeps beside the run's latent into the model's range by `scale`.
+
+    Those of several sizes, which 0.33 trains on as the VAE gave them.
+    """
+    methods = [method for method in vars(type(sampler)).values() if inspect.isfunction(method)]
+    if any(scale.__name__ in method.__code__.co_names for method in methods):
+        return  # a newer one, which does it itself
+    for name in ("real_dataset", "bucket_latents"):
+        if latents := getattr(sampler, name, None):
+            setattr(sampler, name, [scale(one) for one in latents])
+
+
 def is_serving() -> bool:
     """Returns whether ComfyUI's server has begun to answer; while it starts, it asks for the nodes' inputs as well."""
     return getattr(getattr(PromptServer, "instance", None), "port", None) is not None

@@ -28,6 +28,9 @@ _SCALED_BY_ROW = ("TensorWiseINT8Layout",)
 class NativeMMDiT(MMDiT):
     """`MMDiT` called as ComfyUI calls a diffusion model; block patches, wrappers and attention choices work."""
 
+    evaluations: int | None = None
+    """How many evaluations its checkpoint was distilled to."""
+
     def forward(
         self,
         x: torch.Tensor,

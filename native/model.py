@@ -18,11 +18,12 @@ import torch
 
 from ..internvl_u import sampling
 from ..internvl_u.config import mmdit_config
+from ..internvl_u.distilled import evaluations_in
 from ..internvl_u.files import check_unchanged
 from ..internvl_u.load import check_part
 from ..internvl_u.mmdit import BranchInput, MMDiT, time_embedding
 from ..internvl_u.rope import Grid, Layout, Span, grid_of
-from . import compat, guidance, modulation
+from . import compat, guidance, modulation, training
 from .conditioning import CONTEXTS
 from .dtypes import plan_transformer
 from .gguf_ops import cast_packed_layers, check_plain
@@ -204,7 +205,9 @@ def load_model(
     cast_packed_layers(model.diffusion_model, part.packed, plan.compute or plan.storage)
     model.diffusion_model.requires_grad_(False)
     model.diffusion_model.load_state_dict(weights, strict=True, assign=True)
-    cast(NativeMMDiT, model.diffusion_model).mapped = compat.mapped_files(part, weights)
+    network = cast(NativeMMDiT, model.diffusion_model)
+    network.mapped = compat.mapped_files(part, weights)
+    network.evaluations = evaluations_in(weights)
     model.device = offload_device
     compat.remember_dtypes(model.diffusion_model)
     streams = not disable_dynamic and not part.packed and compat.can_stream()
@@ -213,6 +216,7 @@ def load_model(
     compat.reload_with(patcher, load_model, source, precision)
     guidance.install(patcher)
     modulation.install(patcher)
+    training.install(patcher)
     return patcher
 
 

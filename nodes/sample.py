@@ -155,7 +155,7 @@ class SampleLatent(io.ComfyNode):
         speed: str = NO_SPEED,
     ) -> io.NodeOutput:
         limits = (all_cfg_start, all_cfg_end, part_cfg_start, part_cfg_end)
-        way, on_speed = chosen_speed(speed, limits, steps)
+        way, on_speed = chosen_speed(speed, model, limits, steps)
         taken, on_scales = chosen_scales(scales, Guidance(all_cfg, part_cfg), positive)
         _tell(cls.hidden, on_scales, on_speed)
         settings = {"seed": seed, "steps": way.steps, "denoise": denoise, "intervals": way.intervals}
@@ -197,7 +197,8 @@ class CreateGuider(io.ComfyNode):
         check_model(model)
         guider = DualGuider(model)
         guider.set_conds(positive, negative)
-        way, on_speed = chosen_speed(speed, (all_cfg_start, all_cfg_end, part_cfg_start, part_cfg_end))
+        limits = (all_cfg_start, all_cfg_end, part_cfg_start, part_cfg_end)
+        way, on_speed = chosen_speed(speed, model, limits)
         taken, on_scales = chosen_scales(scales, Guidance(all_cfg, part_cfg), positive)
         _tell(cls.hidden, on_scales, on_speed)
         guider.set_scales(*taken)
@@ -235,7 +236,16 @@ class ScheduleSteps(io.ComfyNode):
             display_name="InternVL-U Scheduler",
             category="InternVL-U/custom sampling",
             description="The official noise levels for a number of steps, for SamplerCustomAdvanced.",
-            inputs=[_steps(), _denoise(), speed_input()],
+            inputs=[
+                _steps(),
+                _denoise(),
+                speed_input(),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Only for speed turbo: the MODEL with the LoRA of few steps on it, whose steps are taken.",
+                ),
+            ],
             outputs=[io.Sigmas.Output(tooltip="For the sigmas of SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             **compat.search_aliases("sigmas", "schedule", "steps", "denoise", "custom sampling"),
@@ -243,7 +253,9 @@ class ScheduleSteps(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, steps: int, denoise: float, speed: str = NO_SPEED) -> io.NodeOutput:
-        way, on_speed = chosen_speed(speed, steps=steps)
+    def execute(
+        cls, steps: int, denoise: float, speed: str = NO_SPEED, model: io.Model.Type | None = None
+    ) -> io.NodeOutput:
+        way, on_speed = chosen_speed(speed, model, steps=steps)
         _tell(cls.hidden, on_speed)
         return io.NodeOutput(flow_sigmas(way.steps, denoise))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from comfy_api.latest import io
 
 from ..internvl_u.defaults import STEPS
-from ..internvl_u.speed import QUALITY, SPEEDS, GuidanceIntervals, Interval, Speed
+from ..internvl_u.speed import NEVER, QUALITY, SPEEDS, TURBO, GuidanceIntervals, Interval, Speed
 from ..native import compat
+from ..native.distilled import evaluations_on
 from .inputs import check_choice
 
 NO_SPEED = f"{QUALITY} (official)"
@@ -17,7 +18,8 @@ SPEED_TIP = (
     "quality: all as typed. balanced: 12 steps, guidance in the first 60 % of the schedule, half of the work of 20 "
     "steps. fast: 8 steps, guidance in the first half, 30 % of the work. What is left at its default (20 steps, 0 and "
     "1) is set, and the node says so. Price in 800 scenes of the nano model, 64 pixels: 0.1 and 0.4 points fewer right "
-    "pictures, +- 0.5; with the released model it is not measured. Pictures of a seed differ in detail."
+    "pictures, +- 0.5; with the released model it is not measured. Pictures of a seed differ in detail. turbo: with a "
+    "LoRA of `python -m internvl_u distill` on the MODEL, one branch without guidance in as few steps as it is for."
 )
 _SCALES = {"all_cfg": "prompt cfg", "part_cfg": "picture cfg"}
 
@@ -60,21 +62,29 @@ def speed_input() -> io.Combo.Input:
     )
 
 
-def chosen_speed(speed: str, limits: Sequence[float] = (0.0, 1.0, 0.0, 1.0), steps: int = STEPS) -> tuple[Speed, str]:
+def chosen_speed(
+    speed: str,
+    model: io.Model.Type | None,
+    limits: Sequence[float] = (0.0, 1.0, 0.0, 1.0),
+    steps: int = STEPS,
+) -> tuple[Speed, str]:
     """Returns the steps and intervals to draw with, and a sentence where they are not the typed ones.
 
     Raises:
-        ValueError: there is no such preset, or an interval ends before its start.
+        ValueError: there is no such preset, it is `turbo` and the model was not distilled, or an interval ends before
+            its start.
     """
     check_choice("speed", speed, list(_PRESETS))
     typed = Speed(steps, GuidanceIntervals(Interval(*limits[:2]), Interval(*limits[2:])))
     typed.intervals.check()
-    way = typed.filled(_PRESETS[speed])
+    way = typed.filled(_PRESETS[speed], evaluations_on(model) if _PRESETS[speed] == TURBO else None)
     return way, f"speed {speed}: {_described(typed, way)}" if way != typed else ""
 
 
 def _described(typed: Speed, way: Speed) -> str:
     taken = [f"{way.steps} steps"] if way.steps != typed.steps else []
+    if way.intervals == NEVER != typed.intervals:
+        return f"{', '.join([*taken, 'one branch without guidance'])} taken"
     for shown, before, after in zip(_SCALES.values(), typed.intervals, way.intervals, strict=True):
         if before != after:
             taken.append(f"{shown} from {after.start:g} to {after.end:g} of the schedule")

@@ -45,6 +45,16 @@ def _kohya(prefix, name=lambda layer: layer.replace(".", "_")):
     return write
 
 
+def _own(prefix):
+    """What `python -m internvl_u train` writes: ComfyUI's names, with the scale beside them."""
+    plain = _peft(prefix)
+
+    def write(layer, up, down, weight):
+        return plain(layer, up / 2, down, weight) | {f"{prefix}{layer}.alpha": torch.tensor(2.0 * RANK)}
+
+    return write
+
+
 def _loha(layer, up, down, weight):
     key, (rows, columns) = "lycoris_" + layer.replace(".", "_"), weight.shape
     left, right = torch.zeros(rows, RANK), torch.zeros(RANK, columns)
@@ -90,6 +100,7 @@ def _difference(layer, up, down, weight):
 
 SPELLINGS = {
     "ComfyUI, ai-toolkit": _peft("diffusion_model."),
+    "ours": _own("diffusion_model."),
     "diffusers": _peft("transformer."),
     "diffusers with an adapter's name": _peft("transformer.", ".default"),
     "bare": _peft(""),
@@ -130,6 +141,7 @@ def _inside(layer):
 
 LANGUAGE_SPELLINGS = {
     "the checkpoint's": _peft(""),
+    "ours": _own("text_encoders."),
     "the checkpoint's with its folder": _peft("vlm."),
     "PEFT of the language model": _peft("base_model.model.", name=_inside),
     "PEFT within the MLLM": _peft("language_model.base_model.model.", ".default", _inside),

@@ -18,7 +18,7 @@ from . import environment, fetch
 from .comfyui import Server, make_base
 from .environment import DEV, PYTHON
 from .processes import ROOT, WINDOWS, DevError, lock, say, tail
-from .workflows import graphs, nano_graphs
+from .workflows import graphs, hearts, nano_graphs
 
 NANO = nano_graphs.MODEL
 MODEL = ROOT / "demo" / NANO
@@ -44,6 +44,7 @@ def prepare_base(comfyui: Path, base: Path) -> None:
     make_base(base, {NANO: MODEL, "InternVL-U": MODEL})  # the second is the name that the shipped workflows ask for
     for picture in (*(ROOT / "web" / "pictures").iterdir(), *(ROOT / "demo" / "input").iterdir()):
         shutil.copyfile(picture, base / "input" / picture.name)
+    hearts.put(base / "input")
     put_templates(base / "custom_nodes" / NANO)
 
 

@@ -1,1 +1,1 @@
-"""Training of LoRAs for InternVL-U: what `python -m internvl_u train`, `pairs` and `distill` run."""
+"""Training of LoRAs: what `python -m internvl_u train`, `pairs` and `distill` run; imported by nothing else."""

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from pack.tools.workflows import graphs
+from pack.tools.fetch import version_of
+from pack.tools.workflows import graphs, hearts
 
 from . import layout
 
@@ -95,7 +96,9 @@ def links(workflow: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", graphs.FILES)
-def test_a_shipped_workflow_opens_from_the_template_browser_as_it_was_saved(page, errors, name):
+def test_a_shipped_workflow_opens_from_the_template_browser_as_it_was_saved(page, errors, name, comfyui):
+    if not graphs.runs_on(name, version_of(comfyui)):
+        pytest.skip(f"wants ComfyUI {graphs.WANTS[name]}")
     saved = json.loads((WORKFLOWS / f"{graphs.file_name(name)}.json").read_text(encoding="utf-8"))
     open_template(page, name)
     page.wait_for_timeout(500)  # an error dialog would come after the graph
@@ -138,6 +141,19 @@ def test_a_workflow_for_a_folder_brings_one(page, server):
     open_template(page, "captions_for_a_folder")
     folder = server.base / "input" / graphs.PICTURES
     assert len(list(folder.iterdir())) == 3
+
+
+def test_a_workflow_that_trains_brings_pictures_and_their_captions(page, server):
+    open_template(page, "train_a_lora")
+    told = page.locator(".p-toast-message").filter(has_text=graphs.HEARTS).last
+    told.wait_for()
+    folder = server.base / "input" / graphs.HEARTS
+    captions = json.loads((hearts.FOLDER / hearts.CAPTIONS).read_text(encoding="utf-8"))
+    assert {file.name for file in folder.iterdir()} == {
+        name for picture in captions for name in (picture, picture.replace(".png", ".txt"))
+    }
+    assert (folder / "heart-001.txt").read_text(encoding="utf-8") == captions["heart-001.png"]
+    assert (folder / "heart-001.png").read_bytes() == (hearts.FOLDER / "heart-001.png").read_bytes()
 
 
 def run_small(page, name: str, done: str) -> None:

@@ -190,7 +190,7 @@ def test_what_is_timed_beside_the_texts_reads_all_weights_and_multiplies_all_mat
     assert len(multiplied) == 7 * layers + 1
 
 
-def test_what_takes_turns_with_the_texts_is_timed_by_its_fastest_turn(silent):
+def test_what_takes_turns_with_the_texts_is_timed_with_them(silent):
     def slow(ids, tokens):
         return writers.Written(list(range(tokens)), 0.1, 0.1)
 

@@ -52,6 +52,24 @@ def test_the_library_knows_nothing_of_comfyui_or_the_nodes(file):
             assert name in LIBRARY or name in sys.stdlib_module_names, module
 
 
+TRAINING = {"accelerate", "peft", "datasets"}
+"""What the extra `train` brings, and what a dataset on disk may need."""
+
+
+@pytest.mark.parametrize("file", files("internvl_u/finetune"), ids=lambda f: f.name)
+def test_what_trains_stands_on_the_library(file):
+    for module, level in imports(file):
+        name = module.split(".")[0]
+        assert level <= 2 and (level or name in LIBRARY | TRAINING or name in sys.stdlib_module_names), module
+
+
+def test_nothing_that_runs_in_comfyui_imports_what_trains():
+    for folder in ("internvl_u", "native", "nodes"):
+        for file in files(folder):
+            if file.name not in ("__main__.py", "arguments.py"):
+                assert not [module for module, _ in imports(file) if "finetune" in module], file
+
+
 @pytest.mark.parametrize("file", files("native"), ids=lambda f: f.name)
 def test_the_native_layer_does_not_know_the_nodes(file):
     for module, level in imports(file):
@@ -73,7 +91,7 @@ def test_training_stands_on_the_library_alone(file):
 
 
 def test_functions_and_files_are_short():
-    for folder in ("internvl_u", "native", "nodes"):
+    for folder in ("internvl_u", "internvl_u/finetune", "native", "nodes"):
         for file in files(folder):
             tree = ast.parse(file.read_text(encoding="utf-8"))
             assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file

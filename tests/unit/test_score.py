@@ -35,3 +35,13 @@ def test_a_score_counts_what_is_right():
     assert score.accuracy(outcomes) == 0.75
     lines = score.table({"one thing": outcomes}).splitlines()
     assert lines[-1] == "| one thing | 75.0% | 4 | 95% |"
+
+
+def test_what_is_not_at_its_default_reaches_the_request(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(score.Pipeline, "draw", lambda self, request, on_step=None: drawn.append(request))
+    pipeline = score.Judged(score.MODEL, score.Changes(speed="fast", steps=7, unguided=True))
+    pipeline.draw(score.ImageRequest("a red circle", seed=5))
+    (request,) = drawn
+    assert (request.prompt, request.seed, request.speed, request.steps) == ("a red circle", 5, "fast", 7)
+    assert request.way.intervals.named() == dict.fromkeys(request.way.intervals.named(), 0.0)

@@ -147,12 +147,14 @@ def test_an_interval_does_not_end_before_its_start():
 def test_a_preset_sets_what_is_left_as_it_is_and_the_default_sets_nothing():
     assert SPEEDS[QUALITY] == Speed() == ImageRequest("x").way == Speed(20, ALWAYS)
     for name, preset in SPEEDS.items():
-        assert ImageRequest("x", speed=name).way == preset
-        assert ImageRequest("x", steps=17, speed=name).way == Speed(17, preset.intervals)
-        typed = ImageRequest("x", all_cfg_start=0.1, speed=name).way
+        given = {"speed": name, "evaluations": preset.steps}
+        assert ImageRequest("x", **given).way == preset
+        assert ImageRequest("x", steps=17, **given).way == Speed(17, preset.intervals)
+        typed = ImageRequest("x", all_cfg_start=0.1, **given).way
         assert typed == Speed(preset.steps, GuidanceIntervals(Interval(0.1, 1.0), preset.intervals.part_cfg))
-    with pytest.raises(ValueError, match="speed 'turbo' found, one of quality, balanced, fast expected"):
-        ImageRequest("x", speed="turbo")
+    assert ImageRequest("x", speed="turbo", evaluations=4).way == SPEEDS["turbo"]._replace(steps=4)
+    with pytest.raises(ValueError, match="speed 'warp' found, one of quality, balanced, fast, turbo expected"):
+        ImageRequest("x", speed="warp")
 
 
 def test_each_preset_costs_at_most_what_it_says_and_less_than_the_one_before():
@@ -198,7 +200,7 @@ def test_the_command_line_takes_intervals_and_presets_and_tells_them(checkpoint,
     assert page["widgets_values"][-1] == 1.0 and len(page["widgets_values"]) == 6
 
 
-@pytest.mark.parametrize("wrong", [["--speed", "turbo"], ["--all-cfg-end", "half"]])
+@pytest.mark.parametrize("wrong", [["--speed", "warp"], ["--all-cfg-end", "half"]])
 def test_the_command_line_refuses_other_presets_and_texts(checkpoint, tmp_path, capsys, wrong):
     with pytest.raises(SystemExit):
         main(["draw", "--model", str(checkpoint), "--prompt", "x", "--out", str(tmp_path / "a.png"), *wrong])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from pack.internvl_u.defaults import NANO_CHOICE
-from pack.tools.workflows import graphs
+from pack.tools.workflows import graphs, hearts
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent.parent
@@ -25,11 +25,13 @@ CORE = {
     *("CLIPTextEncode", "Canny", "CheckpointLoaderSimple", "ControlNetApplyAdvanced", "ControlNetLoader"),
     *("ConditioningCombine", "ConditioningSetAreaPercentage", "EmptyLatentImage", "ImageCompositeMasked", "ImageGrid"),
     *("ImageScaleToMaxDimension", "ImageUpscaleWithModel", "KSampler", "LatentUpscaleBy", "LoadImage"),
-    *("LoadImageDataSetFromFolder", "MarkdownNote", "PreviewAny", "PreviewImage"),
+    *("LoadImageDataSetFromFolder", "LoadImageTextDataSetFromFolder", "LoraLoaderModelOnly", "LoraModelLoader"),
+    *("LossGraphNode", "MarkdownNote", "PreviewAny", "PreviewImage", "SaveLoRA", "TrainLoraNode"),
     *("PrimitiveStringMultiline", "RandomNoise", "SamplerCustomAdvanced", "SaveImage", "SaveImageTextDataSetToFolder"),
     *("SetLatentNoiseMask", "UpscaleModelLoader", "VAEDecode", "VAEEncode"),
 }
 NANO = "first_steps_with_nano"
+OF_NANO = {NANO, "train_a_lora", "load_a_trained_lora"}
 ABSOLUTE = re.compile(r'"(/|[A-Za-z]:\\|file:)|/(home|Users|root|tmp)/')
 
 
@@ -76,10 +78,10 @@ def test_it_is_in_the_format_that_all_frontends_read(name):
 
 def test_the_first_steps_draw_a_small_picture_with_the_model_in_the_box():
     assert graphs.NANO_CHOICE == NANO_CHOICE
-    nodes = [node["inputs"] for node in twin(NANO).values() if node["class_type"] == "InternVLU_CreateLatent"]
-    assert [(node["preset"], node["width"], node["height"]) for node in nodes] == [("custom", 64, 64)]
-    others = [name for name in FILES if name != NANO and "nano" in json.dumps(twin(name))]
-    assert others == []
+    for name in OF_NANO:
+        nodes = [node["inputs"] for node in twin(name).values() if node["class_type"] == "InternVLU_CreateLatent"]
+        assert [(node["preset"], node["width"], node["height"]) for node in nodes] == [("custom", 64, 64)]
+    assert {name for name in FILES if "nano" in json.dumps(twin(name))} == OF_NANO
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_it_needs_no_file_but_the_model_and_the_pictures_of_the_pack(name):
     assert not ABSOLUTE.search(text) and not ABSOLUTE.search((TWINS / f"{name}.api.json").read_text(encoding="utf-8"))
     for node in twin(name).values():
         if node["class_type"] == "InternVLU_LoadModel":
-            assert node["inputs"]["model_name"] == (NANO_CHOICE if name == NANO else "InternVL-U")
+            assert node["inputs"]["model_name"] == (NANO_CHOICE if name in OF_NANO else "InternVL-U")
         if node["class_type"] == "LoadImage":
             assert (PICTURES / node["inputs"]["image"]).is_file()
 
@@ -123,7 +125,28 @@ def test_it_needs_no_file_but_the_model_and_the_pictures_of_the_pack(name):
 def test_the_page_knows_the_pictures_of_the_pack_and_no_others():
     script = (ROOT / "web" / "js" / "example_pictures.js").read_text(encoding="utf-8")
     assert set(re.findall(r'"(internvl_u_\w+\.\w+)"', script)) == {file.name for file in PICTURES.iterdir()}
-    assert f'"{graphs.PICTURES}"' in script
+    assert f'"{graphs.PICTURES}"' in script and f'"{graphs.HEARTS}"' in script
+
+
+def test_each_picture_to_train_on_is_small_and_has_a_caption_and_half_of_them_are_hearts(tmp_path):
+    captions = json.loads((hearts.FOLDER / hearts.CAPTIONS).read_text(encoding="utf-8"))
+    files = {file.name for file in hearts.FOLDER.iterdir()}
+    assert files == {*captions, hearts.CAPTIONS} and len(captions) == 40
+    assert ["heart" in text for text in captions.values()] == [True] * 20 + [False] * 20
+    for name in captions:
+        with Image.open(hearts.FOLDER / name) as picture:
+            assert picture.size == (64, 64)
+    hearts.put(tmp_path)
+    assert (
+        len(list((tmp_path / graphs.HEARTS).glob("*.txt"))) == len(list((tmp_path / graphs.HEARTS).glob("*.png"))) == 40
+    )
+
+
+def test_a_workflow_that_wants_a_newer_comfyui_says_so():
+    for name, version in graphs.WANTS.items():
+        assert f"ComfyUI {version.rpartition('.')[0]}" in graphs.note(name)
+        core = {node["properties"]["ver"] for node in shipped(name)["nodes"] if node["type"] not in OURS}
+        assert all(graphs.runs_on(name, one) for one in core)
 
 
 def test_the_masked_picture_keeps_the_colours_under_its_paint():

@@ -10,7 +10,8 @@ page shows, see wiring.py. The pictures that workflows load are drawn first, see
 from is written down, see made_from.py.
 
 The session runs `python -m tools.workflows.build --comfyui FOLDER`, with .venv's Python and the oldest supported
-ComfyUI, so that all later ones can open the files. It needs chromium.
+ComfyUI, so that all later ones can open the files; what wants a newer one (graphs.WANTS) is left as it is there, and
+made by that command with the newer ComfyUI's folder and packages. It needs chromium.
 """
 
 from __future__ import annotations
@@ -173,6 +174,9 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.names) - set(made_from.NAMES):
         parser.error(f"found {', '.join(sorted(unknown))}, expected {', '.join(made_from.NAMES)}")
+    names = [name for name in args.names if graphs.runs_on(name, version_of(args.comfyui))]
+    for name in sorted(set(args.names) - set(names)):
+        print(f"{name} stays as it is: make it with --comfyui FOLDER of ComfyUI {graphs.WANTS[name]}", flush=True)
 
     ours = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
     versions = {PACK: ours, "comfy-core": version_of(args.comfyui)}
@@ -183,8 +187,8 @@ def main() -> None:
     ):
         if not args.only_note:
             comfyui.post("/api/settings", {"Comfy.TutorialCompleted": True})  # no dialog for a new user
-            save(comfyui, args.names, args.chromium, versions)
-        made_from.write(comfyui.get("/object_info"), args.names)
+            save(comfyui, names, args.chromium, versions)
+        made_from.write(comfyui.get("/object_info"), names)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ ACCENTS = {"draw": (236, 98, 62), "edit": (40, 140, 122), "think": (120, 84, 190
 CREDIT, ANSWERED = "drawn by the nano model in the box", "answered by the nano model in the box"
 
 
+TAUGHT = "taught to the nano model in the box"
+
+
 @dataclass(frozen=True)
 class Card:
     """What is on a card: big words, and parts of the run, by name of a node or as texts.
@@ -117,6 +120,15 @@ CARDS = {
         CREDIT,
         "text_to_image",
         "a large pink circle on a brown background",
+    ),
+    "train_a_lora": Card("Train a LoRA", "think", ("save", quoted("heart"), "=learnt from 20 pictures, here"), TAUGHT),
+    "load_a_trained_lora": Card(
+        "What you trained",
+        "draw",
+        ("save", "=with ComfyUI's own loader"),
+        CREDIT,
+        "first_steps_with_nano",
+        "a large orange star on a black background",
     ),
     "controlnet_of_another_model": Card(
         "ControlNet", "edit", ("save", ">", "lines", "=its lines lead another model"), CREDIT, "text_to_image"

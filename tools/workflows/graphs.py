@@ -28,12 +28,23 @@ FILES = {
     "hires_second_pass": "hires second pass",
     "upscale_with_a_model": "upscale with a model",
     "with_a_lora": "LoRA",
+    "train_a_lora": "train a LoRA",
+    "load_a_trained_lora": "load a trained LoRA",
     "controlnet_of_another_model": "ControlNet of another model",
     "captions_for_a_folder": "captions for a folder",
     "text_to_image_custom_sampling": "text to image, custom sampling",
     "text_to_image_ksampler": "text to image, KSampler",
 }
 """The workflows in the order of the documents: name, and what its file is called after "InternVL-U "."""
+
+WANTS = {"train_a_lora": "0.33.0"}
+"""The oldest ComfyUI for a workflow, where that is not the pack's own oldest: before, its nodes have other outputs."""
+
+
+def runs_on(name: str, version: str) -> bool:
+    """Returns whether a workflow runs on a version of ComfyUI, such as 0.33.0."""
+    oldest, own = ([int(number) for number in one.split(".")] for one in (WANTS.get(name, "0"), version))
+    return own >= oldest
 
 
 def file_name(name: str) -> str:
@@ -53,6 +64,17 @@ with it.
 
 **How to go on**: open **InternVL-U text to image**, the same graph for the real model. Where that is missing, \
 the page says so and offers the download of 8.2 GB."""
+TRAIN_MODEL = """**Wants ComfyUI 0.33** or newer. It trains **nano**, the tiny model in the pack, which has never seen \
+a heart: two minutes on two cores, nothing is downloaded.
+
+**The real model**: choose it in **Load InternVL-U**, your own folder, **training_dtype** bf16, \
+**gradient_checkpointing** on, **checkpoint_depth** 2, **batch_size** 1, and a size to draw. fp8 and int8 files can be \
+trained on too; GGUF files cannot."""
+TRAINED_MODEL = """**What for?** The file that **train a LoRA** saved, with ComfyUI's own loader. It is for **nano**, \
+the tiny model in the pack: a LoRA fits the model that it was trained on.
+
+**For the real model**: choose it in **Load InternVL-U**, and a LoRA that was trained on it. **Load InternVL-U LoRA** \
+knows more trainers' names, and the language model's half."""
 WORDS = "**Prompt**: what you want to see, in English or Chinese."
 CHANGES = "**Prompt**: what to change, in English or Chinese."
 SIZE = "**Size**: width and height, 512 to 1024."
@@ -220,6 +242,23 @@ NOTES = {
         ],
         f"What of the file fits is shown on the node. Several such nodes in a row add up.\n\n{DRAW_VALUES}",
     ),
+    "train_a_lora": (
+        [
+            "Press **Run**: 20 hearts are learnt, beside known shapes. Then one is drawn.",
+            "**folder**: your pictures, each with a **.txt**, in ComfyUI's **input**.",
+            "**steps**, **learning_rate**: how long, how strongly.",
+        ],
+        "The LoRA lies in **output/loras**: press **R**, and **load a trained LoRA** finds it. **existing_lora** goes "
+        "on with one.",
+    ),
+    "load_a_trained_lora": (
+        [
+            "**lora_name**: your file, of **models/loras** or **output/loras**.",
+            "**strength_model**: 1 as trained, 0 not at all.",
+            "**Prompt**: what you want to see, with the words that were trained.",
+        ],
+        DRAW_VALUES,
+    ),
     "controlnet_of_another_model": (
         [WORDS, "**Checkpoint** and **ControlNet** in step 5: models of one family.", "**Text** in step 6."],
         "InternVL-U composes the scene, its lines lead the other model. As it comes: any Stable Diffusion 1.5 "
@@ -236,13 +275,15 @@ NOTES = {
     ),
 }
 """Per workflow: the three lines on what to change, and the rest."""
+OWN_MODELS = {"first_steps_with_nano": NANO_MODEL, "train_a_lora": TRAIN_MODEL, "load_a_trained_lora": TRAINED_MODEL}
+"""What a note says of the model, where that is nano."""
 
 
 def note(name: str) -> str:
     """Returns what a workflow's note says."""
     lines, rest = NOTES[name]
     steps = "\n".join(f"### {number}. {line}" for number, line in enumerate(lines, 1))
-    model = NANO_MODEL if name == "first_steps_with_nano" else MODEL
+    model = OWN_MODELS.get(name, MODEL)
     return f"## {file_name(name)}\n\n{steps}\n\n{model}\n\n{rest}\n"
 
 
@@ -274,6 +315,9 @@ CAPTION = "Describe this picture in one sentence for training an image model: su
 HARBOUR, EVENING = "internvl_u_harbour.jpg", "internvl_u_harbour_evening.jpg"
 CAT, CAT_MASKED = "internvl_u_cat.jpg", "internvl_u_cat_masked.png"
 PICTURES = "internvl_u_pictures"
+HEARTS = "internvl_u_hearts"
+TRAINED = "internvl_u_heart"
+"""What the LoRA of the training workflow is called, before its steps and number."""
 
 FIXED = {"control_after_generate": "fixed"}
 STEPS = {"steps": 20, "denoise": 1.0}
@@ -368,11 +412,18 @@ def worded(prompt: str) -> tuple:
 
 NANO_LATENT = ("latent", "InternVLU_CreateLatent", LATENT_SIZE | {"width": 64, "height": 64})
 
+NANO_LOADED = ("Model", [[("load", "InternVLU_LoadModel", {"model_name": NANO_CHOICE, "precision": "auto"})]])
+LARGER = ("decode", "InternVLU_DecodeLatent", {"width": 256, "height": 256})
+NANO_DRAW = ("Draw", [[SAMPLE], [LARGER], [SAVE]])
+TRAINING = {"batch_size": 8, "grad_accumulation_steps": 1, "steps": 250, "learning_rate": 0.002, "rank": 8}
+TRAINING |= {"optimizer": "AdamW", "loss_function": "MSE", "training_dtype": "fp32", "lora_dtype": "fp32"}
+TRAINING |= FIXED | {"seed": 0, "algorithm": "LoRA", "gradient_checkpointing": False}
+
 STEPS_OF = {
     "first_steps_with_nano": [
-        ("Model", [[("load", "InternVLU_LoadModel", {"model_name": NANO_CHOICE, "precision": "auto"})]]),
+        NANO_LOADED,
         [worded("a red circle to the left of a blue square"), ("Size", [[NANO_LATENT]])],
-        ("Draw", [[SAMPLE], [("decode", "InternVLU_DecodeLatent", {"width": 256, "height": 256})], [SAVE]]),
+        NANO_DRAW,
     ],
     "text_to_image": [LOADED, [worded(PROMPT), SIZED], DRAW],
     "text_to_image_custom_sampling": [
@@ -580,6 +631,38 @@ STEPS_OF = {
         ),
     ],
     "with_a_lora": [LOADED, ("LoRA", [[LORA]]), [worded(PROMPT), SIZED], DRAW],
+    "train_a_lora": [
+        [NANO_LOADED, ("Pictures and captions", [[("folder", "LoadImageTextDataSetFromFolder", {"folder": HEARTS})]])],
+        ("Read them", [[encode("", "captions"), ("pixels", "VAEEncode", {})]]),
+        ("Train", [[("train", "TrainLoraNode", TRAINING)]]),
+        (
+            "Keep it",
+            [[("keep_lora", "SaveLoRA", {"prefix": f"loras/{TRAINED}"}), ("plot", "LossGraphNode", {})]],
+        ),
+        [
+            ("Put it on", [[("put", "LoraModelLoader", {"strength_model": 1.0})]]),
+            worded("a pink heart on a navy background"),
+            ("Size", [[NANO_LATENT]]),
+        ],
+        ("Draw", [[SAMPLE], [LARGER, SAVE]]),
+    ],
+    "load_a_trained_lora": [
+        NANO_LOADED,
+        (
+            "LoRA",
+            [
+                [
+                    (
+                        "lora",
+                        "LoraLoaderModelOnly",
+                        {"lora_name": f"{TRAINED}_{TRAINING['steps']}_steps_00001_.safetensors", "strength_model": 1.0},
+                    )
+                ]
+            ],
+        ),
+        [worded("a pink heart on a navy background"), ("Size", [[NANO_LATENT]])],
+        NANO_DRAW,
+    ],
     "controlnet_of_another_model": [
         [LOADED, worded("a cottage on a hill beside a tall tree, ink drawing"), SIZED],
         ("Compose", [[SAMPLE], [DECODE, ("lines", "Canny", {"low_threshold": 0.2, "high_threshold": 0.5})]]),
@@ -668,6 +751,10 @@ TITLES = {
     "right": "Right",
     "left_area": "Left half",
     "right_area": "Right half",
+    "captions": "Encode the captions",
+    "keep_lora": "Save the LoRA",
+    "plot": "Loss",
+    "put": "Put the LoRA on",
     "positive": "Text of the other model",
     "negative": "What it is to avoid",
 }
@@ -676,7 +763,7 @@ GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
 LOADERS = ("load", "lora", "checkpoint")
 """Nodes whose wires pass above those between."""
 FIRST = {"prompt", "thought", "image", "image1", "image2", "folder", "lora", "answer"}
-FIRST |= {"prompts", "prompt2", "prompt3", "question", "chat", "scales"}
+FIRST |= {"train", "prompts", "prompt2", "prompt3", "question", "chat", "scales"}
 """Nodes to be changed first, by name, beside each Encode whose prompt is written there."""
 COLOURS = ("#3f789e", "#b06634", "#88a", "#8a8", "#a1309b", "#b58b2a")
 """Of the steps, in their order."""
@@ -769,6 +856,14 @@ LINKS = {
     + "sample.LATENT decode.samples, load.VAE decode.vae, decode.IMAGE upscale.image, "
     + "upscaler.UPSCALE_MODEL upscale.upscale_model, upscale.IMAGE save.images",
     "with_a_lora": ADAPTED + EMPTY + DRAWN,
+    "train_a_lora": "folder.images pixels.pixels, load.VAE pixels.vae, load.MLLM captions.mllm, "
+    "folder.texts captions.prompt, load.MODEL train.model, pixels.LATENT train.latents, "
+    "captions.positive train.positive, train.lora keep_lora.lora, train.steps keep_lora.steps, "
+    "train.loss_map plot.loss, load.MODEL put.model, train.lora put.lora, put.model sample.model, "
+    + ENCODED.format("sample").replace("load.MODEL sample.model, ", "")
+    + EMPTY
+    + DRAWN,
+    "load_a_trained_lora": "load.MODEL lora.model, " + SAMPLED.replace("load.MODEL", "lora.MODEL") + EMPTY + DRAWN,
     "controlnet_of_another_model": SAMPLED + EMPTY + CONTROLLED,
     "captions_for_a_folder": "load.MLLM answer.mllm, folder.images answer.image1, folder.images save.images, "
     "answer.answer save.texts",
@@ -810,6 +905,12 @@ SIZES = {
     "prompts": (280, 260),
     "left": (300, 290),
     "right": (300, 290),
+    "folder": (250, 110),
+    "captions": (280, 290),
+    "train": (300, 560),
+    "keep_lora": (280, 110),
+    "plot": (280, 300),
+    "put": (250, 110),
     "positive": (250, 110),
     "negative": (250, 90),
 }
@@ -831,6 +932,12 @@ NARROW = {
     "encode3": (240, 290),
     "save3": (250, 320),
     "control": (225, 90),
+    "captions": (240, 290),
+    "train": (270, 560),
+    "keep_lora": (230, 110),
+    "plot": (230, 260),
+    "folder": (240, 110),
+    "put": (240, 110),
 }
 WIDE = (
     "draw_judge_draw_again",
@@ -838,6 +945,7 @@ WIDE = (
     "draw_ask_draw_again",
     "hires_second_pass",
     "controlnet_of_another_model",
+    "train_a_lora",
 )
 
 

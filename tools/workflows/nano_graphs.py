@@ -66,6 +66,7 @@ HINTS = {
 
 TEXTS = {
     "first_steps_with_nano": {"load": {"model_name": MODEL}},
+    "train_a_lora": {"load": {"model_name": MODEL}},
     "text_to_image": {"encode": PROMPT},
     "text_to_image_custom_sampling": {"encode": PROMPT},
     "text_to_image_ksampler": {"encode": PROMPT},

@@ -1,16 +1,20 @@
 """The pictures that the shipped workflows load: flat scenes drawn here, so that they are nobody else's.
 
 They ship in web/pictures, from where the page puts one into ComfyUI's input folder when a workflow that needs it is
-opened and it is not there (web/js/example_pictures.js).
+opened and it is not there (web/js/example_pictures.js). Those to train on, in web/hearts, are scenes of the nano
+model's world.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from . import hearts
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "web" / "pictures"
@@ -229,6 +233,28 @@ def nano_masked(before: Image.Image) -> Image.Image:
     return masked
 
 
+def save_hearts(count: int = 20) -> None:
+    """Writes as many hearts as pictures of known things, and the captions of both."""
+    from training.data import captions
+    from training.data.captioned import known_scene
+    from training.data.hearts import heart_caption, heart_scenes
+    from training.data.scenes import render
+
+    hearts.FOLDER.mkdir(parents=True, exist_ok=True)
+    rng, others, texts = random.Random("hearts 0"), random.Random("others 0"), {}
+    kinds = {
+        "heart": [(scene, heart_caption(rng, scene)) for scene in heart_scenes(rng, count)],
+        "known": [(scene, captions.caption(others, scene)) for scene in (known_scene(others) for _ in range(count))],
+    }
+    for kind, pairs in kinds.items():
+        for number, (scene, caption) in enumerate(pairs, 1):
+            name = f"{kind}-{number:03}.png"
+            render(scene).save(hearts.FOLDER / name, optimize=True)
+            texts[name] = caption
+    listed = json.dumps(texts, indent=1, ensure_ascii=False)
+    (hearts.FOLDER / hearts.CAPTIONS).write_text(f"{listed}\n", encoding="utf-8")
+
+
 def save_all() -> None:
     """Writes all pictures; the same again where nothing has changed."""
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -242,6 +268,7 @@ def save_all() -> None:
     demo = ROOT / "demo" / "input"
     with Image.open(demo / "nano_before.png") as before:
         nano_masked(before).save(demo / "nano_masked.png", optimize=True)
+    save_hearts()
 
 
 if __name__ == "__main__":

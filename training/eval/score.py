@@ -1,6 +1,7 @@
 """Scores the nano model on scenes that training never saw, through the shipped inference at its defaults.
 
     python -m training.eval.score [--model FOLDER] [--count 200] [--only TASK]... [--workers N] [--out FILE.csv]
+        [--lora FILE] [--speed PRESET] [--steps N] [--unguided]
 
 Images are judged by `detector` from their pixels alone, answers must be exact. Each task has seeds of its own, so
 that a score is the same however many workers there are.
@@ -17,14 +18,17 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
+from internvl_u.defaults import STEPS
 from internvl_u.pipeline import ImageRequest, Pipeline
+from internvl_u.speed import QUALITY, SPEEDS
 
 from ..data import captions, edits, questions, riddles, scenes
 from ..data.scenes import Scene
@@ -183,16 +187,41 @@ def _describe_found(found: detector.DetectedScene) -> str:
 # Running
 
 
+class Changes(NamedTuple):
+    """What is not at its default: a LoRA, the preset, steps, and whether the conditional branch is drawn alone."""
+
+    lora: Path | None = None
+    speed: str = QUALITY
+    steps: int = STEPS
+    unguided: bool = False
+
+
+DEFAULT = Changes()
+
+
+class Judged(Pipeline):
+    """A model that draws with changes."""
+
+    def __init__(self, model: Path, changes: Changes = DEFAULT):
+        super().__init__(model, loras=[] if changes.lora is None else [(changes.lora, 1.0)])
+        self.changes = changes
+
+    def draw(self, request: ImageRequest, on_step: Callable[[int], object] | None = None) -> Image.Image:
+        """Returns the image of a request with the changes; see `Pipeline.draw`."""
+        ends = {"all_cfg_end": 0.0, "part_cfg_end": 0.0} if self.changes.unguided else {}
+        return super().draw(replace(request, speed=self.changes.speed, steps=self.changes.steps, **ends), on_step)
+
+
 @functools.lru_cache(maxsize=1)
-def load_pipeline(model: Path) -> Pipeline:
+def load_pipeline(model: Path, changes: Changes = DEFAULT) -> Judged:
     """Returns the model, once per process."""
     torch.set_num_threads(1)
-    return Pipeline(model)
+    return Judged(model, changes)
 
 
-def case(model: Path, task: str, number: int) -> Outcome:
+def case(model: Path, task: str, number: int, changes: Changes = DEFAULT) -> Outcome:
     """Returns the outcome of one case of a task."""
-    return TASKS[task][0](load_pipeline(model), seeded(task, number))
+    return TASKS[task][0](load_pipeline(model, changes), seeded(task, number))
 
 
 def seeded(task: str, number: int) -> random.Random:
@@ -200,19 +229,21 @@ def seeded(task: str, number: int) -> random.Random:
     return random.Random(f"score {task.split(',')[0]} {number}")
 
 
-def score(model: Path, tasks: list[str], count: int, workers: int) -> dict[str, list[Outcome]]:
+def score(
+    model: Path, tasks: list[str], count: int, workers: int, changes: Changes = DEFAULT
+) -> dict[str, list[Outcome]]:
     """Returns `count` outcomes of each task."""
     cases = [(task, number) for task in tasks for number in range(count)]
     if workers == 1:
-        outcomes = [case(model, *one) for one in cases]
+        outcomes = [case(model, *one, changes) for one in cases]
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            outcomes = list(pool.map(functools.partial(_case, model), cases, chunksize=4))
+            outcomes = list(pool.map(functools.partial(_case, model, changes), cases, chunksize=4))
     return {task: outcomes[i * count : (i + 1) * count] for i, task in enumerate(tasks)}
 
 
-def _case(model: Path, one: tuple[str, int]) -> Outcome:
-    return case(model, *one)
+def _case(model: Path, changes: Changes, one: tuple[str, int]) -> Outcome:
+    return case(model, *one, changes)
 
 
 def accuracy(outcomes: list[Outcome]) -> float:
@@ -237,9 +268,14 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=TASKS, help="this task alone; may be given several times")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default %(default)s)")
     parser.add_argument("--out", type=Path, help="CSV file of every case")
+    parser.add_argument("--lora", type=Path, help="LoRA to draw with")
+    parser.add_argument("--speed", choices=SPEEDS, default=QUALITY, help="preset (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="denoising steps (default %(default)s)")
+    parser.add_argument("--unguided", action="store_true", help="the conditional branch alone")
     options = parser.parse_args()
     started = time.monotonic()
-    scores = score(options.model, options.only or list(TASKS), options.count, options.workers)
+    changes = Changes(options.lora, options.speed, options.steps, options.unguided)
+    scores = score(options.model, options.only or list(TASKS), options.count, options.workers, changes)
     print(table(scores))
     print(f"{time.monotonic() - started:.0f} s")
     if options.out:
