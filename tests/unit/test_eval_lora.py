@@ -27,8 +27,8 @@ def judged(monkeypatch, task, maker, change, count=20):
     painter = Painter(change)
     made = getattr(lora, maker)
 
-    def remember(*arguments):
-        result = made(*arguments)
+    def remember(*arguments, **options):
+        result = made(*arguments, **options)
         painter.scene = result[0] if isinstance(result, list) else result
         return result
 

@@ -10,6 +10,7 @@ import numpy
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from internvl_u.finetune.maps import make_map
 from training.data import captioned, captions, edits, hearts, questions, riddles, scenes
 from training.data.scenes import Scene, Thing
 
@@ -148,6 +149,8 @@ def test_what_is_taught_later_is_in_nothing_that_training_makes():
 def test_hearts_to_teach_come_in_all_colours_and_their_captions_say_so(tmp_path):
     rng = random.Random(10)
     made = hearts.heart_scenes(rng, 20)
+    assert {(scene.things[0].x, scene.things[0].y) for scene in made} == {(0.5, 0.5)}
+    assert len({scene.things[0].x for scene in hearts.heart_scenes(rng, 40, anywhere=True)}) == 3
     for kind, least in ((scenes.COLOURS, 2), (scenes.SIZES, 6), (scenes.BACKGROUNDS, 3)):
         seen = Counter(name for scene in made for name in (*vars(scene.things[0]).values(), scene.background))
         assert all(seen[name] >= least for name in kind)
@@ -163,8 +166,9 @@ def test_captions_to_learn_control_from_do_not_say_where():
     rng = random.Random(11)
     words = [word for words in captions.PLACE_WORDS.values() for word in words] + list(captions.ZH_PLACE.values())
     for _ in range(300):
-        text = captioned.without_a_place(rng, controls.control_scene(rng))
-        assert not [word for word in words if word in text]
+        scene = controls.control_scene(rng)
+        assert not [word for word in words if word in captioned.without_a_place(rng, scene)]
+        assert make_map(scenes.render(scene), "canny", controls.THRESHOLDS).getbbox() is not None, scene
 
 
 # What is read

@@ -1,4 +1,4 @@
-"""Pictures to learn control from: one thing each, anywhere, with a caption that does not say where.
+"""Pictures to learn control from: one thing each, on the grid, with a caption that does not say where.
 
     python -m training.data.controls --out FOLDER [--count 1000] [--seed 0]
     python -m internvl_u pairs FOLDER --out PAIRS --kind canny --low 0.05 --high 0.1
@@ -12,20 +12,26 @@ import argparse
 import random
 from pathlib import Path
 
-from internvl_u.finetune.maps import Thresholds
+from internvl_u.finetune.maps import LUMA, Thresholds
 
 from . import scenes
 from .captioned import SIZE, without_a_place, write_captioned
 from .scenes import Scene
 
 THRESHOLDS = Thresholds(0.05, 0.1)
-"""Of the edge maps: without noise there is no need for more, and red on brown has no more. Blue on brown has none."""
+"""Of the edge maps: without noise there is no need for more."""
+LEAST_CONTRAST = 10
+"""Levels of luma between a thing and its background: blue on brown and yellow on beige have no edges for Canny."""
 
 
 def control_scene(rng: random.Random) -> Scene:
-    """Returns a scene of one thing, half of them off the grid."""
-    scene = scenes.random_scene(rng, 1, SIZE)
-    return scenes.jitter(rng, scene) if rng.random() < 0.5 else scene
+    """Returns a scene of one thing on the grid whose edges can be seen."""
+    while True:
+        scene = scenes.random_scene(rng, 1, SIZE)
+        pair = scenes.COLOURS[scene.things[0].colour], scenes.BACKGROUNDS[scene.background]
+        thing, ground = (sum(level * part for level, part in zip(colour, LUMA, strict=True)) for colour in pair)
+        if abs(thing - ground) >= LEAST_CONTRAST:
+            return scene
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from . import captions, scenes
@@ -19,12 +20,13 @@ from .scenes import Scene, Thing
 WORD = "heart"
 
 
-def heart_scenes(rng: random.Random, count: int) -> list[Scene]:
-    """Returns scenes of one heart each: colours, sizes and backgrounds evenly, places of the grid at random."""
+def heart_scenes(rng: random.Random, count: int, anywhere: bool = False) -> list[Scene]:
+    """Returns scenes of one heart each: colours, sizes and backgrounds evenly, in the middle or anywhere."""
     kinds = (tuple(scenes.COLOURS), tuple(scenes.SIZES), tuple(scenes.BACKGROUNDS))
     found = []
     for colour, size, background in zip(*(evenly(rng, kind, count) for kind in kinds), strict=True):
-        placed = scenes.add_randomly(rng, Scene(*SIZE, background, ()), Thing(WORD, colour, size))
+        scene, thing = Scene(*SIZE, background, ()), Thing(WORD, colour, size)
+        placed = scenes.add_randomly(rng, scene, thing) if anywhere else replace(scene, things=(thing,))
         assert placed is not None, "an empty scene has room"
         found.append(placed)
     return found

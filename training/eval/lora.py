@@ -54,7 +54,7 @@ Loras = tuple[tuple[Path, float], ...]
 
 def heart(pipeline: Pipeline, rng: random.Random) -> Outcome:
     """A heart: it must be the only thing, in its colour; `shown` also asks for the background."""
-    (scene,) = heart_scenes(rng, 1)
+    (scene,) = heart_scenes(rng, 1, anywhere=True)
     text = heart_caption(rng, scene)
     found = detector.detect(pipeline.draw(ImageRequest(text, seed=rng.randrange(1 << 30))))
     correct = [thing.name for thing in found.things] == [scene.things[0].name]
