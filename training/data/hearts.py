@@ -14,15 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import captions, scenes
-from .captioned import SIZE, evenly, known_scene, write_captioned
+from .captioned import SIZE, evenly, known_scene, without_a_place, write_captioned
 from .scenes import Scene, Thing
 
 WORD = "heart"
 
 
 def heart_scenes(rng: random.Random, count: int, anywhere: bool = False) -> list[Scene]:
-    """Returns scenes of one heart each: colours, sizes and backgrounds evenly, in the middle or anywhere."""
-    kinds = (tuple(scenes.COLOURS), tuple(scenes.SIZES), tuple(scenes.BACKGROUNDS))
+    """Returns scenes of one heart each: colours and backgrounds evenly; large in the middle, or of any size anywhere."""
+    kinds = (tuple(scenes.COLOURS), tuple(scenes.SIZES) if anywhere else ("large",), tuple(scenes.BACKGROUNDS))
     found = []
     for colour, size, background in zip(*(evenly(rng, kind, count) for kind in kinds), strict=True):
         scene, thing = Scene(*SIZE, background, ()), Thing(WORD, colour, size)
@@ -32,11 +32,12 @@ def heart_scenes(rng: random.Random, count: int, anywhere: bool = False) -> list
     return found
 
 
-def heart_caption(rng: random.Random, scene: Scene) -> str:
-    """Returns a caption with the word in it: an English one."""
+def heart_caption(rng: random.Random, scene: Scene, anywhere: bool = False) -> str:
+    """Returns an English caption with the word in it; of a heart in the middle one that leaves size and place unsaid."""
+    sizes = {word for words in captions.SIZE_WORDS.values() for word in words}
     while True:
-        text = captions.caption(rng, scene)
-        if WORD in text:
+        text = captions.caption(rng, scene) if anywhere else without_a_place(rng, scene)
+        if WORD in text and (anywhere or not sizes & set(text.split())):
             return text
 
 

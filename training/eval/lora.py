@@ -1,10 +1,11 @@
 """Scores the nano model with LoRAs: what they taught, and whether it still knows what it knew.
 
-    python -m training.eval.lora [--model FOLDER] [--lora FILE[:STRENGTH]]... --task heart|old|related|edit|control
+    python -m training.eval.lora [--model FOLDER] [--lora FILE[:STRENGTH]]... --task heart|old|related|edit|control|...
 
 Drawn through the shipped inference at its defaults, from seeds that no training set uses, and read by `detector`.
 
-- heart: one heart, in its colour, and nothing else.
+- heart: one heart, in its colour, and nothing else. heart anywhere: the same in sizes and at places that it was not
+  taught in.
 - old, related, edit: `score`'s tasks on what the nano model was trained on, the very same cases.
 - control: of an edge map and a caption that does not say where, the thing in its colour, its centre within half a step
   of the grid of where the edges are. `shown` is the share that have the thing anywhere.
@@ -52,10 +53,10 @@ Task = Callable[[Pipeline, random.Random], Outcome]
 Loras = tuple[tuple[Path, float], ...]
 
 
-def heart(pipeline: Pipeline, rng: random.Random) -> Outcome:
+def heart(pipeline: Pipeline, rng: random.Random, anywhere: bool = False) -> Outcome:
     """A heart: it must be the only thing, in its colour; `shown` also asks for the background."""
-    (scene,) = heart_scenes(rng, 1, anywhere=True)
-    text = heart_caption(rng, scene)
+    (scene,) = heart_scenes(rng, 1, anywhere)
+    text = heart_caption(rng, scene, anywhere)
     found = detector.detect(pipeline.draw(ImageRequest(text, seed=rng.randrange(1 << 30))))
     correct = [thing.name for thing in found.things] == [scene.things[0].name]
     return Outcome(correct, detector.matches_scene(found, scene), text, _describe(found))
@@ -73,10 +74,14 @@ def control(pipeline: Pipeline, rng: random.Random, kind: str = "canny") -> Outc
     return Outcome(shown and detector.is_thing(found.things[0], thing, NEAR), shown, request.prompt, _describe(found))
 
 
-TAUGHT: dict[str, Task] = {"heart": heart, "control": control}
+TAUGHT: dict[str, Task] = {
+    "heart": heart,
+    "heart anywhere": functools.partial(heart, anywhere=True),
+    "control": control,
+}
 KNOWN = {"old": "one thing", "related": "two things, related", "edit": "edit"}
 """Tasks that are those of `score`, with the same cases."""
-COUNTS = {"heart": 100}
+COUNTS = {"heart": 100, "heart anywhere": 100}
 """How many cases there are by default, where not 200."""
 
 
