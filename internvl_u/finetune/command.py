@@ -18,6 +18,12 @@ PACKAGES = ("accelerate", "peft")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `train`."""
+    _add_what_learns(parser)
+    _add_how(parser)
+    _add_what_is_told(parser)
+
+
+def _add_what_learns(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="checkpoint folder, or the transformer's single file")
     add(
@@ -29,6 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to learn from; may be given several times: a folder of pictures with a .txt beside each; one with "
         "the folders before and after and a .txt beside each picture after; metadata.jsonl or .csv; a .jsonl file; a "
         "Hugging Face dataset on disk",
+    )
+    add(
+        "--repeats",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="how often each example of a --data comes in a round of all; given once for each of them (default: once)",
     )
     add("--out", type=Path, required=True, metavar="FILE.safetensors", help="the LoRA; a folder for PEFT is put beside")
     add(
@@ -44,16 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WORD",
         help="put before each text, or in place of [trigger]",
     )
+    add("--adapter", choices=("lora", "dora", "lokr"), default="lora", help="(default %(default)s)")
+    add("--rank", type=int, default=16, metavar="R", help="(default %(default)s)")
+    add("--alpha", type=float, metavar="A", help="(default: the rank)")
+    add("--layers", metavar="REGEX", help="names of the layers that learn, whole (default: attention and MLPs)")
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--steps", type=int, default=1000, metavar="N", help="(default %(default)s)")
     add("--batch", type=int, default=1, metavar="N", help="examples computed at once (default %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches in each step (default %(default)s)")
     add("--lr", type=float, default=1e-4, metavar="X", help="learning rate (default %(default)s)")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="of the rate (default %(default)s)")
     add("--warmup", type=int, default=20, metavar="N", help="steps until the whole rate (default %(default)s)")
-    add("--adapter", choices=("lora", "dora", "lokr"), default="lora", help="(default %(default)s)")
-    add("--rank", type=int, default=16, metavar="R", help="(default %(default)s)")
-    add("--alpha", type=float, metavar="A", help="(default: the rank)")
-    add("--layers", metavar="REGEX", help="names of the layers that learn, whole (default: attention and MLPs)")
     add("--resolution", type=int, metavar="S", help="pixels: an area of S x S (default: the checkpoint's own size)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights that do not learn")
     add("--gradient-checkpointing", action="store_true", help="compute blocks twice and keep less in memory")
@@ -81,6 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="of the text's loss beside the pictures' (default 1)",
     )
+
+
+def _add_what_is_told(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--validation", type=float, default=0.0, metavar="P", help="share of examples held back, 0 to 0.5 (default 0)")
     add("--validate-every", type=int, default=100, metavar="N", help="steps (default %(default)s)")
     add(
@@ -143,6 +165,7 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
         seed=options.seed,
         trigger=options.trigger,
         resolution=options.resolution,
+        repeats=tuple(options.repeats),
         dropout=Dropout(options.prompt_dropout, options.reference_dropout),
         text_weight=options.text_weight,
         validation=options.validation,

@@ -19,6 +19,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "cosine")
 LEARNING_RATE = 1e-4
 MOST_STEPS = 1_000_000
+MOST_REPEATS = 10_000
 _OF_THE_RESULT = (
     "out",
     "work",
@@ -55,6 +56,7 @@ class TrainSettings:
     seed: int = 0
     trigger: str = ""
     resolution: int | None = None
+    repeats: tuple[int, ...] = ()
     dropout: Dropout = Dropout()
     text_weight: float = 1.0
     validation: float = 0.0
@@ -69,6 +71,12 @@ class TrainSettings:
     def __post_init__(self):
         if not self.data:
             raise ValueError("no --data found, a folder to learn from expected")
+        if len(self.repeats) not in (0, len(self.data)):
+            raise ValueError(
+                f"{len(self.repeats)} of --repeats found for {len(self.data)} of --data, one each expected"
+            )
+        for count in self.repeats:
+            check_whole("--repeats", count, 1, MOST_REPEATS)
         for name, given, known in (
             ("train", self.train, tuple(LEARNING)),
             ("adapter", self.adapter.kind, KINDS),

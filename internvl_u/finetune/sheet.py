@@ -30,6 +30,6 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = COLUMNS) -> Im
     return sheet
 
 
-def draw_sheet(pipeline: Pipeline, requests: Sequence[ImageRequest], file: Path) -> None:
-    """Draws requests, each with its own seed, and writes them as one picture."""
-    save_image(contact_sheet([pipeline.draw(request) for request in requests]), file, PngInfo())
+def draw_sheet(pipeline: Pipeline, wishes: Sequence[ImageRequest], file: Path) -> None:
+    """Draws what is asked for, each with its own seed, and writes them as one picture."""
+    save_image(contact_sheet([pipeline.draw(request) for request in wishes]), file, PngInfo())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -43,17 +43,21 @@ class Task:
         """
         self.settings, self.device, self.report = settings, device, report
         self.dtype = getattr(torch, settings.dtype)
-        self.examples = [one for place in settings.data for one in read_examples(place, settings.trigger)]
+        sets = [read_examples(place, settings.trigger) for place in settings.data]
+        repeats = settings.repeats or (1,) * len(sets)
+        repeated = [(one, times) for some, times in zip(sets, repeats, strict=True) for one in some]
+        self.examples = [one for one, _ in repeated]
         self.count = len(self.examples)
-        drawn = [one for one in self.examples if one.image is not None]
-        told = [one for one in self.examples if one.answer is not None or (self._language and one.thought)]
+        drawn = [(one, times) for one, times in repeated if one.image is not None]
+        told = [(one, times) for one, times in repeated if one.answer is not None or (self._language and one.thought)]
         if told and not self._language:
             raise ValueError(
-                f"{told[0].name}: a question with an answer found, which the transformer does not learn from: add "
+                f"{told[0][0].name}: a question with an answer found, which the transformer does not learn from: add "
                 "--train language, or leave it out"
             )
         self.held_back = _held_back(len(drawn), settings.validation, settings.seed)
-        self._drawn, self._told = drawn, told
+        self._drawn, self._drawn_times = [one for one, _ in drawn], [times for _, times in drawn]
+        self._told, self._told_times = [one for one, _ in told], [times for _, times in told]
         self.transformer: MMDiT | None = None
         self.mllm: MLLM | None = None
         self.pipeline = Pipeline(settings.model, dtype=self.dtype, device=device)
@@ -76,9 +80,10 @@ class Task:
         self.samples = self.cache.samples(self._drawn) if self._drawn else Samples((), ())
         self.texts = self.cache.text_samples(self._told) if self._told else TextSamples((), (), ())
         self.report(self.cache.summary())
-        learned = sorted(set(range(len(self._drawn))) - set(self.held_back))
-        self._pictures = _Some(learned, [self.samples.shapes[i] for i in learned], settings.batch, settings.seed)
-        self._texts = _Some(list(range(len(self.texts))), [0] * len(self.texts), settings.batch, settings.seed + 1)
+        times = {index: count for index, count in enumerate(self._drawn_times) if index not in self.held_back}
+        self._pictures = _Some(times, self.samples.shapes, settings.batch, settings.seed)
+        told = dict(enumerate(self._told_times))
+        self._texts = _Some(told, [0] * len(self.texts), settings.batch, settings.seed + 1)
         self.pipeline.forget()  # what made the cache
 
     def load(self) -> None:
@@ -155,7 +160,7 @@ class Task:
 
         return LiveSample(sample.latent, sample.references, prompts, context)
 
-    def sample_requests(self) -> list[ImageRequest]:
+    def sample_wishes(self) -> list[ImageRequest]:
         """Returns what the contact sheets show: the prompts of `--sample`, else a few examples, first those held back.
 
         Each has a seed of its own, which stays the same.
@@ -165,11 +170,11 @@ class Task:
             return [ImageRequest(text, *size, seed=i) for i, text in enumerate(self.settings.sample_prompts)]
         order = [*self.held_back, *(i for i in range(len(self._drawn)) if i not in self.held_back)]
         chosen = list({self._drawn[i].text: self._drawn[i] for i in reversed(order)}.values())[::-1][:SAMPLES]
-        requests = []
+        wishes = []
         for seed, example in enumerate(chosen):
             width, height = self.cache.buckets.place(example).size
-            requests.append(dataclasses.replace(self.cache.request(example), width=width, height=height, seed=seed))
-        return requests
+            wishes.append(dataclasses.replace(self.cache.request(example), width=width, height=height, seed=seed))
+        return wishes
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[Pipeline]:
@@ -183,9 +188,10 @@ class Task:
 class _Some:
     """Which of some samples a batch has; of none it has none."""
 
-    def __init__(self, indices: list[int], shapes: Sequence, batch: int, seed: int):
-        self._indices = indices
-        self._batches = batches(shapes, batch, seed) if indices else None
+    def __init__(self, times: Mapping[int, int], shapes: Sequence[Hashable], batch: int, seed: int):
+        """`times` says how often each index comes in a round of all."""
+        self._indices = [index for index, count in times.items() for _ in range(count)]
+        self._batches = batches([shapes[i] for i in self._indices], batch, seed) if self._indices else None
 
     def __call__(self, number: int) -> list[int]:
         return [self._indices[place] for place in self._batches(number)] if self._batches else []

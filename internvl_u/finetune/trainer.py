@@ -215,12 +215,12 @@ class Trainer:
 
     def sheet(self) -> None:
         """Draws the sample prompts with what was learnt so far."""
-        requests = self.task.sample_requests()
-        if not self.main or not requests:
+        wishes = self.task.sample_wishes()
+        if not self.main or not wishes:
             return
         file = self.settings.folder / f"sheet_{self.step:06}.png"
         with self.task.drawing() as pipeline, seeds_kept():
-            draw_sheet(pipeline, requests, file)
+            draw_sheet(pipeline, wishes, file)
         self.report(f"drawn: {file}")
 
     def write(self, target) -> list:

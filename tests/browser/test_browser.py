@@ -144,10 +144,12 @@ def test_a_workflow_for_a_folder_brings_one(page, server):
 
 
 def test_a_workflow_that_trains_brings_pictures_and_their_captions(page, server):
+    folder = server.base / "input" / graphs.HEARTS
+    for file in folder.glob("*"):
+        file.unlink()
     open_template(page, "train_a_lora")
     told = page.locator(".p-toast-message").filter(has_text=graphs.HEARTS).last
     told.wait_for()
-    folder = server.base / "input" / graphs.HEARTS
     captions = json.loads((hearts.FOLDER / hearts.CAPTIONS).read_text(encoding="utf-8"))
     assert {file.name for file in folder.iterdir()} == {
         name for picture in captions for name in (picture, picture.replace(".png", ".txt"))

@@ -28,6 +28,7 @@ from pack.internvl_u.__main__ import main
 from pack.internvl_u.checkpoint import open_part
 from pack.internvl_u.finetune import adapter, command, log, objective, sheet, state
 from pack.internvl_u.finetune.settings import TrainSettings
+from pack.internvl_u.finetune.task import Task
 from pack.internvl_u.finetune.trainer import check_loss, seed_of
 from pack.internvl_u.load import load_mllm, load_mmdit
 from pack.internvl_u.lora import LANGUAGE, TRANSFORMER, read_lora
@@ -355,6 +356,22 @@ def test_the_language_model_learns_through_the_pictures_and_from_answers(part, p
     assert str(learnt.think(ImageRequest("zorp of red"))) == "a blue square on a white background"
 
 
+def test_examples_that_are_repeated_come_as_often_as_is_said(pictures, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (64, 64), "white").save(other / "white.png")
+    (other / "white.txt").write_text("white")
+    settings = TrainSettings(
+        NANO, (pictures, other), tmp_path / "a.safetensors", repeats=(1, 3), batch=2, dtype="float32", validation=0.2
+    )
+    task = Task(settings, torch.device("cpu"), lambda line: None)
+    task.prepare()
+    round_of_all = [index for number in range(3) for index in task.pictures_at(number)]
+    often = [round_of_all.count(index) for index in range(5)]
+    assert len(task.held_back) == 1 and often[task.held_back[0]] == 0
+    assert sum(often) == 6 and (often[4] == 3 or task.held_back == [4])
+
+
 def test_an_estimate_trains_nothing(pictures, tmp_path):
     target = tmp_path / "none.safetensors"
     said = train("--data", pictures, "--out", target, *SHORT, "--estimate")
@@ -400,6 +417,8 @@ def test_a_loss_that_is_no_number_ends_the_run():
         ({"validation": 0.9}, "validation 0.9 found, 0 to 0.5 expected"),
         ({"dropout": objective.Dropout(0.8, 0.5)}, "reference-dropout 0.5 found, 0 to 0.2 expected"),
         ({"data": ()}, "no --data found"),
+        ({"repeats": (1, 2)}, "2 of --repeats found for 1 of --data, one each expected"),
+        ({"repeats": (0,)}, "repeats 0 found, 1 to 10000 expected"),
         ({"adapter": adapter.AdapterSettings("lokr", 4, 8.0)}, "--alpha with lokr found, none expected"),
         ({"adapter": adapter.AdapterSettings("loha")}, "--adapter loha found"),
         ({"adapter": adapter.AdapterSettings(rank=0)}, "rank 0 found"),

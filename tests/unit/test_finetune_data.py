@@ -181,13 +181,18 @@ def test_a_saved_dataset_that_cannot_be_used_is_told_of(tmp_path, saved, monkeyp
 
 def test_a_dataset_that_the_real_library_saved(tmp_path):
     datasets = pytest.importorskip("datasets", reason="a large library, which only datasets saved by it need")
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    files = [str(save(tmp_path / f"{i}.png", colour=(i, 0, 0))) for i in range(3)]
-    made = datasets.Dataset.from_dict({"image": files, "text": ["a", "b", "c"]}, features=features)
-    made.save_to_disk(str(tmp_path / "saved"))
-    found = read_examples(tmp_path / "saved")
-    assert [one.text for one in found] == ["a", "b", "c"]
-    assert [one.image.open().getpixel((0, 0))[0] for one in found] == [0, 1, 2]
+    pyarrow = pytest.importorskip("pyarrow")
+    red, blue = png(tmp_path), png(tmp_path, BLUE)
+    kinds = {"image": datasets.Image(), "text": datasets.Value("string"), "images": datasets.List(datasets.Image())}
+    columns = {"image": [red, blue], "text": ["a", "b"], "images": [[], [red, blue]]}
+    table = pyarrow.table(columns, schema=datasets.Features(kinds).arrow_schema)
+    made = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint="0")
+    for saved, name in ((made, "one"), (datasets.DatasetDict({"train": made}), "splits")):
+        saved.save_to_disk(str(tmp_path / name))
+        found = read_examples(tmp_path / name)
+        assert [one.text for one in found] == ["a", "b"] and found[0].references == ()
+        assert [one.image.open().getpixel((0, 0)) for one in found] == [RED, BLUE]
+        assert [one.open().getpixel((0, 0)) for one in found[1].references] == [RED, BLUE]
 
 
 @pytest.mark.parametrize(

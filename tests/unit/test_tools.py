@@ -70,7 +70,7 @@ def test_a_version_from_github_is_never_replaced_by_another(make_comfyui, monkey
         fetch.choose("0.33.0")
 
 
-@pytest.mark.parametrize("name", sorted({*nano_graphs.TEXTS} - {"first_steps_with_nano"}))  # that one is a nano graph
+@pytest.mark.parametrize("name", sorted({*nano_graphs.TEXTS} & {*nano_graphs.HINTS}))  # the others are nano graphs
 def test_a_nano_graph_of_the_api_has_the_values_of_the_one_in_the_page(name):
     graph = nano_graphs.api(name)
     page = json.loads((ROOT / "demo" / "workflows" / f"{name}.json").read_text(encoding="utf-8"))

@@ -167,7 +167,7 @@ def parts(comfyui: Server, card: Card, name: str) -> list[str | Image.Image]:
             }
             graph["shown"] = {"class_type": "SaveImage", "inputs": {"images": ["lines", 0], "filename_prefix": "lines"}}
             numbers["lines"] = "shown"
-        entry = comfyui.run(graph)
+        entry = comfyui.run(graph, timeout=900)  # one of them trains
         outputs = comfyui.outputs(entry)
 
     def part(one: str) -> str | Image.Image:

@@ -415,8 +415,8 @@ NANO_LATENT = ("latent", "InternVLU_CreateLatent", LATENT_SIZE | {"width": 64, "
 NANO_LOADED = ("Model", [[("load", "InternVLU_LoadModel", {"model_name": NANO_CHOICE, "precision": "auto"})]])
 LARGER = ("decode", "InternVLU_DecodeLatent", {"width": 256, "height": 256})
 NANO_DRAW = ("Draw", [[SAMPLE], [LARGER], [SAVE]])
-TRAINING = {"batch_size": 8, "grad_accumulation_steps": 1, "steps": 250, "learning_rate": 0.002, "rank": 8}
-TRAINING |= {"optimizer": "AdamW", "loss_function": "MSE", "training_dtype": "fp32", "lora_dtype": "fp32"}
+TRAINING = {"batch_size": 8, "grad_accumulation_steps": 1, "steps": 500, "learning_rate": 0.003, "rank": 32}
+TRAINING |= {"optimizer": "AdamW", "loss_function": "L1", "training_dtype": "fp32", "lora_dtype": "fp32"}
 TRAINING |= FIXED | {"seed": 0, "algorithm": "LoRA", "gradient_checkpointing": False}
 
 STEPS_OF = {
@@ -632,7 +632,7 @@ STEPS_OF = {
     ],
     "with_a_lora": [LOADED, ("LoRA", [[LORA]]), [worded(PROMPT), SIZED], DRAW],
     "train_a_lora": [
-        [NANO_LOADED, ("Pictures and captions", [[("folder", "LoadImageTextDataSetFromFolder", {"folder": HEARTS})]])],
+        [NANO_LOADED, ("Pictures and captions", [[("pairs", "LoadImageTextDataSetFromFolder", {"folder": HEARTS})]])],
         ("Read them", [[encode("", "captions"), ("pixels", "VAEEncode", {})]]),
         ("Train", [[("train", "TrainLoraNode", TRAINING)]]),
         (
@@ -763,7 +763,7 @@ GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
 LOADERS = ("load", "lora", "checkpoint")
 """Nodes whose wires pass above those between."""
 FIRST = {"prompt", "thought", "image", "image1", "image2", "folder", "lora", "answer"}
-FIRST |= {"train", "prompts", "prompt2", "prompt3", "question", "chat", "scales"}
+FIRST |= {"train", "pairs", "prompts", "prompt2", "prompt3", "question", "chat", "scales"}
 """Nodes to be changed first, by name, beside each Encode whose prompt is written there."""
 COLOURS = ("#3f789e", "#b06634", "#88a", "#8a8", "#a1309b", "#b58b2a")
 """Of the steps, in their order."""
@@ -856,8 +856,8 @@ LINKS = {
     + "sample.LATENT decode.samples, load.VAE decode.vae, decode.IMAGE upscale.image, "
     + "upscaler.UPSCALE_MODEL upscale.upscale_model, upscale.IMAGE save.images",
     "with_a_lora": ADAPTED + EMPTY + DRAWN,
-    "train_a_lora": "folder.images pixels.pixels, load.VAE pixels.vae, load.MLLM captions.mllm, "
-    "folder.texts captions.prompt, load.MODEL train.model, pixels.LATENT train.latents, "
+    "train_a_lora": "pairs.images pixels.pixels, load.VAE pixels.vae, load.MLLM captions.mllm, "
+    "pairs.texts captions.prompt, load.MODEL train.model, pixels.LATENT train.latents, "
     "captions.positive train.positive, train.lora keep_lora.lora, train.steps keep_lora.steps, "
     "train.loss_map plot.loss, load.MODEL put.model, train.lora put.lora, put.model sample.model, "
     + ENCODED.format("sample").replace("load.MODEL sample.model, ", "")
@@ -905,7 +905,6 @@ SIZES = {
     "prompts": (280, 260),
     "left": (300, 290),
     "right": (300, 290),
-    "folder": (250, 110),
     "captions": (280, 290),
     "train": (300, 560),
     "keep_lora": (280, 110),
@@ -936,7 +935,7 @@ NARROW = {
     "train": (270, 560),
     "keep_lora": (230, 110),
     "plot": (230, 260),
-    "folder": (240, 110),
+    "pairs": (240, 110),
     "put": (240, 110),
 }
 WIDE = (

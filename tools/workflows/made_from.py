@@ -38,10 +38,11 @@ def digest(value: object) -> str:
 def of_workflow(name: str, info: dict) -> dict:
     """Returns what a workflow's files are made from."""
     steps = [[title for title, _ in column] for column in graphs.steps(name)]
+    used = {"note", *(node for node, *_ in graphs.nodes(name))}
     made = {
         "note": graphs.note(name),
         "steps": steps,
-        "sizes": graphs.sizes(name),
+        "sizes": {node: size for node, size in graphs.sizes(name).items() if node in used},
         "first": graphs.first(name),
         **drawn(name, graphs.nodes(name), info),
     }
