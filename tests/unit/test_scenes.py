@@ -149,6 +149,8 @@ def test_what_is_taught_later_is_in_nothing_that_training_makes():
 def test_hearts_to_teach_come_in_all_colours_and_their_captions_say_so(tmp_path):
     rng = random.Random(10)
     made = hearts.heart_scenes(rng, 20)
+    assert {(scene.things[0].x, scene.things[0].y) for scene in made} == {(0.5, 0.5)}
+    assert len({scene.things[0].x for scene in hearts.heart_scenes(rng, 40, anywhere=True)}) == 3
     for kind, least in ((scenes.COLOURS, 2), (scenes.SIZES, 6), (scenes.BACKGROUNDS, 3)):
         seen = Counter(name for scene in made for name in (*vars(scene.things[0]).values(), scene.background))
         assert all(seen[name] >= least for name in kind)
