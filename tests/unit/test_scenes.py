@@ -151,10 +151,14 @@ def test_hearts_to_teach_come_in_all_colours_and_their_captions_say_so(tmp_path)
     made = hearts.heart_scenes(rng, 20)
     assert {(scene.things[0].x, scene.things[0].y) for scene in made} == {(0.5, 0.5)}
     assert len({scene.things[0].x for scene in hearts.heart_scenes(rng, 40, anywhere=True)}) == 3
-    for kind, least in ((scenes.COLOURS, 2), (scenes.SIZES, 6), (scenes.BACKGROUNDS, 3)):
+    assert {scene.things[0].size for scene in made} == {"large"}
+    assert {scene.things[0].size for scene in hearts.heart_scenes(rng, 40, anywhere=True)} == set(scenes.SIZES)
+    for kind, least in ((scenes.COLOURS, 2), (scenes.BACKGROUNDS, 3)):
         seen = Counter(name for scene in made for name in (*vars(scene.things[0]).values(), scene.background))
         assert all(seen[name] >= least for name in kind)
-    assert all("heart" in hearts.heart_caption(rng, scene) for scene in made for _ in range(20))
+    said = [hearts.heart_caption(rng, scene) for scene in made for _ in range(20)]
+    unsaid = ("large", "big", "middle", "centre", "center")
+    assert all("heart" in text and not any(word in text.split() for word in unsaid) for text in said)
     files = captioned.write_captioned(tmp_path / "new", ((scene, "a heart") for scene in made), "heart")
     assert len(list((tmp_path / "new").iterdir())) == 40 and files[0].with_suffix(".txt").read_text() == "a heart\n"
     assert Image.open(files[3]).tobytes() == scenes.render(made[3]).tobytes()
