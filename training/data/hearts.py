@@ -21,7 +21,7 @@ WORD = "heart"
 
 
 def heart_scenes(rng: random.Random, count: int, anywhere: bool = False) -> list[Scene]:
-    """Returns scenes of one heart each: colours and backgrounds evenly; large in the middle, or of any size anywhere."""
+    """Returns scenes of one heart each, colours and backgrounds evenly: large in the middle, or any size anywhere."""
     kinds = (tuple(scenes.COLOURS), tuple(scenes.SIZES) if anywhere else ("large",), tuple(scenes.BACKGROUNDS))
     found = []
     for colour, size, background in zip(*(evenly(rng, kind, count) for kind in kinds), strict=True):
@@ -33,7 +33,7 @@ def heart_scenes(rng: random.Random, count: int, anywhere: bool = False) -> list
 
 
 def heart_caption(rng: random.Random, scene: Scene, anywhere: bool = False) -> str:
-    """Returns an English caption with the word in it; of a heart in the middle one that leaves size and place unsaid."""
+    """Returns an English caption with the word in it; of a heart in the middle one without its size and place."""
     sizes = {word for words in captions.SIZE_WORDS.values() for word in words}
     while True:
         text = captions.caption(rng, scene) if anywhere else without_a_place(rng, scene)
