@@ -256,6 +256,8 @@ class ScheduleSteps(io.ComfyNode):
     def execute(
         cls, steps: int, denoise: float, speed: str = NO_SPEED, model: io.Model.Type | None = None
     ) -> io.NodeOutput:
+        if model is not None:
+            check_model(model)
         way, on_speed = chosen_speed(speed, model, steps=steps)
         _tell(cls.hidden, on_speed)
         return io.NodeOutput(flow_sigmas(way.steps, denoise))

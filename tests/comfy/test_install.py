@@ -15,8 +15,11 @@ from PIL import Image
 
 from .test_graph import SERIES
 
-OTHER_FILES = {"controlnet_of_another_model", "upscale_with_a_model", "with_a_lora"}
-"""Workflows that want models of others as well."""
+OTHER_FILES = {"controlnet_of_another_model", "upscale_with_a_model", "with_a_lora"} | {
+    "train_a_lora",
+    "load_a_trained_lora",
+}
+"""Workflows that want models of others as well, a newer ComfyUI, or what another one has made; see test_graph."""
 WORKFLOWS = [
     file
     for file in sorted((Path(__file__).parent.parent / "workflows").glob("*.api.json"))

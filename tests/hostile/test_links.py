@@ -41,7 +41,7 @@ NODES = {
         **LESS,
     },
     "InternVLU_CreateGuider": {**CONDITIONS, **SCALES, "scales": "automatic", **LESS},
-    "InternVLU_ScheduleSteps": {"steps": 4, "denoise": 1.0, **SPEED},
+    "InternVLU_ScheduleSteps": {"steps": 4, "denoise": 1.0, **SPEED, "model": ["load", 0]},
     "InternVLU_DecodeLatent": {"vae": ["load", 2], "samples": ["drawn", 0], "width": 0, "height": 0}
     | {"size": "as drawn"},
     "InternVLU_ListPrompts": {"text": "a cat"},
@@ -79,7 +79,7 @@ NOT_CONNECTED = {
     "InternVLU_AddToHistory": {"image"},
     "InternVLU_SampleLatent": {"scales", *LESS},
     "InternVLU_CreateGuider": {"scales", *LESS},
-    "InternVLU_ScheduleSteps": {"speed"},
+    "InternVLU_ScheduleSteps": {"speed", "model"},
 }
 TEXTS = {"prompt", "question", "system_prompt", "thought", "negative_prompt", "text", "message"}
 FILES = {"model_name", "mllm_name", "vae_name", "lora_name"}
@@ -140,7 +140,7 @@ def test_the_table_has_every_input_of_every_node(littered):
         for name in given.get(kind, ())
     ]
     assert sorted(inputs) == sorted(INPUTS)
-    assert len(INPUTS) * len(VALUES) == 675
+    assert len(INPUTS) * len(VALUES) == 680
 
 
 @pytest.mark.parametrize("node, name", INPUTS)
