@@ -123,7 +123,7 @@ def _add_what_is_told(parser: argparse.ArgumentParser) -> None:
     )
     add("--log-every", type=int, default=10, metavar="N", help="steps between rows of the log (default %(default)s)")
     add("--seed", type=int, default=0, metavar="S", help="(default %(default)s)")
-    add("--device", help="such as cuda or cpu (default: a GPU if there is one)")
+    add("--device", default="auto", metavar="D", help="torch device; auto: a GPU if there is one (default %(default)s)")
     add("--work", type=Path, metavar="DIR", help="log, states, sheets and cache (default: NAME-training beside --out)")
     add("--estimate", action="store_true", help="say how much memory and time it would take, and stop")
 

@@ -29,7 +29,6 @@ _OF_THE_RESULT = (
     "save_every",
     "log_every",
     "device",
-    "workers",
 )
 """Settings that change nothing that is learnt, or are in the data's fingerprint."""
 

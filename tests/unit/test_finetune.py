@@ -25,6 +25,7 @@ pytest.importorskip("accelerate")
 
 from pack.internvl_u import adapters, sampling
 from pack.internvl_u.__main__ import main
+from pack.internvl_u.arguments import make_parser
 from pack.internvl_u.checkpoint import open_part
 from pack.internvl_u.finetune import adapter, command, log, objective, sheet, state
 from pack.internvl_u.finetune.settings import TrainSettings
@@ -439,6 +440,13 @@ def test_the_rate_warms_up_and_goes_down():
 @pytest.mark.parametrize("out, told", [("a.bin", "ending in .safetensors"), ("none/a.safetensors", "no folder")])
 def test_a_target_that_cannot_be_written_is_told_before_any_work(out, told, pictures, tmp_path):
     assert len(train("--data", pictures, "--out", tmp_path / out, told=told).splitlines()) == 1
+
+
+def test_the_device_is_chosen_where_none_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    given = ["train", "--model", str(NANO), "--data", "pictures", "--out", "a.safetensors"]
+    assert command.settings_of(make_parser().parse_args(given)).device == "cpu"
 
 
 def test_a_missing_package_is_named(monkeypatch):
