@@ -90,18 +90,35 @@ def _stacked(samples: list[tuple[Sample | LiveSample, Branch]], with_references:
     return DrawnBatch(latents, tuple(map(torch.stack, references)), [context for _, context in samples])
 
 
+class Branches:
+    """Makes `MMDiT.branch`, each rotary table once: many samples share one."""
+
+    def __init__(self, model: MMDiT):
+        self._rotary = functools.lru_cache(maxsize=4096)(functools.partial(_rotary, model))
+
+    def __call__(self, context: torch.Tensor, layout: Layout, grid: Grid, references: tuple[Grid, ...]) -> BranchInput:
+        """Returns a sample's `BranchInput`, where its context is."""
+        return BranchInput(context, self._rotary(layout, grid, references).to(context.device))
+
+
+def _rotary(model: MMDiT, layout: Layout, grid: Grid, references: tuple[Grid, ...]) -> torch.Tensor:
+    nothing = torch.empty(sum(span.count for span in layout), model.config.context_width)
+    return model.branch(nothing, layout, grid, references).rotary
+
+
 class FlowObjective(nn.Module):
     """The transformer's loss. `checkpointing` computes each block again on the way back instead of keeping it."""
 
     def __init__(self, model: MMDiT, *, dtype: torch.dtype, checkpointing: bool = False):
         super().__init__()
         self.model, self.dtype, self.checkpointing = model, dtype, checkpointing
+        self.branches = Branches(model)
 
     def forward(self, batch: DrawnBatch, noisy: NoisyBatch) -> torch.Tensor:
         """Returns the mean squared error of each sample [B], fp32."""
         device = self.model.img_in.weight.device
         grid, seen = grid_of(batch.latents), tuple(grid_of(one) for one in batch.references)
-        branches = [self._branch(context.to(device), layout, grid, seen) for context, layout in batch.contexts]
+        branches = [self.branches(context.to(device), layout, grid, seen) for context, layout in batch.contexts]
         velocity = self.model(
             noisy.latents.to(device, self.dtype),
             time_embedding(noisy.timestep.to(device)).to(self.dtype),
@@ -110,14 +127,6 @@ class FlowObjective(nn.Module):
             run_block=checkpointed if self.checkpointing and torch.is_grad_enabled() else None,
         )
         return (velocity.float() - noisy.target.to(device)).square().flatten(1).mean(1)
-
-    def _branch(self, context: torch.Tensor, layout: Layout, grid: Grid, references: tuple[Grid, ...]) -> BranchInput:
-        return BranchInput(context, self._rotary(layout, grid, references).to(context.device))
-
-    @functools.lru_cache(maxsize=1024)  # noqa: B019 -- lives as long as the run
-    def _rotary(self, layout: Layout, grid: Grid, references: tuple[Grid, ...]) -> torch.Tensor:
-        nothing = torch.empty(sum(span.count for span in layout), self.model.config.context_width)
-        return self.model.branch(nothing, layout, grid, references).rotary
 
 
 def checkpointed(index, block, image, text, modulation, packing, image_tokens):

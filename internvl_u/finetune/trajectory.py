@@ -8,7 +8,6 @@ learning by DAgger, arXiv 1011.0686). All samples of a batch may be at levels of
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from ..mmdit import MMDiT, RunBlock, time_embedding
 from ..packing import BranchInput
 from ..rope import Grid, Layout, grid_of
 from ..sampling import DrawingContexts, dual_guidance, flow_sigmas, whole_timestep
+from .objective import Branches
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Velocities:
 
     def __init__(self, model: MMDiT, dtype: torch.dtype, run_block: RunBlock | None = None):
         self.model, self.dtype, self.run_block = model, dtype, run_block
+        self._branches = Branches(model)
 
     def conditional(self, latents: torch.Tensor, levels: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
         """Returns the conditional branch's velocity [B, 16, h, w], fp32, of latents at noise levels [B]."""
@@ -129,12 +130,7 @@ class Velocities:
         self, context: tuple[torch.Tensor, Layout], prompt: Prompt, references: Sequence[torch.Tensor]
     ) -> BranchInput:
         hidden, layout = context
-        return BranchInput(hidden, self._rotary(layout, prompt.size, tuple(grid_of(one) for one in references)))
-
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 -- lives as long as the run
-    def _rotary(self, layout: Layout, size: Grid, references: tuple[Grid, ...]) -> torch.Tensor:
-        nothing = torch.empty(sum(span.count for span in layout), self.model.config.context_width)
-        return self.model.branch(nothing, layout, size, references).rotary
+        return self._branches(hidden, layout, prompt.size, tuple(grid_of(one) for one in references))
 
 
 def _stacked(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, ...]:
