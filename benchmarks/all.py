@@ -35,6 +35,7 @@ QUICK: dict[str, list[str]] = {
     "text_busy": [*OVERHEAD, "--contexts", "64", "--tokens", "32", "--busy", "1"],
     "text_released": [*RELEASED, "--contexts", "64", "--tokens", "16", "--repeats", "3"],
     "products": ["products"],
+    "attention": ["attention"],
     "text_formats": [*FEW, "--formats", "int8", "Q8_0", "--tokens", "8", "--repeats", "2"],
     "step": ["step", "--layers", "4", "--sizes", "512", "--dtype", "float32", "--repeats", "3"],
     "modulation": ["modulation", "--sizes", "256", "--steps", "8", "--repeats", "3"],
