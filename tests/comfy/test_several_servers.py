@@ -102,6 +102,7 @@ def test_nothing_of_a_list_is_lost_when_a_server_is_killed_and_the_next_run_make
     address = first.url.removeprefix("http://")
     lost = set(re.findall(rf"{address} did not make (\d+):", said))
     assert lost and lost <= {file.stem for file in (folder / "done").iterdir()}
+    assert "steps" in (folder / "log" / "000000_broken.why").read_text(encoding="utf-8")
 
     shutil.copy(folder / "done" / "000004.json", folder / "failed" / "000000_broken.json")
     (folder / "done" / "000003.json").rename(folder / "doing" / "000003.json")  # as kill -9 leaves the script's job
