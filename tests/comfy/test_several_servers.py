@@ -114,3 +114,14 @@ def test_nothing_of_a_list_is_lost_when_a_server_is_killed_and_the_next_run_make
     assert drawn(folder) == wanted | {"000000_broken": wanted["000004"]}
     after = {place.name: place.stat().st_mtime_ns for place in (folder / "pictures").iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"000003"}
+
+
+def test_a_picture_is_brought_to_a_server_as_the_page_says(two_servers, tmp_path):
+    assert "`comfy upload photo.png --host HOST --port PORT`" in PAGE.read_text(encoding="utf-8")
+    server = two_servers[1]
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "photo.png")
+    host, port = server.url.removeprefix("http://").split(":")
+    line = [str(BIN / "comfy"), "upload", "photo.png", "--host", host, "--port", port]
+    environment = os.environ | {"HOME": str(tmp_path), "DO_NOT_TRACK": "1", "COMFY_NO_UPDATE_CHECK": "1"}
+    subprocess.run(line, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=60)
+    assert (server.base / "input" / "photo.png").read_bytes() == (tmp_path / "photo.png").read_bytes()
