@@ -26,7 +26,7 @@ def block(language, word):
     return found
 
 
-def until(true, process, timeout=90):
+def until(true, process, timeout=300):
     deadline = time.monotonic() + timeout
     while not true():
         assert time.monotonic() < deadline and process.poll() is None
@@ -96,7 +96,7 @@ def test_nothing_of_a_list_is_lost_when_a_server_is_killed_and_the_next_run_make
     until((folder / "failed" / "000000_broken.json").exists, script)
     until(lambda: first.get("/queue")["queue_running"], script)
     os.kill(first.child.process.pid, signal.SIGKILL)
-    said, _ = script.communicate(timeout=120)
+    said, _ = script.communicate(timeout=300)
     assert script.returncode == 1 and said.endswith("5 made, 1 not made\n")
     assert drawn(folder) == wanted
     address = first.url.removeprefix("http://")
@@ -109,7 +109,7 @@ def test_nothing_of_a_list_is_lost_when_a_server_is_killed_and_the_next_run_make
     (folder / "doing" / "000003").mkdir()
     before = {place.name: place.stat().st_mtime_ns for place in (folder / "pictures").iterdir()}
     script = start(second)
-    said, _ = script.communicate(timeout=60)
+    said, _ = script.communicate(timeout=300)
     assert (script.returncode, said) == (0, "6 made, 0 not made\n")
     assert drawn(folder) == wanted | {"000000_broken": wanted["000004"]}
     after = {place.name: place.stat().st_mtime_ns for place in (folder / "pictures").iterdir()}
