@@ -48,7 +48,10 @@ Network = TypeVar("Network", bound=torch.nn.Module)
 
 
 class Pipeline:
-    """A checkpoint on one device. Its parts are loaded when first needed and are never on the device together."""
+    """A checkpoint on one device. Its parts are loaded when first needed.
+
+    They are never on the device together, unless `offload` is False: then each stays there once it is loaded.
+    """
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Pipeline:
         mllm: Path | None = None,
         vae: Path | None = None,
         loras: Strengths = (),
+        offload: bool = True,
     ):
         """Opens a checkpoint folder (also in the hub's cache), or the transformer's single file.
 
@@ -76,6 +80,7 @@ class Pipeline:
         self.root, self.dtype, self.device = self.files.transformer, dtype, torch.device(device)
         self.encoder = Encoder.from_checkpoint(open_checkpoint(self.files.language))
         self.loras = open_loras(loras, self.files)
+        self.offload = offload
         self._networks: dict[str, torch.nn.Module] = {}
         self._kept = PrefixCache()
 
@@ -323,13 +328,13 @@ class Pipeline:
 
     def _on_device(self, name: str, load: Callable[[], Network]) -> Network:
         for other, network in self._networks.items():
-            if other != name:
+            if self.offload and other != name:
                 network.to("cpu")
         if name not in self._networks:
             self._networks[name] = load()
         network = self._networks[name]
         check_unchanged(getattr(network, "mapped", ()))
-        move = network.to_sample if isinstance(network, MMDiT) else network.to
+        move = network.to_sample if self.offload and isinstance(network, MMDiT) else network.to
         return cast(Network, move(self.device))
 
 
