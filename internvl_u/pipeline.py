@@ -20,7 +20,6 @@ from .distilled import evaluations_in
 from .encoder import BranchContexts, Encoder, check_length, fit_history
 from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
-from .images import ReferenceSizes
 from .load import load_mllm, load_mmdit, load_vae
 from .lora import LANGUAGE, TRANSFORMER
 from .mllm import MLLM
@@ -171,8 +170,33 @@ class Pipeline:
 
         `history` is the conversation before; turns that do not fit are left out, which is logged.
         """
-        model, where = self._mllm(), {"device": self.device, "dtype": self.dtype, "kept": self._kept}
-        config = config or GenerationConfig()
+        config, model = config or GenerationConfig(), self._mllm()
+        prompt, features = self.question(text, images, system, config, history)
+
+        def report(ids: list[int]) -> None:
+            check_unchanged(model.mapped)
+            if on_token is not None:
+                on_token(ids)
+
+        written = generate(self.encoder, model, prompt, features, config, on_token=report, **self.reading)
+        self.warn_of_cut(written)
+        return written
+
+    @torch.inference_mode()
+    def question(
+        self,
+        text: str,
+        images: Sequence[Image.Image],
+        system: str,
+        config: GenerationConfig,
+        history: History | None = None,
+    ) -> tuple[TokenizedPrompt, list[torch.Tensor]]:
+        """Returns a question's prompt and the features of its images and those before; see `generate`.
+
+        Raises:
+            ValueError: a text has more placeholders than there are images, or the prompt is too long.
+        """
+        model = self._mllm()
 
         def build(some: History) -> TokenizedPrompt:
             given: dict[str, Any] = {
@@ -186,17 +210,12 @@ class Pipeline:
         history = _fitting(model, history or History(), build, config.max_new_tokens)
         prompt = build(history)
         check_length(model, prompt)
-        features = self.encoder.image_features(model, (*history.images, *images), **where)
+        return prompt, self.encoder.image_features(model, (*history.images, *images), **self.reading)
 
-        def report(ids: list[int]) -> None:
-            check_unchanged(model.mapped)
-            if on_token is not None:
-                on_token(ids)
-
-        written = generate(self.encoder, model, prompt, features, config, on_token=report, **where)
+    def warn_of_cut(self, written: Sequence[int]) -> None:
+        """Logs that a limit has ended a text, if one has."""
         if not ended(written, self.encoder.tokenizer.stops):
             _logger.warning("InternVL-U: %s", cut_warning(len(written)))
-        return written
 
     def answer(
         self,
@@ -226,9 +245,22 @@ class Pipeline:
         Raises:
             ValueError: a text has more placeholders than there are input images, or `reference_size` is out of range.
         """
-        references = self._references(request.images, self.encoder.sizes.limited(request.reference_size))
+        references = self.encode_references(request)
         contexts = self.encode_contexts(request)
         return DrawingContexts(contexts.conditional, contexts.partial, contexts.unconditional, references)
+
+    @torch.inference_mode()
+    def encode_references(self, request: ImageRequest) -> tuple[torch.Tensor, ...]:
+        """Returns the latents [1, 16, h, w] of the input images as the transformer sees them.
+
+        Raises:
+            ValueError: `reference_size` is out of range.
+        """
+        sizes = self.encoder.sizes.limited(request.reference_size)
+        if not request.images:
+            return ()
+        vae = self._vae()
+        return tuple(vae.encode(image_module.reference_pixels(image, sizes)) for image in request.images)
 
     @torch.inference_mode()
     def encode_contexts(self, request: ImageRequest) -> BranchContexts:
@@ -238,10 +270,10 @@ class Pipeline:
             ValueError: as for `branch_prompts`.
         """
         prompts, history = self._branch_prompts(request)
-        model, where = self._mllm(), {"device": self.device, "dtype": self.dtype, "kept": self._kept}
-        seen = self.encoder.image_features(model, (*history.images, *request.images), **where)
+        model = self._mllm()
+        seen = self.encoder.image_features(model, (*history.images, *request.images), **self.reading)
         earlier, features = seen[: len(history.images)], seen[len(history.images) :]
-        return self.encoder.encode_branches(model, prompts, features, earlier=earlier, **where)
+        return self.encoder.encode_branches(model, prompts, features, earlier=earlier, **self.reading)
 
     def branch_prompts(self, request: ImageRequest) -> BranchPrompts:
         """Returns the prompts of a picture's branches as token ids, before anything is computed of them.
@@ -269,14 +301,14 @@ class Pipeline:
     @torch.inference_mode()
     def sample(
         self,
-        contexts: DrawingContexts,
+        contexts: DrawingContexts | Sequence[DrawingContexts],
         noise: torch.Tensor,
         sigmas: torch.Tensor,
         guidance: Guidance,
         on_step: Callable[[int], object] | None = None,
         intervals: GuidanceIntervals = ALWAYS,
     ) -> torch.Tensor:
-        """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
+        """Returns the final latents [N, 16, h, w], fp32, from `noise` [N, 16, h, w] and the contexts of N pictures."""
         model = self._mmdit()
         levels = sigmas.to(self.device)
         denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype, intervals, levels)
@@ -292,16 +324,15 @@ class Pipeline:
 
     @torch.inference_mode()
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """Returns images [1, 3, 8 h, 8 w] in [-1, 1] from a final latent [1, 16, h, w]."""
+        """Returns images [N, 3, 8 h, 8 w] in [-1, 1] from final latents [N, 16, h, w]."""
         decoded = self._vae().decode(latent.to(self.dtype)).float()
         sampling.check_finite(decoded, "the decoded image", "the VAE")
         return decoded
 
-    def _references(self, images: Sequence[Image.Image], sizes: ReferenceSizes) -> tuple[torch.Tensor, ...]:
-        if not images:
-            return ()
-        vae = self._vae()
-        return tuple(vae.encode(image_module.reference_pixels(image, sizes)) for image in images)
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What prompts are read with, by the names that the encoder's functions take."""
+        return {"device": self.device, "dtype": self.dtype, "kept": self._kept}
 
     def _mmdit(self) -> MMDiT:
         def load() -> MMDiT:
