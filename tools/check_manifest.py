@@ -1,4 +1,4 @@
-"""Checks what `python -m internvl_u batch` has written, without its code: `python -m tools.check_manifest OUT [JOBS.jsonl]`.
+"""Checks what `batch` has written, without its code: `python -m tools.check_manifest OUT [JOBS.jsonl]`.
 
 Every row has a name of its own; every file that a row names is there with its size and hash, opens, and has the row's
 size, seed and prompt in it; every job of a list in JSON lines has a row. Needs pyarrow and Pillow alone.
@@ -31,7 +31,9 @@ def wrong(out: Path, jobs: Path | None = None) -> Iterator[str]:
             yield f"{row['name']}: failed without an error"
         elif row["status"] == "made":
             yield from (f"{row['name']}: {what}" for what in _wrong_file(out / row["file"], row))
-    files = {path.relative_to(out).as_posix() for folder in ("pictures", "texts") for path in (out / folder).glob("*/*")}
+    files = {
+        path.relative_to(out).as_posix() for folder in ("pictures", "texts") for path in (out / folder).glob("*/*")
+    }
     for file in sorted(files - {row["file"] for row in rows}):
         yield f"{file}: no row found for it"
     for name in ("manifest", "plan", "attempts"):

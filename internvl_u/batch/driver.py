@@ -13,7 +13,7 @@ from .lock import locked
 from .manifest import Manifest
 from .plan import PLAN, Planned, Planner
 from .settings import BatchSettings
-from .storage import Store
+from .storage import Store, cannot_write, nothing_more_fits
 from .worker import ATTEMPTS, Worker, WorkerSettings
 
 _ERRORS_TOLD = 10
@@ -130,18 +130,27 @@ class Run:
             ValueError: there is no room for so many workers.
             RuntimeError: another run writes into the same folder.
         """
-        self.out.make_folder("")
-        with locked(self.out):
-            try:
-                self._passes()
-            finally:
-                self.out.remove_folder(PLAN)
-            with Manifest(self.out) as manifest:
-                manifest.compact(self.run)
-                for name in manifest.broken:
-                    self.say(f"{name} cannot be read and counts as missing")
-            self.out.remove_folder(ATTEMPTS)
+        try:
+            self.out.make_folder("")
+            with locked(self.out):
+                try:
+                    self._passes()
+                finally:
+                    self.out.remove_folder(PLAN)
+                if not self.summary.stop:
+                    self._gather()
+        except OSError as error:
+            if not nothing_more_fits(error):
+                raise
+            raise OSError(cannot_write("this process", self.out, error)) from error
         return self.summary
+
+    def _gather(self) -> None:
+        with Manifest(self.out) as manifest:
+            manifest.compact(self.run)
+            for name in manifest.broken:
+                self.say(f"{name} cannot be read and counts as missing")
+        self.out.remove_folder(ATTEMPTS)
 
     def _passes(self) -> None:
         """Plans and makes, and again while workers without the model have left something that others make."""

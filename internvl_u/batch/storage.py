@@ -12,6 +12,8 @@ from typing import Any
 from pyarrow import ArrowException
 from pyarrow import fs as arrow_fs
 
+from ..files import in_short
+
 _PUT_IS_WHOLE = ("s3", "gcs", "abfs")
 """Object storage: what is written there appears when it is whole."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -127,6 +129,16 @@ class Store:
 def nothing_more_fits(error: BaseException) -> bool:
     """Returns whether an error says that a disk takes nothing more: it is full, a quota is used up, or read-only."""
     return isinstance(error, OSError) and error.errno in _FULL
+
+
+def cannot_write(who: str, out: Store, error: OSError) -> str:
+    """Returns a sentence on why somebody cannot write into a folder, and what to do."""
+    why = os.strerror(error.errno) if error.errno else in_short(error)
+    if nothing_more_fits(error):
+        remedy = "make room there and run the same command again, which goes on from here"
+    else:
+        remedy = "give a folder that every worker can write into"
+    return f"{who} cannot write into {out.root} ({why}): {remedy}"
 
 
 def _write_local(file: Path, data: bytes) -> None:

@@ -21,7 +21,7 @@ from .jobs import Job
 from .making import Maker, failed_rows
 from .manifest import MADE, read_part, write_part
 from .plan import Plan
-from .storage import Store, nothing_more_fits
+from .storage import Store, cannot_write
 
 ATTEMPTS = "attempts"
 MOST_ATTEMPTS = 3
@@ -111,8 +111,7 @@ class Worker:
                 write_part(out, digest, rows)
                 out.remove([f"{ATTEMPTS}/{digest}"])
         except OSError as error:
-            why = error.strerror or in_short(error)
-            return report | {"stop": f"{self.name} cannot write into {out.root} ({why}): {_remedy(error)}"}
+            return report | {"stop": cannot_write(self.name, out, error)}
         failed = [(row["name"], row["error"]) for row in rows if row["status"] != MADE]
         report |= {"made": len(rows) - len(failed), "failed": len(failed), "ended": time.time()}
         return report | {"errors": json.dumps(failed[:_ERRORS_TOLD])}
@@ -157,9 +156,3 @@ class Worker:
             attempt = 1
         out.write(name, str(attempt).encode())
         return attempt
-
-
-def _remedy(error: OSError) -> str:
-    if nothing_more_fits(error):
-        return "make room there and run the same command again, which goes on from here"
-    return "give a folder that every worker can write into"
