@@ -86,25 +86,56 @@ def read_job(row: Row) -> Job:
     Raises:
         ValueError: it is none; the sentence says what was found and what is expected.
     """
-    if row.error:
-        raise ValueError(row.error)
-    cells = {name: value for name, value in row.cells.items() if value not in (None, "", [])}
+    cells, name = _filled(row), job_name(row)
     kind = _kind(cells)
     known = _PICTURE if kind == PICTURE else _TEXT
     settings = {}
-    for name, value in cells.items():
-        if name in known:
-            settings[name] = known[name](name, value, row.loose)
-        elif name in _PICTURE or name in _TEXT:
-            raise ValueError(f"{name} found in the row of a {kind}, none expected: it does not belong there")
-    job = Job(_name(cells, row), row.number, kind, settings, _images(cells))
+    for column, value in cells.items():
+        if column in known:
+            settings[column] = known[column](column, value, row.loose)
+        elif column in _PICTURE or column in _TEXT:
+            raise ValueError(f"{column} found in the row of a {kind}, none expected: it does not belong there")
+    job = Job(name, row.number, kind, settings, _images(cells))
     _check(job)
     return job
+
+
+def job_name(row: Row) -> str:
+    """Returns the name of a row's job, which is that of its file: the one in the row, or one of the row's number.
+
+    Raises:
+        ValueError: the row cannot be read, or its name is none for a file.
+    """
+    cells = _filled(row)
+    given = [cells[name] for name in NAMES if name in cells]
+    if len(given) > 1:
+        raise ValueError("id and name found, one of them expected: they mean the same")
+    if not given:
+        return f"row-{row.number:08d}"
+    if isinstance(given[0], bool) or not isinstance(given[0], (str, int)):
+        raise ValueError(f"id {shown(given[0])} found, a text expected")
+    name = str(given[0])
+    if len(_utf8("id", name)) > LONGEST_NAME:
+        raise ValueError(f"an id of {len(name.encode())} bytes found, {LONGEST_NAME} expected at most")
+    if wrong := sorted(_FORBIDDEN & set(name)):
+        raise ValueError(f"id {shown(name)} found, one without {' '.join(map(ascii, wrong))} expected: it names a file")
+    if name[0] in ".#" or name != name.strip() or name.endswith("."):
+        raise ValueError(
+            f"id {shown(name)} found, one that begins with neither . nor # and ends with neither a full stop nor a "
+            "space expected: it names a file"
+        )
+    return name
 
 
 def unknown_columns(cells: Mapping[str, Any]) -> set[str]:
     """Returns the columns that no job knows."""
     return {str(name) for name in cells} - {*_PICTURE, *_TEXT, *NAMES, *IMAGE_COLUMNS}
+
+
+def _filled(row: Row) -> dict[str, Any]:
+    if row.error:
+        raise ValueError(row.error)
+    return {name: value for name, value in row.cells.items() if value not in (None, "", [])}
 
 
 def _kind(cells: Mapping[str, Any]) -> str:
@@ -126,28 +157,6 @@ def _check(job: Job) -> None:
     if job.thinks and request.thought:
         raise ValueError("think and thought found, one of them expected")
     _ = job.config
-
-
-def _name(cells: Mapping[str, Any], row: Row) -> str:
-    """Returns the name of a job, which is that of its file: the one in the row, or one of the row's number."""
-    given = [cells[name] for name in NAMES if name in cells]
-    if len(given) > 1:
-        raise ValueError("id and name found, one of them expected: they mean the same")
-    if not given:
-        return f"row-{row.number:08d}"
-    if isinstance(given[0], bool) or not isinstance(given[0], (str, int)):
-        raise ValueError(f"id {shown(given[0])} found, a text expected")
-    name = str(given[0])
-    if len(_utf8("id", name)) > LONGEST_NAME:
-        raise ValueError(f"an id of {len(name.encode())} bytes found, {LONGEST_NAME} expected at most")
-    if wrong := sorted(_FORBIDDEN & set(name)):
-        raise ValueError(f"id {shown(name)} found, one without {' '.join(map(ascii, wrong))} expected: it names a file")
-    if name[0] in ".#" or name != name.strip() or name.endswith("."):
-        raise ValueError(
-            f"id {shown(name)} found, one that begins with neither . nor # and ends with neither a full stop nor a "
-            "space expected: it names a file"
-        )
-    return name
 
 
 def _images(cells: Mapping[str, Any]) -> tuple[str, ...]:

@@ -115,10 +115,10 @@ class Maker:
         yield from self._each(asked, lambda one: one.job.config, self._answer)
 
     def _think(self, some: Sequence[Opened]) -> list[str]:
-        requests = [_wanted(one) for one in some]
-        thoughts = think_together(self.pipeline, requests, some[0].job.config)
-        for one, request, thought in zip(some, requests, thoughts, strict=True):
-            one.request = dataclasses.replace(request, thought=thought)
+        wishes = [_wanted(one) for one in some]
+        thoughts = think_together(self.pipeline, wishes, some[0].job.config)
+        for one, wish, thought in zip(some, wishes, thoughts, strict=True):
+            one.request = dataclasses.replace(wish, thought=thought)
         return list(thoughts)
 
     def _shape(self, one: Opened) -> Hashable:

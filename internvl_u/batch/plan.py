@@ -12,7 +12,7 @@ import pyarrow
 from pyarrow import parquet
 
 from ..files import in_short
-from .jobs import PICTURE, Job, read_job, unknown_columns
+from .jobs import PICTURE, Job, job_name, read_job, unknown_columns
 from .manifest import FAILED, MADE, Entry, Manifest, write_part
 from .rows import Row, read_rows
 from .storage import Store
@@ -99,10 +99,10 @@ class Planner:
         self.ignored |= unknown_columns(row.cells)
         name = f"#{row.number}"
         try:
-            job = read_job(row)
-            if not self.manifest.first_time(job.name):
-                raise ValueError(f"id {job.name} found in an earlier row too, another one expected: it names the file")
-            return job
+            if not self.manifest.first_time(found := job_name(row)):
+                raise ValueError(f"id {found} found in an earlier row too, another one expected: it names the file")
+            name = found
+            return read_job(row)
         except ValueError as error:
             failed = {"name": name, "status": FAILED, "error": f"row {row.number}: {in_short(error)}"}
             return failed | {"row": row.number, "run": self.run, "model": self.model}

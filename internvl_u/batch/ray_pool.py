@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +89,7 @@ def pool(settings: BatchSettings) -> Iterator[Pool]:
         ray.shutdown()
 
 
-def sized(settings: BatchSettings, found: dict[str, float]) -> Pool:
+def sized(settings: BatchSettings, found: Mapping[str, float]) -> Pool:
     """Returns the workers of a run on a machine or cluster that has `found`.
 
     Raises:
