@@ -108,7 +108,11 @@ def run(options: argparse.Namespace) -> str:
             bar.total = total
             bar.update(done - bar.n)
 
-        summary = Run(settings, pool, say, show).make()
+        try:
+            summary = Run(settings, pool, say, show).make()
+        except (KeyboardInterrupt, SystemExit):
+            say("what was made is kept; the same command goes on from there")
+            raise
     manifest = f"{settings.out.rstrip('/')}/{MANIFEST}"
     for sentence in summary.sentences(manifest):
         say(sentence)

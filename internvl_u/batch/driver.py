@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 from .lock import locked
-from .manifest import Manifest
+from .manifest import Manifest, merge_parts
 from .plan import PLAN, Planned, Planner
 from .settings import BatchSettings
 from .storage import Store, cannot_write, nothing_more_fits
 from .worker import ATTEMPTS, Worker, WorkerSettings
 
+MERGED = 1024
+"""Parts of the manifest that are made one while the run goes on."""
 _ERRORS_TOLD = 10
 _WITHOUT_MODEL = 4
 """Micro-batches for each worker that come back not made, and none made, before a pass is given up."""
@@ -41,6 +43,7 @@ class Summary:
     made: int = 0
     failed: int = 0
     not_made: int = 0
+    again: int = 0
     errors: list[tuple[str, str]] = field(default_factory=list)
     missing: dict[str, None] = field(default_factory=dict)
     busy: dict[str, float] = field(default_factory=dict)
@@ -58,6 +61,7 @@ class Summary:
         self.made += report["made"]
         self.failed += report["failed"]
         self.not_made += report["absent"]
+        self.again += report["again"] > 0
         self.errors = (self.errors + [tuple(one) for one in json.loads(report["errors"])])[:_ERRORS_TOLD]
         if report["missing"]:
             self.missing[report["missing"]] = None
@@ -72,6 +76,8 @@ class Summary:
         yield f"{self.made} made ({self.rate:.3g} a second), {self.kept} kept, {self.failed} failed"
         for worker, seconds in sorted(self.busy.items()):
             yield f"{worker} worked for {seconds:.1f} s"
+        if self.again:
+            yield f"workers ended in the middle (killed, or out of memory); {self.again} micro-batches were begun again"
         for reason in self.missing:
             yield f"a worker without the model: {reason}"
         for name, error in self.errors:
@@ -187,10 +193,14 @@ class Run:
 
     def _pass(self, reports: Iterator[dict[str, Any]], total: int, workers: int) -> int:
         """Counts what workers report, until a pass is over or not worth going on with; returns the jobs it has done."""
-        start, done, absent = self.summary.made + self.summary.failed, 0, 0
+        start, done, absent, parts = self.summary.made + self.summary.failed, 0, 0, []
         with closing(cast(Generator, reports)):
             for report in reports:
                 self.summary.add(report)
+                parts += [report["part"]] if report["part"] else []
+                if len(parts) == MERGED:
+                    merge_parts(self.out, parts)
+                    parts = []
                 self.show(done := self.summary.made + self.summary.failed - start, total)
                 absent += bool(report["missing"])
                 if self._ended() or (done == 0 and absent >= _WITHOUT_MODEL * workers):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pyarrow
@@ -43,6 +45,7 @@ SCHEMA = pyarrow.schema(
     ]
 )
 _AT_ONCE = 1024
+_READERS = 16
 _INDEXED = ("name", "status", "digest", "file", "bytes", "sha256", "inputs", "run")
 
 
@@ -81,6 +84,18 @@ def read_part(store: Store, digest: str) -> list[dict[str, Any]] | None:
         return parquet.read_table(io.BytesIO(store.read(part_name(digest)))).to_pylist()
     except (OSError, pyarrow.ArrowInvalid):
         return None
+
+
+def merge_parts(store: Store, digests: Sequence[str]) -> None:
+    """Makes one part of several: a million small files would take longer to read than they took to write.
+
+    Raises:
+        OSError: it could not be written; everything is as it was.
+    """
+    with ThreadPoolExecutor(_READERS) as readers:
+        rows = [row for some in readers.map(lambda digest: read_part(store, digest), digests) for row in some or ()]
+        write_part(store, hashlib.sha256("".join(digests).encode()).hexdigest(), rows)
+        list(readers.map(lambda digest: store.remove([part_name(digest)]), digests))
 
 
 class Manifest:
@@ -173,11 +188,3 @@ class Manifest:
                     yield pyarrow.Table.from_batches(waiting, SCHEMA)
                     waiting = []
         yield pyarrow.Table.from_batches(waiting, SCHEMA)
-
-
-def failures(store: Store, most: int) -> Iterable[tuple[str, str]]:
-    """Returns the names and errors of jobs that failed, at most so many of them."""
-    table = parquet.read_table(
-        store.path(MANIFEST), columns=["name", "error"], filters=[("status", "=", FAILED)], filesystem=store.filesystem
-    )
-    return zip(table["name"].to_pylist()[:most], table["error"].to_pylist()[:most])

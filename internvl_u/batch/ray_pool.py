@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,20 +74,19 @@ def pool(settings: BatchSettings) -> Iterator[Pool]:
         ConnectionError: no cluster answers there.
     """
     os.putenv("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own log files say the rest
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECTS}
-    with _silent():
-        ray.init(
-            **({"address": "local"} | local if settings.address is None else {"address": settings.address}), **quiet
-        )
-    try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        for name in ("ray", "ray.data"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        yield sized(settings, ray.cluster_resources())
-    finally:
-        ray.shutdown()
+    told: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if settings.address is None:
+        told |= {"include_dashboard": False, "object_store_memory": _OBJECTS}
+    with open(os.devnull, "w", encoding="utf-8") as null, redirect_stdout(null):  # stdout has the manifest's name alone
+        with _silent(), _handlers_kept():
+            ray.init(settings.address or "local", **told)
+        try:
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            for name in ("ray", "ray.data"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+            yield sized(settings, ray.cluster_resources())
+        finally:
+            ray.shutdown()
 
 
 def sized(settings: BatchSettings, found: Mapping[str, float]) -> Pool:
@@ -122,3 +122,13 @@ def _silent() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Puts this process's own handlers of signals back, which Ray replaces, also below Python's."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        with suppress(ValueError, TypeError):  # not in the main thread, or not set from Python
+            signal.signal(number, handler)

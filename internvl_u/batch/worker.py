@@ -29,6 +29,8 @@ MOST_ATTEMPTS = 3
 LONGEST_PAUSE = 30.0
 """Seconds."""
 _ERRORS_TOLD = 3
+_NOTHING = {"made": 0, "failed": 0, "absent": 0, "again": 0, "errors": "[]", "missing": "", "stop": "", "part": ""}
+"""A report: numbers of jobs, how often it was begun before, errors as JSON, why nothing is made here or any more."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,16 @@ class Worker:
     def _report(self, number: int) -> dict[str, Any]:
         started, out = time.time(), self.settings.out
         digest, jobs = self._planned(number)
-        report = {"made": 0, "failed": 0, "absent": 0, "errors": "[]", "missing": "", "stop": ""}
+        report = {
+            "made": 0,
+            "failed": 0,
+            "absent": 0,
+            "errors": "[]",
+            "missing": "",
+            "stop": "",
+            "again": 0,
+            "part": "",
+        }
         report |= {"worker": self.name, "started": started, "ended": started}
         rows = read_part(out, digest)  # of a worker that was ended after it had written them
         if rows is None and (missing := self._model_missing()):
@@ -107,13 +118,14 @@ class Worker:
         report["started"] = time.time()
         try:
             if rows is None:
-                rows = self._rows(digest, jobs)
+                report["again"] = (attempt := self._attempt(digest)) - 1
+                rows = self._rows(jobs, attempt)
                 write_part(out, digest, rows)
                 out.remove([f"{ATTEMPTS}/{digest}"])
         except OSError as error:
             return report | {"stop": cannot_write(self.name, out, error)}
         failed = [(row["name"], row["error"]) for row in rows if row["status"] != MADE]
-        report |= {"made": len(rows) - len(failed), "failed": len(failed), "ended": time.time()}
+        report |= {"made": len(rows) - len(failed), "failed": len(failed), "ended": time.time(), "part": digest}
         return report | {"errors": json.dumps(failed[:_ERRORS_TOLD])}
 
     def _model_missing(self) -> str:
@@ -133,10 +145,9 @@ class Worker:
             self._plan = Plan(self.settings.out, self.settings.plan)
         return self._plan.row(number)
 
-    def _rows(self, digest: str, jobs: list[Job]) -> list[dict[str, Any]]:
+    def _rows(self, jobs: list[Job], attempt: int) -> list[dict[str, Any]]:
         settings = self.settings
         told = {"run": settings.run, "worker": self.name, "model": settings.digest}
-        attempt = self._attempt(digest)
         if attempt > MOST_ATTEMPTS:
             return failed_rows(
                 jobs,

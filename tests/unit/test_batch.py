@@ -20,7 +20,7 @@ from PIL import Image
 pytest.importorskip("pyarrow", reason="pyarrow is in requirements-dev.txt")
 
 import pyarrow
-from pack.internvl_u.batch import driver, jobs, making, plan, rows, settings, storage, worker
+from pack.internvl_u.batch import driver, jobs, lock, making, plan, rows, settings, storage, worker
 from pack.internvl_u.picture_texts import picture_texts
 from pack.internvl_u.pipeline import Pipeline
 from pack.internvl_u.request import ImageRequest
@@ -446,7 +446,7 @@ def test_a_job_that_ends_its_worker_again_and_again_is_given_up(batch, monkeypat
     killed = []
     monkeypatch.setattr(making, "draw_together", kill)
     summary = batch.run(worker=Restarted)
-    assert len(killed) == worker.MOST_ATTEMPTS and summary.failed == 1
+    assert len(killed) == worker.MOST_ATTEMPTS and (summary.failed, summary.again) == (1, 1)
     assert "its worker was ended 3 times" in batch.rows()["heavy"]["error"] and batch.wrong() == []
 
 
@@ -516,6 +516,20 @@ def test_a_micro_batch_that_was_written_before_its_worker_was_killed_is_not_made
     assert batch.run(worker=Twice).made == 1 and len(drawn) == 1
 
 
+def test_parts_are_made_one_while_a_run_goes_on(batch, monkeypatch):
+    batch.write([{"id": f"p{i}", "prompt": "a", "seed": i, **SMALL} for i in range(9)])
+    monkeypatch.setattr(driver, "MERGED", 4)
+    there = []
+
+    class Counting(worker.Worker):
+        def _report(self, number):
+            there.append(len(list((batch.out / "manifest").glob("*"))))
+            return super()._report(number)
+
+    assert batch.run(worker=Counting).made == 9 and batch.wrong() == []
+    assert there == [0, 1, 2, 3, 1, 2, 3, 4, 2]
+
+
 def test_two_runs_never_write_into_one_folder(batch):
     batch.write([{"id": "a", "prompt": "a", **SMALL}])
 
@@ -528,7 +542,23 @@ def test_two_runs_never_write_into_one_folder(batch):
     assert batch.run(worker=Second).made == 1
 
 
-def test_lists_images_and_results_may_be_in_object_storage(checkpoint, golden):
+def test_object_storage_is_kept_to_one_run_too_and_a_dead_ones_sign_does_not_stay(monkeypatch):
+    pytest.importorskip("fsspec")
+    monkeypatch.setattr(lock, "RENEWED", 0.2)
+    out = storage.Store.of("memory://signs/out")
+    with lock.locked(out):
+        with pytest.raises(RuntimeError, match="is written into by another run"):
+            with lock.locked(out):
+                pass
+        sign = out.read(lock.SIGN)
+    assert out.states([lock.SIGN]) == [None]
+    out.write(lock.SIGN, sign)  # of a run that was killed
+    with lock.locked(out):
+        assert out.read(lock.SIGN) != sign
+
+
+def test_lists_images_and_results_may_be_in_object_storage(checkpoint, golden, monkeypatch):
+    monkeypatch.setattr(lock, "RENEWED", 0.2)
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
     with memory.open("/bucket/lists/seen.png", "wb") as file:
