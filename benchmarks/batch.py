@@ -16,14 +16,36 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from internvl_u.batch.driver import Run
+from internvl_u.batch.jobs import Job
+from internvl_u.batch.manifest import MADE
 from internvl_u.batch.ray_pool import Pool, pool
 from internvl_u.batch.settings import BatchSettings
 from internvl_u.batch.storage import Store
+from internvl_u.batch.worker import Worker
+from internvl_u.pipeline import Pipeline
 
 from .report import make_parser, show
 
 WARM_UP = 2
 """Pictures of each worker that are not counted."""
+
+
+class Trivial(Worker):
+    """Writes a short text in place of each result: the driver does what it always does."""
+
+    def open(self) -> Pipeline:
+        """Returns a model of which nothing is loaded."""
+        return self.settings.pipeline()
+
+    def _rows(self, jobs: list[Job], attempt: int) -> list[dict]:
+        rows = []
+        for job in jobs:
+            data = f"{job.name}\n".encode()
+            self.settings.out.write(job.file, data, lasting=False)
+            digest = job.digest(self.settings.digest, [])
+            row = {"name": job.name, "kind": job.kind, "row": job.row, "status": MADE, "file": job.file}
+            rows.append(row | {"bytes": len(data), "digest": digest, "run": self.settings.run, "worker": self.name})
+        return rows
 
 
 def main() -> None:
@@ -37,7 +59,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="pictures drawn at once")
     parser.add_argument("--repeats", type=int, default=4, help="turns")
     parser.add_argument(
-        "--memory", type=int, metavar="N", help="measure the driver's memory over N trivial jobs instead"
+        "--memory", type=int, metavar="N", help="measure the driver's memory over N jobs that cost nothing instead"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +85,7 @@ def _speed(options: argparse.Namespace, folder: Path) -> list[dict]:
 
 
 def _memory(options: argparse.Namespace, folder: Path) -> list[dict]:
-    """Returns the resident memory of the driver when a tenth, two tenths ... of many trivial jobs are made."""
+    """Returns the resident memory of the driver when a tenth, two tenths ... of many jobs are made."""
     _write(folder, options.memory, 16, 1)
     given, rows = _settings(options, folder, "out", options.workers), []
 
@@ -73,7 +95,7 @@ def _memory(options: argparse.Namespace, folder: Path) -> list[dict]:
 
     before = {"jobs made": 0, "driver's memory, MiB": _resident()}
     with pool(given) as workers:
-        Run(given, _taking(workers), print, note).make()
+        Run(given, _taking(workers), print, note, Trivial).make()
     return [before, *rows, {"jobs made": "gathered", "driver's memory, MiB": _resident()}]
 
 

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="jobs made at once, where they are alike; with 1 pictures are those of `draw`, bit for bit (default 1)",
     )
+    add("--offload", action="store_true", help="keep one part of the model on a GPU at a time (default: all of them)")
     add("--address", metavar="A", help="Ray cluster to join: auto, or HOST:PORT (default: this machine alone)")
     add("--verify", action="store_true", help="hash what is there, and make anew what has changed")
     add("--fail-fast", action="store_true", help="end with the first job that fails (default: record it and go on)")
@@ -84,6 +85,7 @@ def settings_of(options: argparse.Namespace) -> BatchSettings:
         options.gpus,
         options.batch,
         options.address,
+        options.offload,
         options.verify,
         options.fail_fast,
     )

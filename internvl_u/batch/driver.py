@@ -121,8 +121,12 @@ class Run:
         self.jobs, self.out = Store.of(settings.jobs), Store.of(settings.out)
         if self.jobs.states([""]) == [None]:
             raise FileNotFoundError(f"no list of jobs {settings.jobs} found: give the name of a file")
-        told = WorkerSettings(settings.model, self.jobs.beside(), self.out, loras=settings.loras, pause=pause)
-        told = replace(told, mllm=settings.mllm, vae=settings.vae, dtype=settings.dtype, device=settings.device)
+        told = WorkerSettings(
+            settings.model, self.jobs.beside(), self.out, loras=settings.loras, offload=settings.offload
+        )
+        told = replace(
+            told, mllm=settings.mllm, vae=settings.vae, dtype=settings.dtype, device=settings.device, pause=pause
+        )
         self.pipeline = told.pipeline()
         self.told = replace(told, digest=told.found(self.pipeline))
         self.run, self.passes, self.ignored = 0, 0, set()

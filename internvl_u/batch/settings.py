@@ -28,6 +28,7 @@ class BatchSettings:
     gpus: float | None = None
     batch: int = 1
     address: str | None = None
+    offload: bool = False
     verify: bool = False
     fail_fast: bool = False
 

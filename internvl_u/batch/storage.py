@@ -81,14 +81,14 @@ class Store:
         found = [one for one in self.filesystem.get_file_info(selector) if one.type == arrow_fs.FileType.File]
         return sorted(one.base_name for one in found)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Writes a file, whole or not at all.
+    def write(self, name: str, data: bytes, lasting: bool = True) -> None:
+        """Writes a file, whole or not at all; without `lasting` a power cut may take it away again.
 
         Raises:
             OSError: it could not be written.
         """
         if self.local:
-            _write_local(Path(self.path(name)), data)
+            _write_local(Path(self.path(name)), data, lasting)
         elif self.filesystem.type_name in _PUT_IS_WHOLE:
             self._put(self.path(name), data)
         else:
@@ -141,14 +141,15 @@ def cannot_write(who: str, out: Store, error: OSError) -> str:
     return f"{who} cannot write into {out.root} ({why}): {remedy}"
 
 
-def _write_local(file: Path, data: bytes) -> None:
+def _write_local(file: Path, data: bytes, lasting: bool) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.stem[:40]}.{os.getpid()}.part")
     try:
         with partial.open("wb") as target:
             target.write(data)
-            target.flush()
-            os.fsync(target.fileno())
+            if lasting:
+                target.flush()
+                os.fsync(target.fileno())
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

@@ -48,6 +48,7 @@ class WorkerSettings:
     loras: tuple[tuple[Path, float], ...] = ()
     dtype: str = "auto"
     device: str = "auto"
+    offload: bool = False
     threads: int = 1
     drawing: bool = True
     pause: float = 1.0
@@ -60,7 +61,8 @@ class WorkerSettings:
         """
         device = chosen_device(self.device)
         dtype = chosen_dtype(self.dtype, device)
-        return Pipeline(self.model, dtype=dtype, device=device, mllm=self.mllm, vae=self.vae, loras=self.loras)
+        files: dict[str, Any] = {"mllm": self.mllm, "vae": self.vae, "loras": self.loras}
+        return Pipeline(self.model, dtype=dtype, device=device, offload=self.offload, **files)
 
     def found(self, pipeline: Pipeline) -> str:
         """Returns the digest of the model that a pipeline has opened."""
@@ -165,5 +167,5 @@ class Worker:
             attempt = int(out.read(name)) + 1
         except (OSError, ValueError):
             attempt = 1
-        out.write(name, str(attempt).encode())
+        out.write(name, str(attempt).encode(), lasting=False)
         return attempt

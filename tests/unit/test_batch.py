@@ -331,12 +331,12 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_the_next_one_goes_on(bat
     batch.write([{"id": f"p{i}", "prompt": "a", "seed": i, **SMALL} for i in range(5)])
     write, files = storage._write_local, []
 
-    def full(file, data):
+    def full(file, data, lasting):
         if file.suffix == ".png":
             files.append(file)
             if len(files) == 3:
                 raise OSError(errno.ENOSPC, "No space left on device")
-        write(file, data)
+        write(file, data, lasting)
 
     monkeypatch.setattr(storage, "_write_local", full)
     summary = batch.run()
