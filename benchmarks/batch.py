@@ -14,17 +14,20 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from internvl_u.batch.driver import Run
 from internvl_u.batch.jobs import Job
 from internvl_u.batch.manifest import MADE
-from internvl_u.batch.ray_pool import Pool, pool
 from internvl_u.batch.settings import BatchSettings
 from internvl_u.batch.storage import Store
 from internvl_u.batch.worker import Worker
 from internvl_u.pipeline import Pipeline
 
 from .report import make_parser, show
+
+if TYPE_CHECKING:
+    from internvl_u.batch.ray_pool import Pool
 
 WARM_UP = 2
 """Pictures of each worker that are not counted."""
@@ -69,6 +72,8 @@ def main() -> None:
 
 def _speed(options: argparse.Namespace, folder: Path) -> list[dict]:
     """Returns pictures a second of one worker and of several, which take turns."""
+    from internvl_u.batch.ray_pool import pool
+
     counts = (1, options.workers)
     times: dict[int, list[float]] = {count: [] for count in counts}
     most = _settings(options, folder, "none", options.workers)
@@ -86,6 +91,8 @@ def _speed(options: argparse.Namespace, folder: Path) -> list[dict]:
 
 def _memory(options: argparse.Namespace, folder: Path) -> list[dict]:
     """Returns the resident memory of the driver when a tenth, two tenths ... of many jobs are made."""
+    from internvl_u.batch.ray_pool import pool
+
     _write(folder, options.memory, 16, 1)
     given, rows = _settings(options, folder, "out", options.workers), []
 

@@ -50,6 +50,7 @@ class Summary:
     first: float = float("inf")
     last: float = 0.0
     stop: str = ""
+    cut: bool = False
 
     @property
     def rate(self) -> float:
@@ -94,8 +95,12 @@ class Summary:
                 f"{self.not_made} jobs not made, no worker left that has the model ({next(iter(self.missing))}): put "
                 "it there and run the same command again"
             )
+        if not self.failed:
+            return ""
+        if self.cut:
+            return f"ended with the first job that failed; {self.made + self.kept} are made, see {manifest}"
         total = self.failed + self.made + self.kept
-        return self.failed and f"{self.failed} of {total} jobs failed, see {manifest}; the others are made" or ""
+        return f"{self.failed} of {total} jobs failed, see {manifest}; the others are made"
 
 
 class Run:
@@ -212,7 +217,8 @@ class Run:
         return done
 
     def _ended(self) -> bool:
-        return bool(self.summary.stop) or (self.settings.fail_fast and self.summary.failed > 0)
+        self.summary.cut = self.settings.fail_fast and self.summary.failed > 0
+        return self.summary.cut or bool(self.summary.stop)
 
     def _tokens(self, text: str) -> int:
         return len(self.pipeline.encoder.tokenizer.encode([text])[0])

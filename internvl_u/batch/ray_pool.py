@@ -15,6 +15,7 @@ import pyarrow
 import ray
 import ray.data
 
+from ..files import in_short
 from .settings import BatchSettings
 
 _OBJECTS = 256 << 20
@@ -79,7 +80,7 @@ def pool(settings: BatchSettings) -> Iterator[Pool]:
         told |= {"include_dashboard": False, "object_store_memory": _OBJECTS}
     with open(os.devnull, "w", encoding="utf-8") as null, redirect_stdout(null):  # stdout has the manifest's name alone
         with _silent(), _handlers_kept():
-            ray.init(settings.address or "local", **told)
+            _join(settings.address or "local", told)
         try:
             ray.data.DataContext.get_current().enable_progress_bars = False
             for name in ("ray", "ray.data"):
@@ -87,6 +88,16 @@ def pool(settings: BatchSettings) -> Iterator[Pool]:
             yield sized(settings, ray.cluster_resources())
         finally:
             ray.shutdown()
+
+
+def _join(address: str, told: dict[str, Any]) -> None:
+    try:
+        ray.init(address, **told)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"no Ray cluster answers at {address} ({in_short(error)}): start one with `ray start --head`; for one that "
+            "wants a token, set RAY_AUTH_MODE=token and have the token in ~/.ray/auth_token"
+        ) from error
 
 
 def sized(settings: BatchSettings, found: Mapping[str, float]) -> Pool:

@@ -323,6 +323,7 @@ def test_the_first_failure_ends_a_run_that_is_to_fail_fast(batch):
     batch.write([*({"id": f"p{i}", "prompt": "a" if i else "<image>", **SMALL} for i in range(4))])
     summary = batch.run(fail_fast=True)
     assert (summary.made, summary.failed) == (0, 1)
+    assert summary.trouble("M") == "ended with the first job that failed; 0 are made, see M"
     batch.write(["{"] + [json.dumps({"prompt": "a", **SMALL})])
     assert batch.run(fail_fast=True).made == 0
 
