@@ -129,6 +129,18 @@ class Pipeline:
         self._networks |= networks
         self._kept = PrefixCache()
 
+    def load(self, drawing: bool = True) -> None:
+        """Loads its parts now, which are else loaded when first needed; without `drawing` the language model alone.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            RuntimeError: one is damaged, or a LoRA does not fit.
+        """
+        if drawing:
+            self._vae()
+            self._mmdit()
+        self._mllm()
+
     def forget(self) -> None:
         """Lets go of all networks, which are loaded anew when they are needed, and of what was read."""
         self._networks.clear()
