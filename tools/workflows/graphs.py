@@ -693,7 +693,7 @@ STEPS_OF = {
                 "Edges",
                 [
                     [
-                        ("lines", "Canny", {"low_threshold": 0.05, "high_threshold": 0.1}),
+                        ("canny", "Canny", {"low_threshold": 0.05, "high_threshold": 0.1}),
                         ("edges", "PreviewImage", {}),
                     ]
                 ],
@@ -707,7 +707,7 @@ STEPS_OF = {
             worded("Draw from this edge map: a red star on a white background"),
         ],
         ("Draw", [[SAMPLE], [DECODE]]),
-        ("Upscale", [[("upscale", "ImageScaleBy", {"upscale_method": "lanczos", "scale_by": 4.0}), SAVE]]),
+        ("Upscale", [[("enlarge", "ImageScaleBy", {"upscale_method": "lanczos", "scale_by": 4.0}), SAVE]]),
     ],
     "controlnet_of_another_model": [
         [LOADED, worded("a cottage on a hill beside a tall tree, ink drawing"), SIZED],
@@ -911,10 +911,10 @@ LINKS = {
     + EMPTY
     + DRAWN,
     "load_a_trained_lora": "load.MODEL lora.model, " + SAMPLED.replace("load.MODEL", "lora.MODEL") + EMPTY + DRAWN,
-    "control_with_edges": "image.IMAGE lines.image, lines.IMAGE edges.images, lines.IMAGE encode.image1, "
+    "control_with_edges": "image.IMAGE canny.image, canny.IMAGE edges.images, canny.IMAGE encode.image1, "
     "load.VAE encode.vae, encode.latent sample.latent_image, load.MODEL lora.model, "
     + SAMPLED.replace("load.MODEL", "lora.MODEL")
-    + DECODED.format("LATENT").replace("decode.IMAGE", "decode.IMAGE upscale.image, upscale.IMAGE"),
+    + DECODED.format("LATENT").replace("decode.IMAGE", "decode.IMAGE enlarge.image, enlarge.IMAGE"),
     "controlnet_of_another_model": SAMPLED + EMPTY + CONTROLLED,
     "captions_for_a_folder": "load.MLLM answer.mllm, folder.images answer.image1, folder.images save.images, "
     "answer.answer save.texts",
@@ -961,9 +961,9 @@ SIZES = {
     "keep_lora": (280, 110),
     "plot": (280, 300),
     "put": (250, 110),
-    "lines": (250, 110),
+    "canny": (250, 110),
     "edges": (250, 300),
-    "upscale": (280, 110),
+    "enlarge": (280, 110),
     "positive": (250, 110),
     "negative": (250, 90),
 }
