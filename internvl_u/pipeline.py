@@ -77,6 +77,7 @@ class Pipeline:
         self.encoder = Encoder.from_checkpoint(open_checkpoint(self.files.language))
         self.loras = open_loras(loras, self.files)
         self._networks: dict[str, torch.nn.Module] = {}
+        self._given: set[str] = set()
         self._kept = PrefixCache()
 
     @torch.inference_mode()
@@ -121,13 +122,18 @@ class Pipeline:
         return replace(request, evaluations=evaluations)
 
     def use(self, networks: Mapping[str, torch.nn.Module]) -> None:
-        """Takes networks in the place of those of the files: "mllm", "mmdit" or "vae". What was read is forgotten."""
+        """Takes networks in the place of those of the files: "mllm", "mmdit" or "vae". What was read is forgotten.
+
+        They are the caller's: each is expected on the pipeline's device and stays there.
+        """
         self._networks |= networks
+        self._given |= set(networks)
         self._kept = PrefixCache()
 
     def forget(self) -> None:
         """Lets go of all networks, which are loaded anew when they are needed, and of what was read."""
         self._networks.clear()
+        self._given.clear()
         self._kept = PrefixCache()
 
     def size(self, request: ImageRequest) -> tuple[int, int]:
@@ -323,12 +329,14 @@ class Pipeline:
 
     def _on_device(self, name: str, load: Callable[[], Network]) -> Network:
         for other, network in self._networks.items():
-            if other != name:
+            if other != name and other not in self._given:
                 network.to("cpu")
         if name not in self._networks:
             self._networks[name] = load()
         network = self._networks[name]
         check_unchanged(getattr(network, "mapped", ()))
+        if name in self._given:
+            return cast(Network, network)
         move = network.to_sample if isinstance(network, MMDiT) else network.to
         return cast(Network, move(self.device))
 

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 pytest.importorskip("peft", reason="distill needs it: the extra [train]")
-from pack.internvl_u.finetune.distill import Distillation, DistillSettings  # noqa: E402
+from pack.internvl_u.finetune.distill import Distillation  # noqa: E402
+from pack.internvl_u.finetune.distill_settings import DistillSettings  # noqa: E402
 from pack.internvl_u.finetune.pool import Pool  # noqa: E402
 from pack.internvl_u.finetune.prompts import PromptSource, read_prompts  # noqa: E402
 from pack.internvl_u.finetune.trajectory import Velocities, student_schedule, teacher_schedule  # noqa: E402
