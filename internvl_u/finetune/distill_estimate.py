@@ -62,21 +62,22 @@ def estimate_distillation(
     def add(network: nn.Module, part: str) -> None:
         add_adapter(network, part, layers)
 
-    networks = Networks(transformer, None, dtype, settings.checkpointing, add)
+    teacher = Networks(transformer, None, dtype, settings.checkpointing)
+    networks = replace(teacher, add_adapters=add)
     sizes = sorted(_sizes(source, language.vision.grid, settings.batch), key=lambda one: one.tokens)
     largest, usual = sizes[-1], sizes[len(sizes) // 2]
     memory = estimate(networks, largest.student).memory
-    meta = LearningStep(networks, torch.device("meta"))
-    guiding = max(count_forward(meta, lambda one=one: meta.loss(one)).working for one in largest.teacher)
-    memory["working"] = max(memory["working"], guiding - memory["activations"])
+    meta = LearningStep(teacher, torch.device("meta"))
+    most = max(count_forward(meta, lambda one=one: meta.loss(one)).working for one in largest.teacher)
+    memory["working"] = max(memory["working"], most - memory["activations"])
     memory["language model"] = sum(weight.nbytes for weight in MLLM(language, dtype=dtype, device="meta").parameters())
     guided = sum(count_forward(meta, lambda one=one: meta.loss(one)).operations for one in usual.teacher)
     operations = estimate(networks, usual.student).operations + settings.substeps * guided
     found = Estimate(memory, operations)
     if device is None:
         return found
-    timed = networks_to_time(networks, found.total)
-    guided = added(*(forward_seconds(networks, one, device, timed) for one in usual.teacher))
+    timed, guiding = (networks_to_time(one, found.total) for one in (networks, teacher))
+    guided = added(*(forward_seconds(teacher, one, device, guiding) for one in usual.teacher))
     times = added(step_seconds(networks, usual.student, device, timed), scaled(guided, settings.substeps))
     return replace(found, seconds=times)
 
