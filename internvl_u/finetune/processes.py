@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ class Processes:
             return
         for weight in weights:
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            weight.grad = self.accelerator.reduce(gradient, "mean")
+            weight.grad = cast(torch.Tensor, self.accelerator.reduce(gradient, "mean"))
 
     def gather(self, value: Any) -> list[Any]:
         """Returns what all processes give, in the order of their ranks."""

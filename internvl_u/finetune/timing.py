@@ -14,6 +14,8 @@ RUNS, PATIENCE = 5, 10.0
 """Times that a step is timed, and the seconds after which no other is begun."""
 REMEMBERED = 50
 """Steps whose median is the pace."""
+_UNITS = (("s", 1, 0), ("minutes", 60, 0), ("hours", 3600, 1))
+"""Name, seconds, and decimals that are told."""
 Range = tuple[float, float]
 """The fastest and the slowest, in seconds."""
 
@@ -56,12 +58,8 @@ def step_time(times: Range) -> str:
 
 def duration(times: Range) -> str:
     """Returns a time as it is told, in the unit that fits the longer one: one number where both are written alike."""
-    unit, size, digits = next(one for one in (("s", 1, 0), ("minutes", 60, 0), ("hours", 3600, 1)) if _fits(times, one))
+    unit, size, digits = next((one for one in _UNITS[:-1] if times[1] < 120 * one[1]), _UNITS[-1])
     return f"{_between(*(f'{seconds / size:.{digits}f}' for seconds in times))} {unit}"
-
-
-def _fits(times: Range, unit: tuple[str, int, int]) -> bool:
-    return times[1] < 120 * unit[1] or unit[0] == "hours"
 
 
 def _between(few: str, many: str) -> str:
@@ -88,4 +86,5 @@ class Pace:
     def told(self, left: int) -> str:
         """Returns the median time of the latest steps, and how long so many more take."""
         usual = statistics.median(self._seconds or [self._first])
-        return f"{step_time((usual, usual))} a step" + (f", {duration((usual * left,) * 2)} left" if left else "")
+        told, rest = f"{step_time((usual, usual))} a step", usual * left
+        return f"{told}, {duration((rest, rest))} left" if left else told

@@ -397,6 +397,16 @@ def test_a_state_of_other_prompts_or_settings_is_refused(settings, data):
         Distillation(settings(), quiet).run()
 
 
+def test_what_changes_nothing_learnt_is_not_in_a_states_fingerprint():
+    plain = DistillSettings(Path("m"), (Path("d"),), Path("o.safetensors"))
+    assert plain.fingerprint("x") == "0825256c94a4b6d1313e948f085f0d8887eaf2104e9209cf933dbf13d67f004a", (
+        "states that were written before are not gone on from"
+    )
+    told = {"save_every": 7, "log_every": 7, "save_dtype": "float16", "sample_every": 7, "checkpointing": True}
+    assert replace(plain, **told).fingerprint("x") == plain.fingerprint("x")
+    assert len({plain.fingerprint("x", processes) for processes in (1, 2, 3)}) == 3
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
