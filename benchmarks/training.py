@@ -8,6 +8,7 @@ gives it back, set MALLOC_ARENA_MAX=1, MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_T
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import peft  # noqa: F401 - first: the library itself takes some memory
 import torch
@@ -20,7 +21,8 @@ from internvl_u.finetune.estimate import (
     LearningStep,
     Networks,
     estimate,
-    measured_arithmetic,
+    networks_to_time,
+    step_seconds,
 )
 
 from .memory import MIB, memory, reset_peak
@@ -60,12 +62,12 @@ def train(networks: Networks, batch: BatchSize, steps: int, device: torch.device
 
 def row(said: Estimate, taken: float, seconds: float) -> dict[str, object]:
     """Returns what was said and what was measured, as a row of the table."""
-    assert said.seconds_a_step is not None
+    assert said.seconds is not None
     return {
         "said (MiB)": said.total / MIB,
         "taken (MiB)": taken,
         "taken / said": taken * MIB / said.total,
-        "said (s)": said.seconds_a_step,
+        "said (s)": said.seconds[0],
         "fastest (s)": seconds,
         "TFLOP": said.operations / 1e12,
     }
@@ -90,7 +92,9 @@ def main() -> None:
     networks = Networks(config, None, resolve_dtype(options), options.gradient_checkpointing, add)
     batch, device = learning_batch(options.mode, options.pixels, options.batch), torch.device(options.device)
     taken, seconds = train(networks, batch, options.steps, device)  # first: what was freed before would be used again
-    said = estimate(networks, batch, arithmetic=measured_arithmetic(networks, batch, device))
+    said = estimate(networks, batch)
+    times = step_seconds(networks, batch, device, networks_to_time(networks, said.total))
+    said = replace(said, seconds=times)
     show([row(said, taken, seconds)], options.json, estimate=said.describe())
 
 

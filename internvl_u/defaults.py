@@ -59,6 +59,8 @@ NANO = "nano"
 """What the command line calls the nano model that comes with the pack."""
 NANO_FOLDERS = (("nano",), ("..", "demo", "internvl-u-nano"))
 """Where it lies from this package on: in an installed library, and in the pack's folder."""
+NANO_LORAS, NANO_EDGES = "loras", "internvl_u_nano_edges.safetensors"
+"""The folder of its LoRAs within its own, and the one of them that draws along an edge map."""
 NANO_CHOICE = "nano InternVL-U (in the box: flat shapes, 64 x 64 pixels)"
 """What Load InternVL-U calls it."""
 NANO_NOTE = (

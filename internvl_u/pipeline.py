@@ -81,6 +81,7 @@ class Pipeline:
         self.loras = open_loras(loras, self.files)
         self.offload = offload
         self._networks: dict[str, torch.nn.Module] = {}
+        self._given: set[str] = set()
         self._kept = PrefixCache()
 
     @torch.inference_mode()
@@ -125,8 +126,12 @@ class Pipeline:
         return replace(request, evaluations=evaluations)
 
     def use(self, networks: Mapping[str, torch.nn.Module]) -> None:
-        """Takes networks in the place of those of the files: "mllm", "mmdit" or "vae". What was read is forgotten."""
+        """Takes networks in the place of those of the files: "mllm", "mmdit" or "vae". What was read is forgotten.
+
+        They are the caller's: each is put on the pipeline's device and stays there.
+        """
         self._networks |= networks
+        self._given |= set(networks)
         self._kept = PrefixCache()
 
     def load(self, drawing: bool = True) -> None:
@@ -144,6 +149,7 @@ class Pipeline:
     def forget(self) -> None:
         """Lets go of all networks, which are loaded anew when they are needed, and of what was read."""
         self._networks.clear()
+        self._given.clear()
         self._kept = PrefixCache()
 
     def size(self, request: ImageRequest) -> tuple[int, int]:
@@ -371,13 +377,14 @@ class Pipeline:
 
     def _on_device(self, name: str, load: Callable[[], Network]) -> Network:
         for other, network in self._networks.items():
-            if self.offload and other != name:
+            if self.offload and other not in (name, *self._given):
                 network.to("cpu")
         if name not in self._networks:
             self._networks[name] = load()
         network = self._networks[name]
         check_unchanged(getattr(network, "mapped", ()))
-        move = network.to_sample if self.offload and isinstance(network, MMDiT) else network.to
+        in_part = self.offload and name not in self._given and isinstance(network, MMDiT)
+        move = cast(MMDiT, network).to_sample if in_part else network.to
         return cast(Network, move(self.device))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .checkpoint import GGUF_ENDING, is_checkpoint
-from .defaults import NANO, NANO_FOLDERS
+from .defaults import NANO, NANO_FOLDERS, NANO_LORAS
 
 QWEN_VAE = "qwen_image_vae.safetensors"
 """The name of the same VAE among ComfyUI's files."""
@@ -27,6 +27,12 @@ def nano_folder() -> Path | None:
     """Returns the folder of the nano model that comes with the pack; None where it has been left out."""
     here = Path(__file__).parent
     return next((folder for name in NANO_FOLDERS if is_checkpoint(folder := here.joinpath(*name))), None)
+
+
+def nano_loras() -> dict[str, Path]:
+    """Returns the LoRAs that come with the nano model, by the names of their files."""
+    nano = nano_folder()
+    return {} if nano is None else {file.name: file for file in sorted((nano / NANO_LORAS).glob("*.safetensors"))}
 
 
 def is_nano(place: Path) -> bool:

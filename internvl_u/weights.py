@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .defaults import HOW_TO_GET
 from .files import FileState, check_unchanged, listed, state_of
@@ -28,6 +30,18 @@ def open_file(file: Path) -> Weights:
     """Returns a file's tensors by name, mapped from disk (read when first touched)."""
     with safe_open(file, framework="pt", device="cpu") as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}
+
+
+def save_weights(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file with the rights that a new file gets, whatever the library gives its own.
+
+    Raises:
+        SafetensorError, OSError: it could not be written.
+    """
+    file.touch()
+    rights = stat.S_IMODE(file.stat().st_mode)
+    save_file(dict(tensors), file, dict(metadata or {}))
+    file.chmod(rights)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -13,8 +13,6 @@ from . import model_folders
 from .inputs import checked
 from .load import MLLM
 
-NONE_FOUND = "no LoRA found"
-
 
 def _strength(what: str) -> io.Float.Input:
     tooltip = f"How strongly the {what} is changed. 1: as trained; 0: not at all; negative: the other way."
@@ -37,7 +35,7 @@ class LoadLoRA(io.ComfyNode):
                 MLLM.Input("mllm", optional=True, tooltip="From Load InternVL-U, or with a LoRA on it already."),
                 io.Combo.Input(
                     "lora_name",
-                    options=list(model_folders.files(model_folders.LORA_KEY)) or [NONE_FOUND],
+                    options=model_folders.lora_choices(),
                     tooltip="A .safetensors file in models/loras; extra model paths count too.",
                 ),
                 _strength("MODEL"),

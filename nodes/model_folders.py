@@ -20,7 +20,7 @@ from ..internvl_u.checkpoint import (
     open_checkpoint,
 )
 from ..internvl_u.defaults import HOW_TO_GET, MODEL_FOLDER, NANO_CHOICE, PARTS, RELEASED_SIZE
-from ..internvl_u.places import QWEN_VAE, Found, children, inside, is_text, nano_folder
+from ..internvl_u.places import QWEN_VAE, Found, children, inside, is_text, nano_folder, nano_loras
 from ..native import compat
 
 KEY = "InternVL-U"
@@ -28,7 +28,7 @@ SHARED_KEY = "diffusers"
 TRANSFORMER_KEY, LANGUAGE_KEY, VAE_KEY = "diffusion_models", "text_encoders", "vae"
 LORA_KEY = "loras"
 AUTO = "auto"
-NONE_FOUND = "no model found"
+NONE_FOUND, NO_LORA = "no model found", "no LoRA found"
 _SITES = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
 GGUF_KEYS = {TRANSFORMER_KEY: "internvl_u_gguf_diffusion_models", LANGUAGE_KEY: "internvl_u_gguf_text_encoders"}
 """Keys of our own under which ComfyUI lists the GGUF files of its folders: its own loaders, which cannot read them, go
@@ -227,13 +227,19 @@ def _transformer_of(name: str) -> tuple[Path | None, Path]:
     return folder, transformer
 
 
+def lora_choices() -> list[str]:
+    """Returns the files of LoRAs that the node offers, last those that come with the nano model."""
+    own = files(LORA_KEY)
+    return [*(own or [NO_LORA]), *(name for name in nano_loras() if name not in own)]
+
+
 def find_lora(name: str) -> Path:
-    """Returns the file of a LoRA.
+    """Returns the file of a LoRA; of equal names the user's own, not the one that comes with the nano model.
 
     Raises:
         FileNotFoundError: there is none of this name; tells where it was looked for.
     """
-    file = _by_name(files(LORA_KEY), name)
+    file = _by_name(nano_loras() | files(LORA_KEY), name)
     if file is None:
         raise FileNotFoundError(
             f"no LoRA {name!r} in {', '.join(folder_paths.get_folder_paths(LORA_KEY))}. Put its .safetensors file "

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
+
+from internvl_u.weights import save_weights
 
 from .optim import EMA
 
@@ -23,7 +24,7 @@ def save_state(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
     draft = path.with_suffix(".draft")
     # A copy each: safetensors takes no two tensors that share memory.
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    save_file(copies, draft, {"state": json.dumps(metadata)})
+    save_weights(draft, copies, {"state": json.dumps(metadata)})
     os.replace(draft, path)
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from internvl_u.tokenizer import Tokenizer
+from internvl_u.weights import save_weights
 
 from . import mllm, mllm_model, mmdit, mmdit_model
 from .checkpointing import load_ema
@@ -41,7 +41,7 @@ def export(work: Path, out: Path) -> None:
 def _weights(file: Path, weights: Mapping[str, torch.Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     rounded = {name: value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
-    save_file(rounded, file, {"format": "pt"})
+    save_weights(file, rounded, {"format": "pt"})
 
 
 def _json(file: Path, value: Mapping) -> None:

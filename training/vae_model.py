@@ -15,10 +15,10 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
     QwenImageResidualBlock,
     QwenImageRMS_norm,
 )
-from safetensors.torch import save_file
 from torch import nn
 
 from internvl_u.vae import LATENTS_MEAN, LATENTS_STD
+from internvl_u.weights import save_weights
 
 LATENTS = 16
 CONFIG = {
@@ -166,4 +166,4 @@ def save_model(model: AutoencoderKLQwenImage, folder: Path, dtype: torch.dtype) 
     config = {"_class_name": "AutoencoderKLQwenImage", "_diffusers_version": "0.35.1", **CONFIG}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    save_weights(folder / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})

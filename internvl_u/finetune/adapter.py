@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
+
+from ..weights import save_weights
 
 KINDS = ("lora", "dora", "lokr")
 PARTS = ("transformer", "language")
@@ -76,12 +77,19 @@ def add_adapter(network: nn.Module, part: str, settings: AdapterSettings, seed: 
     return names
 
 
-def adapter_weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the adapters' tensors by PEFT's names, without its prefix."""
+def adapter_weights(network: nn.Module, dtype: str = "float32") -> dict[str, torch.Tensor]:
+    """Returns the adapters' tensors by PEFT's names, without its prefix.
+
+    Raises:
+        RuntimeError: one is infinite or not a number, as it is learnt or in this dtype.
+    """
     from peft import get_peft_model_state_dict
 
     found = get_peft_model_state_dict(network, adapter_name=_NAME)
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
+    weights = {name: tensor.detach().cpu().to(getattr(torch, dtype)).clone() for name, tensor in found.items()}
+    if bad := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
+        raise RuntimeError(f"{bad[0]}: what was learnt is beyond what {dtype} holds, or not a number: write bfloat16")
+    return weights
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -119,7 +127,7 @@ def write_adapter(
     draft = target.with_name(f".{target.name}.part")
     folder = peft_folder(target)
     try:
-        save_file(tensors, draft, {"format": "pt", **metadata})
+        save_weights(draft, tensors, {"format": "pt", **metadata})
         os.replace(draft, target)
         _write_peft(folder, parts, settings, metadata)
     finally:
@@ -145,7 +153,7 @@ def _write_peft(
         place.mkdir(parents=True)
         inner = {_without_whole(name): tensor for name, tensor in weights.items()}
         named = {f"base_model.model.{name}": tensor for name, tensor in inner.items()}
-        save_file(named, place / "adapter_model.safetensors", {"format": "pt", **metadata})
+        save_weights(place / "adapter_model.safetensors", named, {"format": "pt", **metadata})
         names = sorted({re.sub(r"\.(lora|lokr)_.*$", "", name) for name in inner})
         config = _config(names, settings).to_dict()
         config |= {"inference_mode": True, "base_model_name_or_path": metadata.get("base", "")}

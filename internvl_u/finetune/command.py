@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..console import check_model_name, text_argument
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .settings import TrainSettings
 
 PACKAGES = ("accelerate", "peft")
+"""What a run needs beside what the model needs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +106,12 @@ def _add_what_is_told(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--validation", type=float, default=0.0, metavar="P", help="share of examples held back, 0 to 0.5 (default 0)")
     add("--validate-every", type=int, default=100, metavar="N", help="steps (default %(default)s)")
+    add_shared(parser)
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """Adds what `train` and `distill` have in common of how a run goes on and what it tells."""
+    add = parser.add_argument
     add(
         "--sample",
         type=text_argument,
@@ -125,6 +132,12 @@ def _add_what_is_told(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="S", help="(default %(default)s)")
     add("--device", default="auto", metavar="D", help="torch device; auto: a GPU if there is one (default %(default)s)")
     add("--work", type=Path, metavar="DIR", help="log, states, sheets and cache (default: NAME-training beside --out)")
+    add(
+        "--save-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the numbers in the LoRA's files (default %(default)s)",
+    )
     add("--estimate", action="store_true", help="say how much memory and time it would take, and stop")
 
 
@@ -135,55 +148,64 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
         ValueError: an option is out of range.
         ImportError: a package is missing.
     """
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ImportError(
-            f"training needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install {' '.join(missing)}"
-        )
-    from ..devices import chosen_device
+    check_packages("training")
     from .adapter import AdapterSettings
     from .objective import Dropout
     from .settings import TrainSettings
 
-    check_model_name(str(options.model))
     return TrainSettings(
-        model=options.model,
-        data=tuple(options.data),
-        out=target(options.out),
+        **shared_settings(options),
+        dtype=options.dtype,
         train=options.train,
         adapter=AdapterSettings(options.adapter, options.rank, options.alpha, options.layers),
-        steps=options.steps,
-        batch=options.batch,
         accumulate=options.accumulate,
-        lr=options.lr,
         warmup=options.warmup,
         schedule=options.schedule,
         optimizer=options.optimizer,
         weight_decay=options.weight_decay,
-        dtype=options.dtype,
-        checkpointing=options.gradient_checkpointing,
-        seed=options.seed,
         trigger=options.trigger,
-        resolution=options.resolution,
         repeats=tuple(options.repeats),
         dropout=Dropout(options.prompt_dropout, options.reference_dropout),
         text_weight=options.text_weight,
         validation=options.validation,
         validate_every=options.validate_every,
-        save_every=options.save_every,
-        log_every=options.log_every,
-        sample_every=options.sample_every,
-        sample_prompts=tuple(options.sample),
-        device=str(chosen_device(options.device)),
-        work=options.work,
     )
+
+
+def check_packages(what: str) -> None:
+    """Makes sure that the packages that a run needs are installed.
+
+    Raises:
+        ImportError: one is not.
+    """
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ImportError(
+            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"pip install {' '.join(missing)}"
+        )
+
+
+def shared_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of `RunSettings` that options say, but for the dtype, whose choices differ."""
+    from ..devices import chosen_device
+
+    check_model_name(str(options.model))
+    names = ("model", "steps", "batch", "lr", "seed", "resolution", "sample_every", "save_every", "log_every", "work")
+    return {name: getattr(options, name) for name in (*names, "save_dtype")} | {
+        "data": tuple(options.data),
+        "out": target(options.out),
+        "checkpointing": options.gradient_checkpointing,
+        "sample_prompts": tuple(options.sample),
+        "device": str(chosen_device(options.device)),
+    }
 
 
 def run(options: argparse.Namespace) -> list[Path]:
     """Trains as options say and returns what was written; with `--estimate` nothing is."""
+    settings = settings_of(options)
     from .trainer import Trainer
 
-    trainer = Trainer(settings_of(options), say)
+    trainer = Trainer(settings, say)
     if options.estimate:
         trainer.estimate()
         return []

@@ -47,6 +47,13 @@ def count(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Counts:
     return Counts(activations, counter.peak - activations, counter.operations + attention.operations)
 
 
+def count_forward(model: nn.Module, compute: Callable[[], torch.Tensor]) -> Counts:
+    """Returns what a forward pass takes of which nothing is kept for a backward pass."""
+    with torch.no_grad(), _FusedAttention() as attention, _Counter(model.parameters()) as counter:
+        compute()
+    return Counts(0, counter.peak, counter.operations + attention.operations)
+
+
 class _FusedAttention:
     """Attention that saves what the fused kernels do, in the place of torch's own on the meta device, while it lasts.
 

@@ -8,14 +8,10 @@ next step depends on is in the saved state, so that a run that was killed and go
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,92 +19,27 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..defaults import STEPS
 from ..distilled import mark, marked_layer
 from ..load import load_mmdit
-from ..mmdit import MMDiT, RunBlock
-from ..numbers import check_real, check_whole
+from ..mmdit import RunBlock
 from ..pipeline import Pipeline
-from .adapter import FILE_PREFIX, AdapterSettings, adapter_weights, add_adapter, count_parameters, write_adapter
+from ..speed import TURBO
+from .adapter import FILE_PREFIX, adapter_weights, add_adapter, count_parameters, write_adapter
+from .distill_estimate import estimate_distillation
+from .distill_settings import DistillSettings, adapter_settings
 from .log import CSVLog, plot
 from .objective import checkpointed
 from .pool import Pool
+from .processes import Processes
 from .prompts import PromptSource, read_prompts
+from .sheet import draw_sheet
 from .state import load_state, save_state
-from .trainer import check_loss
+from .timing import Pace
+from .trainer import check_loss, seed_of
 from .trajectory import Prompt, Velocities, student_schedule, teacher_schedule
 
 BETAS = (0.9, 0.99)
 LARGEST_GRADIENT = 1.0
-WARMUP = 30
-"""Steps until the whole learning rate, which then falls along a cosine to a fiftieth."""
-_OF_THE_RESULT = ("out", "work", "save_every", "log_every", "device", "checkpointing")
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """A run. Every field is an option of `python -m internvl_u distill`; see there."""
-
-    model: Path
-    data: tuple[Path, ...]
-    out: Path
-    evaluations: int = 8
-    teacher_steps: int = STEPS
-    rank: int = 64
-    steps: int = 1000
-    batch: int = 16
-    lr: float = 1e-4
-    edits: float | None = None
-    resolution: int | None = None
-    dtype: str = "float32"
-    device: str = "cpu"
-    seed: int = 0
-    checkpointing: bool = False
-    save_every: int = 100
-    log_every: int = 10
-    work: Path | None = None
-
-    def __post_init__(self):
-        if self.out.suffix.lower() != ".safetensors":
-            raise ValueError(f"--out {self.out} found, a name ending in .safetensors expected")
-        if not self.data:
-            raise ValueError("no --data found, a file of prompts expected")
-        for name, value, lowest, highest in (
-            ("evaluations", self.evaluations, 1, 50),
-            ("teacher-steps", self.teacher_steps, 1, 1000),
-            ("rank", self.rank, 1, 4096),
-            ("steps", self.steps, 1, 1_000_000),
-            ("batch", self.batch, 1, 4096),
-            ("seed", self.seed, -(2**63), 2**63 - 1),
-            ("save-every", self.save_every, 1, 1_000_000),
-            ("log-every", self.log_every, 1, 1_000_000),
-        ):
-            check_whole(f"--{name}", value, lowest, highest)
-        check_real("--lr", self.lr)
-        if not 0 < self.lr <= 10:
-            raise ValueError(f"--lr {self.lr} found, more than 0 and at most 10 expected")
-        if self.edits is not None:
-            check_real("--edits", self.edits, 0.0, 1.0)
-
-    @property
-    def substeps(self) -> int:
-        """The teacher's guided steps for one of the student's."""
-        return math.ceil(self.teacher_steps / self.evaluations)
-
-    @property
-    def folder(self) -> Path:
-        """Where the log and the state are."""
-        return self.out.with_name(f"{self.out.stem}-training") if self.work is None else self.work
-
-    def rate(self, step: int) -> float:
-        """Returns the learning rate of a step."""
-        share = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.lr * min(1.0, (step + 1) / WARMUP) * (0.98 * share + 0.02)
-
-    def fingerprint(self, prompts: str) -> str:
-        """Returns what a state must agree in to be gone on from."""
-        told = {key: value for key, value in dataclasses.asdict(self).items() if key not in (*_OF_THE_RESULT, "data")}
-        return hashlib.sha256(json.dumps(told | {"prompts": prompts}, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class Distillation:
@@ -120,8 +51,9 @@ class Distillation:
         Raises:
             FileNotFoundError, ValueError: something of the settings or of the prompts is not as it should be.
         """
-        self.settings, self.report = settings, report
-        self.dtype, self.device = getattr(torch, settings.dtype), torch.device(settings.device)
+        self.settings, self.processes = settings, Processes(settings.device)
+        self.main, self.device = self.processes.main, self.processes.device
+        self.report, self.dtype = self.processes.saying(report), getattr(torch, settings.dtype)
         wishes = [wish for source in settings.data for wish in read_prompts(source)]
         self.pipeline = Pipeline(settings.model, dtype=self.dtype, device=self.device)
         self.source = PromptSource(self.pipeline, wishes, settings.resolution)
@@ -129,40 +61,73 @@ class Distillation:
         self.teacher = teacher_schedule(settings.evaluations, settings.substeps)
         self.log = CSVLog(settings.folder / "log.csv", ("seconds", "lr", "loss", *self._columns(), "gradient"))
 
+    def estimate(self) -> None:
+        """Says what a step takes, before anything is computed or loaded."""
+        if self.main:
+            found = estimate_distillation(self.settings, self.source, self.device)
+            self.report(found.describe(self.settings.steps))
+
     def run(self) -> list[Path]:
         """Distils, and returns what was written."""
         settings = self.settings
+        self.estimate()
         self._load()
-        fingerprint = settings.fingerprint(self.source.fingerprint)
         settings.folder.mkdir(parents=True, exist_ok=True)
+        fingerprint = settings.fingerprint(self.source.fingerprint, self.processes.count)
         step = load_state(settings.folder, fingerprint, self.weights, self)
-        self.log.start(step)
+        if self.main:
+            self.log.start(step)
         self._tell(step)
-        started, rows = time.monotonic(), []
+        if step == 0 and settings.sample_every:
+            self.sheet(step, "sheet_teacher.png")
+            self.sheet(step)
+        self._fit(step, fingerprint)
+        return self.write() if self.main else []
+
+    def _fit(self, step: int, fingerprint: str) -> None:
+        settings, started, rows, pace = self.settings, time.monotonic(), [], Pace()
         while step < settings.steps:
-            rows.append(self.learn(step))
+            with pace.step():
+                rows.append(self.learn(step))
             step += 1
             last = step == settings.steps
-            if step % settings.log_every == 0 or last:
-                self._write_row(step, rows, time.monotonic() - started)
+            if self.main and (step % settings.log_every == 0 or last):
+                loss = self._write_row(step, rows, time.monotonic() - started)
+                self.report(f"step {step} of {settings.steps}, loss {loss:.4f}, {pace.told(settings.steps - step)}")
                 rows = []
+            if settings.sample_every and (step % settings.sample_every == 0 or last):
+                self.sheet(step)
             if step % settings.save_every == 0 or last:
-                save_state(settings.folder, fingerprint, step, self.weights, self)
-                plot(self.log, settings.folder / "loss.png", ("loss",))
-        return self.write()
+                state = self.state_dict()
+                if self.main:
+                    save_state(settings.folder, fingerprint, step, self.weights, state)
+                    plot(self.log, settings.folder / "loss.png", ("loss",))
+
+    def sheet(self, step: int, name: str = "") -> None:
+        """Draws the sample prompts, each with its own seed: in few evaluations, or by a name as the teacher does."""
+        if not self.main:
+            return
+        file = self.settings.folder / (name or f"sheet_{step:06}.png")
+        wishes = self.source.samples(self.settings.sample_prompts)
+        if not name:
+            few: dict[str, Any] = {"speed": TURBO, "evaluations": self.settings.evaluations}
+            wishes = [replace(wish, **few) for wish in wishes]
+        with adapters_off(self.model) if name else contextlib.nullcontext():
+            draw_sheet(self.pipeline, {"mmdit": self.model}, wishes, file)
+        self.report(f"drawn: {file}")
 
     def _load(self) -> None:
         settings = self.settings
         self.model = load_mmdit(self.pipeline.files.transformer, dtype=self.dtype).to(self.device)
-        layers = AdapterSettings(rank=settings.rank, layers=_learning(self.model))
-        self.adapter = layers
-        add_adapter(self.model, "transformer", layers, settings.seed)
+        self.adapter = adapter_settings(settings, len(self.model.transformer_blocks))
+        add_adapter(self.model, "transformer", self.adapter, settings.seed)
         self.model.to(self.device)
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings.lr, betas=BETAS, weight_decay=0.0)
         run_block = cast(RunBlock, checkpointed) if settings.checkpointing else None
         self.velocities = Velocities(self.model, self.dtype, run_block)
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        rank = self.processes.rank
+        self.generator = torch.Generator().manual_seed(seed_of(settings.seed, rank) if rank else settings.seed)
         self.pools: dict[int, Pool] = {}
         self.shapes = list(self.source.buckets)
 
@@ -181,6 +146,7 @@ class Distillation:
         check_loss(loss, step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.processes.average_gradients(self.weights)
         norm = nn.utils.clip_grad_norm_(self.weights, LARGEST_GRADIENT)
         self.optimizer.step()
         clean = latents - levels.reshape(-1, 1, 1, 1) * velocity.detach()
@@ -217,26 +183,28 @@ class Distillation:
         return latents
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the next steps depend on, beside the weights."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
+        """Returns what the next steps depend on, beside the weights; asked for in all processes at once."""
+        own = {
             "generator": self.generator.get_state(),
             "pools": {number: pool.state() for number, pool in self.pools.items()},
         }
+        first, *others = self.processes.gather(own)
+        return {"optimizer": self.optimizer.state_dict(), **first} | ({"others": others} if others else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
-        for number, stored in state["pools"].items():
+        own = state["others"][self.processes.rank - 1] if self.processes.rank else state
+        for number, stored in own["pools"].items():
             self._pool(number).restore(stored)
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(own["generator"])
 
     def write(self) -> list[Path]:
         """Writes the LoRA, with the mark that tells how many evaluations it is for."""
         layer = marked_layer(name for name, _ in self.model.named_parameters())
         added = mark(self.model.config.width, self.settings.evaluations)
         more = {f"{FILE_PREFIX['transformer']}{layer}.diff_b": added}
-        parts = {"transformer": adapter_weights(self.model)}
+        parts = {"transformer": adapter_weights(self.model, self.settings.save_dtype)}
         return write_adapter(self.settings.out, parts, self.adapter, self.metadata(), more)
 
     def metadata(self) -> dict[str, str]:
@@ -250,7 +218,7 @@ class Distillation:
             "evaluations": str(settings.evaluations),
             "teacher_steps": str(settings.substeps * settings.evaluations),
             "steps": str(settings.steps),
-            "batch": str(settings.batch),
+            "batch": str(settings.batch * self.processes.count),
             "rank": str(settings.rank),
             "alpha": f"{self.adapter.scale:g}",
             "learning_rate": f"{settings.lr:g}",
@@ -292,12 +260,12 @@ class Distillation:
         if step:
             self.report(f"going on after step {step}")
 
-    def _write_row(self, step: int, rows: Sequence[dict[str, float]], seconds: float) -> None:
-        """Logs the means of some steps."""
+    def _write_row(self, step: int, rows: Sequence[dict[str, float]], seconds: float) -> float:
+        """Logs the means of some steps, and returns the loss."""
         names = dict.fromkeys(name for row in rows for name in row)
         means = {name: statistics.fmean(row[name] for row in rows if name in row) for name in names}
         self.log.append(step, means | {"seconds": seconds, "lr": self.settings.rate(step - 1)})
-        self.report(f"step {step} of {self.settings.steps}, loss {means['loss']:.4f}, {seconds:.0f} s")
+        return means["loss"]
 
 
 @contextlib.contextmanager
@@ -313,10 +281,3 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-
-
-def _learning(model: MMDiT) -> str:
-    """Returns the names of the layers that learn, as a pattern: all but those whose output nothing reads."""
-    last = len(model.transformer_blocks) - 1
-    unread = rf"transformer_blocks\.{last}\.(txt_mlp\..*|attn\.(add_q_proj|to_add_out))"
-    return rf"(?!{unread}$).*"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..console import check_model_name
 from ..defaults import STEPS
-from .command import say, target
+from .command import add_shared, check_packages, say, shared_settings
+
+if TYPE_CHECKING:
+    from .distill_settings import DistillSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,45 +54,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="arithmetic, and weights that do not learn; auto: bfloat16 on a GPU that has it (default %(default)s)",
     )
     add("--gradient-checkpointing", action="store_true", help="compute blocks twice and keep less in memory")
-    add("--save-every", type=int, default=100, metavar="N", help="steps between states (default %(default)s)")
-    add("--log-every", type=int, default=10, metavar="N", help="steps between rows of the log (default %(default)s)")
-    add("--seed", type=int, default=0, metavar="S", help="(default %(default)s)")
-    add("--device", default="auto", metavar="D", help="torch device; auto: a GPU if there is one (default %(default)s)")
-    add("--work", type=Path, metavar="DIR", help="log and states (default: NAME-training beside --out)")
+    add_shared(parser)
 
 
-def run(options: argparse.Namespace) -> list[Path]:
-    """Distils as options say and returns what was written.
+def settings_of(options: argparse.Namespace) -> DistillSettings:
+    """Returns the settings that options say.
 
     Raises:
-        ImportError: peft is not installed.
-        ValueError, FileNotFoundError: an option, or the prompts, are not as they should be.
+        ImportError: a package is missing.
+        ValueError: an option is out of range.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError("distill needs peft, which is not installed: pip install peft")
+    check_packages("distill")
     from ..devices import chosen_device, chosen_dtype
-    from .distill import Distillation, DistillSettings
+    from .distill_settings import DistillSettings
 
-    check_model_name(str(options.model))
-    device = chosen_device(options.device)
-    settings = DistillSettings(
-        model=options.model,
-        data=tuple(options.data),
-        out=target(options.out),
+    return DistillSettings(
+        **shared_settings(options),
+        dtype=str(chosen_dtype(options.dtype, chosen_device(options.device)))[6:],
         evaluations=options.evaluations,
         teacher_steps=options.teacher_steps,
         rank=options.rank,
-        steps=options.steps,
-        batch=options.batch,
-        lr=options.lr,
         edits=options.edits,
-        resolution=options.resolution,
-        dtype=str(chosen_dtype(options.dtype, device))[6:],
-        device=str(device),
-        seed=options.seed,
-        checkpointing=options.gradient_checkpointing,
-        save_every=options.save_every,
-        log_every=options.log_every,
-        work=options.work,
     )
-    return Distillation(settings, say).run()
+
+
+def run(options: argparse.Namespace) -> list[Path]:
+    """Distils as options say and returns what was written; with `--estimate` nothing is.
+
+    Raises:
+        ValueError, FileNotFoundError: an option, or the prompts, are not as they should be.
+    """
+    settings = settings_of(options)
+    from .distill import Distillation
+
+    run = Distillation(settings, say)
+    if options.estimate:
+        run.estimate()
+        return []
+    return run.run()

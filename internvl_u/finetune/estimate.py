@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -11,21 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..checkpoint import open_part
-from ..config import MLLMConfig, MMDiTConfig, mllm_config, mmdit_config
+from ..config import MLLMConfig, MMDiTConfig
 from ..mllm import MLLM
 from ..mmdit import MMDiT
-from ..prompt import branch_prompts
 from ..rope import Grid, Span
-from .adapter import add_adapter
-from .counting import count
+from .counting import count, count_forward
 from .objective import DrawnBatch, FlowObjective, NoisyBatch, TokenObjective
+from .timing import Range, duration, scaled, step_time, time_of
 
 if TYPE_CHECKING:
-    from .cache import SampleCache
-    from .examples import Example
-    from .settings import TrainSettings
+    pass
 
+WHOLE = 2 << 30
+"""Bytes of memory up to which a step is timed with all layers."""
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256}
 """What an optimizer keeps of each number that learns."""
 AddAdapters = Callable[[nn.Module, str], object]
@@ -34,14 +30,14 @@ AddAdapters = Callable[[nn.Module, str], object]
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a training step takes: `memory` in bytes by kind; `seconds_a_step` is None where nothing was measured.
+    """What a training step takes: `memory` in bytes by kind; `seconds` is None where nothing was timed.
 
     "activations" are kept for the backward pass, "working" is alive beside them at the worst moment.
     """
 
     memory: dict[str, int] = field(default_factory=dict)
     operations: float = 0.0
-    seconds_a_step: float | None = None
+    seconds: Range | None = None
 
     @property
     def total(self) -> int:
@@ -52,10 +48,10 @@ class Estimate:
         """Returns a sentence on memory and time, also of all `steps`."""
         parts = ", ".join(f"{name} {_bytes(size)}" for name, size in self.memory.items() if size)
         text = f"about {_bytes(self.total)} of memory ({parts}), {self.operations / 1e12:.3g} TFLOP a step"
-        if self.seconds_a_step is None:
+        if self.seconds is None:
             return text
-        whole = f", {_duration(self.seconds_a_step * steps)} for {steps} steps" if steps else ""
-        return f"{text}, about {self.seconds_a_step:.2g} s a step{whole}"
+        whole = f", {duration(scaled(self.seconds, steps))} for {steps} steps" if steps else ""
+        return f"{text}, {step_time(self.seconds)} a step as timed just now{whole}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +65,12 @@ class DrawnSize:
     shape: tuple[Grid, ...]
     context_tokens: int
     prompts: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """All tokens: of latents, contexts and prompts."""
+        image = sum(rows * columns // 4 for rows, columns in self.shape)
+        return image + self.context_tokens + sum(self.prompts)
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,8 @@ class LearningStep(nn.Module):
         return torch.randn(1, tokens, width, device=self.device, dtype=self.networks.dtype)
 
 
-def estimate(
-    networks: Networks, batch: BatchSize, optimizer: str = "adamw", arithmetic: float | None = None
-) -> Estimate:
-    """Returns what a step of one batch takes. `arithmetic`: operations a second, as by `measured_arithmetic`.
+def estimate(networks: Networks, batch: BatchSize, optimizer: str = "adamw") -> Estimate:
+    """Returns what a step of one batch takes; the time is not measured.
 
     Raises:
         ValueError: the optimizer is unknown.
@@ -191,99 +191,51 @@ def estimate(
         "activations": counted.activations,
         "working": counted.working,
     }
-    return Estimate(memory, counted.operations, counted.operations / arithmetic if arithmetic else None)
+    return Estimate(memory, counted.operations)
 
 
-def measured_arithmetic(networks: Networks, batch: BatchSize, device: torch.device, times: int = 3) -> float:
-    """Returns how many operations a second a device makes in a step: two layers of each network are run."""
-    small = networks.small()
-    operations = estimate(small, batch).operations
-    step, seconds = LearningStep(small, device), math.inf
-    for _ in range(times):
-        start = time.perf_counter()
-        loss = step.loss(batch)
-        loss.backward()
-        loss.item()  # waits for a GPU
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = min(seconds, time.perf_counter() - start)
-    return operations / seconds
+def networks_to_time(networks: Networks, memory: int) -> Networks:
+    """Returns what is timed in the place of networks whose step takes so many bytes: the same, if that is little.
 
-
-def estimate_run(
-    settings: TrainSettings, cache: SampleCache, examples: Sequence[Example], device: torch.device | None = None
-) -> Estimate:
-    """Returns what a step of a run takes: memory with its largest examples, time with those of the usual length.
-
-    No weights are loaded. Time is measured on `device`, with two layers of each network; None: it is not.
-
-    Raises:
-        ValueError: an example cannot be learned from.
+    Of larger ones two layers each are, whose times grow as the operations do.
     """
-    files, dtype = cache.pipeline.files, getattr(torch, settings.dtype)
-    part = open_part(files.language, "vlm")
-    language = mllm_config(part.shapes, part.config, part.source)
-    part = open_part(files.transformer, "generation_decoder")
-    transformer = mmdit_config(part.shapes, part.config, part.source)
-    learns = "language" in settings.parts
-    drawn = [_drawn_size(cache, one, language, learns) for one in examples if one.image is not None]
-    texts = [_text_size(cache, one, language) for one in examples if learns and (one.answer is not None or one.thought)]
-
-    def add(network: nn.Module, part: str) -> None:
-        if part in settings.parts:
-            add_adapter(network, part, settings.adapter)
-
-    networks = Networks(
-        transformer if drawn else None,
-        language if learns else None,
-        dtype,
-        settings.checkpointing,
-        add,
-        cache.pipeline.encoder.layers,
-    )
-    largest = _batch(settings.batch, max(drawn, key=_tokens, default=None), max(texts, key=_tokens, default=None))
-    whole = estimate(networks, largest, settings.optimizer)
-    usual = _batch(settings.batch, _middle(drawn), _middle(texts))
-    share = sum(map(_tokens, (*usual.drawn, *usual.texts))) / sum(map(_tokens, (*largest.drawn, *largest.texts)))
-    operations = whole.operations * share * settings.accumulate
-    seconds = operations / measured_arithmetic(networks, usual, device) if device is not None else None
-    return replace(whole, operations=operations, seconds_a_step=seconds)
+    return networks if memory <= WHOLE else networks.small()
 
 
-def _batch(count: int, drawn: DrawnSize | None, text: TextSize | None) -> BatchSize:
-    return BatchSize((drawn,) * count if drawn else (), (text,) * count if text else ())
+def step_seconds(networks: Networks, batch: BatchSize, device: torch.device, timed: Networks) -> Range:
+    """Returns the seconds of the fastest and of the slowest of some warm steps, the optimizer's part with them.
+
+    The weights mean nothing. `timed` are the networks that are run; see `networks_to_time`.
+    """
+    step = LearningStep(timed, device)
+    optimizer = torch.optim.AdamW([weight for weight in step.parameters() if weight.requires_grad])
+
+    def learn() -> None:
+        step.loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    with torch.random.fork_rng(devices=[]):
+        times = time_of(learn, device)
+    if timed is networks:
+        return times
+    return scaled(times, estimate(networks, batch).operations / estimate(timed, batch).operations)
 
 
-def _middle(sizes: Sequence[Any]) -> Any:
-    return sorted(sizes, key=_tokens)[len(sizes) // 2] if sizes else None
+def forward_seconds(networks: Networks, batch: BatchSize, device: torch.device, timed: Networks) -> Range:
+    """Returns the same of a forward pass of which nothing is learned."""
+    step = LearningStep(timed, device)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        times = time_of(lambda: step.loss(batch), device)
+    if timed is networks:
+        return times
+    large, small = (LearningStep(one, torch.device("meta")) for one in (networks, timed))
+    return scaled(times, _forward_operations(large, batch) / _forward_operations(small, batch))
 
 
-def _tokens(size: DrawnSize | TextSize) -> int:
-    if isinstance(size, TextSize):
-        return size.tokens
-    return sum(rows * columns // 4 for rows, columns in size.shape) + size.context_tokens + sum(size.prompts)
-
-
-def _drawn_size(cache: SampleCache, example: Example, language: MLLMConfig, learns: bool) -> DrawnSize:
-    request, tokenizer = cache.request_with(example), cache.pipeline.encoder.tokenizer
-    given: dict[str, Any] = {"images": len(request.images), "grid": language.vision.grid}
-    prompts = branch_prompts(tokenizer, request.prompt, thought=tokenizer.encode_thought(request.thought), **given)
-    read = [prompts.conditional, *([prompts.partial] if request.images else []), prompts.unconditional]
-    read.sort(key=lambda one: one.user_start - len(one.ids))
-    whole = tuple(len(one.ids) for one in read) if learns else ()
-    return DrawnSize(cache.shape(example), len(read[0].ids) - read[0].user_start, whole)
-
-
-def _text_size(cache: SampleCache, example: Example, language: MLLMConfig) -> TextSize:
-    sample = cache.text_sample(example, language.vision.grid)
-    return TextSize(len(sample.prompt.ids), len(sample.prompt.ids) - sample.target_start)
+def _forward_operations(step: LearningStep, batch: BatchSize) -> float:
+    return count_forward(step, lambda: step.loss(batch)).operations
 
 
 def _bytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..images import drawn_size, latent_size
 from ..pipeline import ImageRequest, Pipeline
 from ..rope import Grid
 from ..sampling import DrawingContexts
 from .examples import checked_text, collect, not_utf8, read_examples
+from .kept import Kept
 from .pictures import Picture
+from .sheet import SAMPLES
 from .tables import IMAGE, REFERENCES, TEXT, THOUGHT, FileOpener, Row, cell, json_lines, pictures_of
 from .trajectory import Prompt
 
@@ -89,8 +93,7 @@ class PromptSource:
         for number, wish in enumerate(wishes):
             references = [self.sizes.fit(*picture.size) for picture in wish.references]
             self.buckets.setdefault(tuple(map(_grid, [self._drawn(wish), *references])), []).append(number)
-        self._kept: dict[int, Prompt] = {}
-        self._room = KEPT_BYTES
+        self._prompts = Kept(lambda number: self._made(wishes[number]), _tensors, KEPT_BYTES)
 
     @property
     def fingerprint(self) -> str:
@@ -103,21 +106,28 @@ class PromptSource:
 
     def __getitem__(self, number: int) -> Prompt:
         """Returns the contexts of a wish."""
-        if number not in self._kept:
-            made = self._made(self.wishes[number])
-            size = _bytes(made.contexts)
-            if size > self._room:
-                return made
-            self._room -= size
-            self._kept[number] = made
-        return self._kept[number]
+        return self._prompts[number]
 
-    def _made(self, wish: Wish) -> Prompt:
+    def request(self, wish: Wish, seed: int = 0) -> ImageRequest:
+        """Returns a wish as the pipeline is asked for it.
+
+        Raises:
+            ValueError: a picture is unreadable.
+        """
         width, height = self._drawn(wish)
         images = tuple(picture.open() for picture in wish.references)
-        request = ImageRequest(wish.text, width, height, images=images, thought=wish.thought, reference_size=self.side)
-        contexts = self.pipeline.encode_prompt(request)
-        return Prompt(_on_cpu(contexts), _grid((width, height)), request.guidance)
+        given: dict[str, Any] = {"images": images, "thought": wish.thought, "reference_size": self.side}
+        return ImageRequest(wish.text, width, height, seed=seed, **given)
+
+    def samples(self, texts: Sequence[str] = ()) -> list[ImageRequest]:
+        """Returns what contact sheets show: these texts, else the first prompts; each has a seed of its own."""
+        given = [Wish(text, text) for text in texts]
+        chosen = given or list({wish.text: wish for wish in reversed(self.wishes)}.values())[::-1][:SAMPLES]
+        return [self.request(wish, seed) for seed, wish in enumerate(chosen)]
+
+    def _made(self, wish: Wish) -> Prompt:
+        request = self.request(wish)
+        return Prompt(_on_cpu(self.pipeline.encode_prompt(request)), _grid(self._drawn(wish)), request.guidance)
 
     def _drawn(self, wish: Wish) -> tuple[int, int]:
         """Returns the (width, height) in pixels of what is drawn."""
@@ -140,6 +150,6 @@ def _on_cpu(contexts: DrawingContexts) -> DrawingContexts:
     )
 
 
-def _bytes(contexts: DrawingContexts) -> int:
-    tensors = [branch[0] for branch in contexts[:3] if branch is not None]
-    return sum(tensor.nbytes for tensor in (*tensors, *contexts.references))
+def _tensors(prompt: Prompt) -> list[torch.Tensor]:
+    branches = [branch[0] for branch in prompt.contexts[:3] if branch is not None]
+    return [*branches, *prompt.contexts.references]

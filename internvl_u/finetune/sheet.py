@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import nn
 
 from ..images import resize
 from ..pipeline import ImageRequest, Pipeline
 from ..results import save_image
 
 COLUMNS, GAP, LARGEST_SIDE = 4, 4, 512
+SAMPLES = 4
+"""Pictures of a sheet where no prompts are given for it."""
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int = COLUMNS) -> Image.Image:
@@ -30,6 +34,14 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = COLUMNS) -> Im
     return sheet
 
 
-def draw_sheet(pipeline: Pipeline, wishes: Sequence[ImageRequest], file: Path) -> None:
-    """Draws what is asked for, each with its own seed, and writes them as one picture."""
-    save_image(contact_sheet([pipeline.draw(request) for request in wishes]), file, PngInfo())
+@torch.inference_mode()
+def draw_sheet(
+    pipeline: Pipeline, networks: Mapping[str, nn.Module | None], wishes: Sequence[ImageRequest], file: Path
+) -> None:
+    """Draws what is asked for with networks as they are now, each with its own seed, and writes it as one picture.
+
+    Torch's own random numbers stay as they were.
+    """
+    with torch.random.fork_rng(devices=[]):
+        pipeline.use({name: network for name, network in networks.items() if network is not None})
+        save_image(contact_sheet([pipeline.draw(request) for request in wishes]), file, PngInfo())

@@ -13,14 +13,14 @@ from torch import nn
 STATE = "state.pt"
 
 
-def save_state(folder: Path, fingerprint: str, step: int, weights: Sequence[nn.Parameter], optimizer: Any) -> None:
+def save_state(
+    folder: Path, fingerprint: str, step: int, weights: Sequence[nn.Parameter], optimizer: Mapping[str, Any]
+) -> None:
     """Writes the weights that learn and the optimizer's state after `step` steps."""
     draft = folder / f"{STATE}.part"
     values = [weight.detach().cpu() for weight in weights]
     with draft.open("wb") as file:
-        torch.save(
-            {"fingerprint": fingerprint, "step": step, "weights": values, "optimizer": optimizer.state_dict()}, file
-        )
+        torch.save({"fingerprint": fingerprint, "step": step, "weights": values, "optimizer": dict(optimizer)}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, folder / STATE)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..prompt import TokenizedPrompt
 from ..results import replacing
 from ..rope import Grid, Layout, Span
+from ..weights import save_weights
 from .examples import Example
 
 Branch = tuple[torch.Tensor, Layout]
 """A context [tokens, width] and its layout."""
 CONDITIONAL, PARTIAL, UNCONDITIONAL = "conditional", "partial", "unconditional"
 _LAYOUTS = "layouts"
+Value = TypeVar("Value")
 _logger = logging.getLogger("internvl_u")
 
 
@@ -58,24 +61,36 @@ class SampleFiles:
     shape: tuple[Grid, ...]
 
 
-class Samples(Sequence[Sample]):
-    """Samples that are read from disk when they are needed; `shapes` tells which can be learned from together."""
+class Stored(Sequence[Value]):
+    """What is read from disk when it is needed, one by one or a slice of it."""
 
-    def __init__(self, examples: Sequence[Example], files: Sequence[SampleFiles]):
+    def __init__(self, examples: Sequence[Example], files: Sequence[Any]):
         self.examples, self.files = list(examples), list(files)
-        self.shapes = [one.shape for one in files]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index):
-        """Returns a sample.
+        """Returns a sample, or of a slice a list.
 
         Raises:
             RuntimeError: a file of the cache was damaged or taken away.
         """
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+        return [self.read(i) for i in range(len(self))[index]] if isinstance(index, slice) else self.read(index)
+
+    @abstractmethod
+    def read(self, index: int) -> Value:
+        """Returns a sample."""
+
+
+class Samples(Stored[Sample]):
+    """Samples that are read from disk when they are needed; `shapes` tells which can be learned from together."""
+
+    def __init__(self, examples: Sequence[Example], files: Sequence[SampleFiles]):
+        super().__init__(examples, files)
+        self.shapes = [one.shape for one in files]
+
+    def read(self, index: int) -> Sample:
         files = self.files[index]
         contexts = read_contexts(files.contexts)
         return Sample(
@@ -87,23 +102,14 @@ class Samples(Sequence[Sample]):
         )
 
 
-class TextSamples(Sequence[TextSample]):
+class TextSamples(Stored[TextSample]):
     """Samples for the language model, the features of their images read when they are needed."""
 
     def __init__(self, examples: Sequence[Example], samples: Sequence[TextSample], files: Sequence[Sequence[Path]]):
-        self.examples, self.samples, self.files = list(examples), list(samples), list(files)
+        super().__init__(examples, files)
+        self.samples = list(samples)
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        """Returns a sample.
-
-        Raises:
-            RuntimeError: a file of the cache was damaged or taken away.
-        """
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def read(self, index: int) -> TextSample:
         return replace(self.samples[index], features=tuple(read(file)["features"] for file in self.files[index]))
 
 
@@ -116,7 +122,7 @@ def save(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str,
     with replacing(file) as partial:
         try:
             copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-            save_file(copies, partial, dict(metadata or {}))
+            save_weights(partial, copies, metadata)
         except SafetensorError as error:  # such as a full disk
             raise OSError(f"{file} not written ({error})") from error
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -18,14 +17,16 @@ from ..prefix import PrefixCache
 from ..prompt import TokenizedPrompt
 from .buckets import batches
 from .cache import SampleCache, dataset_fingerprint
-from .estimate import Estimate, estimate_run
+from .estimate import Estimate
 from .examples import read_examples
+from .kept import Kept
 from .live import LiveSample
 from .objective import TokenObjective
 from .settings import TrainSettings
+from .sheet import SAMPLES
 from .stored import Branch, Sample, Samples, TextSample, TextSamples
+from .train_estimate import estimate_run
 
-SAMPLES = 4
 PROGRESS = 100
 """Files of the cache between two lines of progress."""
 KEPT_SAMPLES = 256 << 20
@@ -64,8 +65,7 @@ class Task:
         self.cache = SampleCache(settings.folder / "cache", self.pipeline, settings.resolution, self._progress)
         self.fingerprint = dataset_fingerprint(self.examples)
         self.base = f"{self.pipeline.files.transformer.name} ({self.pipeline.root.name})"
-        self._kept: dict[int, Sample] = {}
-        self._kept_bytes = 0
+        self._samples = Kept(lambda index: cast(Sample, self.samples[index]), _tensors, KEPT_SAMPLES)
         self._seen = PrefixCache()
 
     @property
@@ -115,20 +115,10 @@ class Task:
 
     def drawn(self, indices: Sequence[int], tokens: TokenObjective | None) -> Sequence[Sample | LiveSample]:
         """Returns samples; where the language model learns, with contexts that it is learned through."""
-        samples = [self._sample(index) for index in indices]
+        samples = [self._samples[index] for index in indices]
         if tokens is None or not self._language:
             return samples
         return [self._through(index, sample, tokens) for index, sample in zip(indices, samples, strict=True)]
-
-    def _sample(self, index: int) -> Sample:
-        if index in self._kept:
-            return self._kept[index]
-        sample = cast(Sample, self.samples[index])
-        branches = [one[0] for one in (sample.conditional, sample.partial, sample.unconditional) if one is not None]
-        size = sum(one.nbytes for one in (sample.latent, *sample.references, *branches))
-        if self._kept_bytes + size <= KEPT_SAMPLES:
-            self._kept[index], self._kept_bytes = sample, self._kept_bytes + size
-        return sample
 
     def text(self, index: int) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Returns a text's embeddings [1, T, D], and the ids at its end that are learned."""
@@ -176,14 +166,6 @@ class Task:
             wishes.append(dataclasses.replace(self.cache.request(example), width=width, height=height, seed=seed))
         return wishes
 
-    @contextlib.contextmanager
-    def drawing(self) -> Iterator[Pipeline]:
-        """Yields a pipeline that draws with the networks as they are now."""
-        networks = {"mmdit": self.transformer, "mllm": self.mllm}
-        with torch.inference_mode():
-            self.pipeline.use({name: network for name, network in networks.items() if network is not None})
-            yield self.pipeline
-
 
 class _Some:
     """Which of some samples a batch has; of none it has none."""
@@ -195,6 +177,11 @@ class _Some:
 
     def __call__(self, number: int) -> list[int]:
         return [self._indices[place] for place in self._batches(number)] if self._batches else []
+
+
+def _tensors(sample: Sample) -> list[torch.Tensor]:
+    branches = (sample.conditional, sample.partial, sample.unconditional)
+    return [sample.latent, *sample.references, *(one[0] for one in branches if one is not None)]
 
 
 def _held_back(count: int, share: float, seed: int) -> list[int]:

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,10 +29,12 @@ from .objective import (
     noise_group,
     noise_levels,
 )
+from .processes import Processes
 from .settings import TrainSettings
 from .sheet import draw_sheet
 from .state import load_state, save_state
 from .task import Task
+from .timing import Pace
 
 LARGEST_GRADIENT = 1.0
 """Norm that gradients are cut to."""
@@ -115,16 +117,10 @@ class Trainer:
     """A run; see `TrainSettings`."""
 
     def __init__(self, settings: TrainSettings, report: Report):
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-
-        self.settings = settings
-        # The last block has no use for its text's output, nor a batch without texts for the language model.
-        some_unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(cpu=settings.device == "cpu", kwargs_handlers=[some_unused])
-        self.main = self.accelerator.is_main_process
-        self.report: Report = report if self.main else _say_nothing
-        device = self.accelerator.device if settings.device in ("cpu", "cuda") else torch.device(settings.device)
-        self.task = Task(settings, device, self.report)
+        self.settings, self.processes = settings, Processes(settings.device)
+        self.accelerator, self.main = self.processes.accelerator, self.processes.main
+        self.report = self.processes.saying(report)
+        self.task = Task(settings, self.processes.device, self.report)
         settings.folder.mkdir(parents=True, exist_ok=True)
         self.log = logs.CSVLog(settings.folder / "log.csv", COLUMNS)
         self.step, self.seconds = 0, 0.0
@@ -156,12 +152,14 @@ class Trainer:
         return self.write(settings.out) if self.main else []
 
     def _fit(self, model: nn.Module, fingerprint: str) -> None:
-        settings, logged = self.settings, defaultdict(list)
+        settings, logged, pace = self.settings, defaultdict(list), Pace()
         started, due = time.monotonic(), settings.sample_every
         if due and self.step == 0:
             self.sheet()
         while self.step < settings.steps:
-            for name, values in self._learn(model).items():
+            with pace.step():
+                learnt = self._learn(model)
+            for name, values in learnt.items():
                 logged[name] += values
             self.step += 1
             last = self.step == settings.steps
@@ -173,11 +171,11 @@ class Trainer:
                 row |= {"seconds": time.monotonic() - started, "lr": settings.rate(self.step - 1)}
                 logged.clear()
                 self.log.append(self.step, row)
-                self.report(_line(self.step, settings.steps, row))
+                self.report(f"{_line(self.step, settings.steps, row)}, {pace.told(settings.steps - self.step)}")
             if due and (self.step % due == 0 or last):
                 self.sheet()
             if self.main and (self.step % settings.save_every == 0 or last):
-                save_state(settings.folder, fingerprint, self.step, self.weights, self.optimizer)
+                save_state(settings.folder, fingerprint, self.step, self.weights, self.optimizer.state_dict())
                 logs.plot(self.log, settings.folder / "loss.png", ("loss", "text_loss", "validation_loss"))
 
     def _learn(self, model: nn.Module) -> Mapping[str, list[float]]:
@@ -185,7 +183,7 @@ class Trainer:
         settings, logged = self.settings, defaultdict(list)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(self.step)
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        processes, rank = self.processes.count, self.processes.rank
         for part in range(settings.accumulate):
             number = (self.step * settings.accumulate + part) * processes + rank
             generator = torch.Generator().manual_seed(seed_of(settings.seed, number))
@@ -219,13 +217,13 @@ class Trainer:
         if not self.main or not wishes:
             return
         file = self.settings.folder / f"sheet_{self.step:06}.png"
-        with self.task.drawing() as pipeline, seeds_kept():
-            draw_sheet(pipeline, wishes, file)
+        draw_sheet(self.task.pipeline, {"mmdit": self.task.transformer, "mllm": self.task.mllm}, wishes, file)
         self.report(f"drawn: {file}")
 
     def write(self, target) -> list:
         """Writes the adapters as they are now."""
-        parts = {part: adapter_weights(self.learner.network(part)) for part in self.settings.parts}
+        dtype = self.settings.save_dtype
+        parts = {part: adapter_weights(self.learner.network(part), dtype) for part in self.settings.parts}
         parts = {part: {_inner(part, name): w for name, w in weights.items()} for part, weights in parts.items()}
         return write_adapter(target, parts, self.settings.adapter, self.metadata())
 
@@ -243,7 +241,7 @@ class Trainer:
             "rank": str(settings.adapter.rank),
             "alpha": f"{settings.adapter.scale:g}",
             "learning_rate": f"{settings.lr:g}",
-            "batch": str(settings.batch * settings.accumulate * self.accelerator.num_processes),
+            "batch": str(settings.batch * settings.accumulate * self.processes.count),
             "seed": str(settings.seed),
         }
 
@@ -259,10 +257,6 @@ class Trainer:
                 "--optimizer adamw8bit needs the package bitsandbytes: pip install bitsandbytes, or take adamw"
             ) from error
         return optimizers.AdamW8bit(self.weights, **given)
-
-
-def _say_nothing(line: str) -> None:
-    """Reports nothing: one of several processes is enough."""
 
 
 def _inner(part: str, name: str) -> str:
@@ -288,13 +282,6 @@ def check_loss(loss: torch.Tensor, step: int) -> None:
             f"a loss of {float(loss)} found at step {step}, a number expected: try a lower --lr, or --dtype float32. "
             "The last state that was saved is kept."
         )
-
-
-@contextlib.contextmanager
-def seeds_kept() -> Iterator[None]:
-    """Leaves torch's own random numbers as they were."""
-    with torch.random.fork_rng(devices=[]):
-        yield
 
 
 def _line(step: int, steps: int, row: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+from pack.internvl_u.defaults import NANO_EDGES
 from pack.tools.fetch import version_of
 from pack.tools.workflows import graphs, hearts
 from PIL import Image
@@ -271,7 +272,9 @@ def small_workflow(server):
         put_examples(server)
         nodes = json.loads((TWINS / f"{name}.api.json").read_text(encoding="utf-8"))
         for node in nodes.values():
-            brought = {} if node["class_type"] in ("InternVLU_LoadModel", "LoraLoaderModelOnly") else BROUGHT
+            own = node["class_type"] in ("InternVLU_LoadModel", "LoraLoaderModelOnly")
+            own = own or node["inputs"].get("lora_name") == NANO_EDGES
+            brought = {} if own else BROUGHT
             for key, value in (SMALL | brought | values).items():
                 if key in node["inputs"] and not isinstance(node["inputs"][key], list):
                     node["inputs"][key] = value

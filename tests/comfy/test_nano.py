@@ -14,6 +14,7 @@ from training.eval import detector
 
 MODEL = "internvl-u-nano"
 DEMO = Path(__file__).parent.parent.parent / "demo" / "input"
+PICTURES = Path(__file__).parent.parent.parent / "web" / "pictures"
 SIDE = 64
 BEFORE = Scene(
     SIDE, SIDE, "white", (Thing("circle", "red", "medium", 0.25, 0.5), Thing("square", "blue", "medium", 0.75, 0.5))
@@ -145,6 +146,25 @@ def test_the_first_steps_draw_as_they_come(server, shipped_graph):
     picture = Image.fromarray(server.picture(entry, server.find(graph, "SaveImage")))
     assert picture.size == (256, 256)
     assert names(detector.detect(picture.resize((SIDE, SIDE)))) == ["blue square", "red circle"]
+
+
+def test_edges_say_where_and_words_say_what_with_the_lora_in_the_box(server, shipped_graph, put_picture):
+    graph = shipped_graph("control_with_edges")
+    loading = graph[server.find(graph, "LoadImage")]["inputs"]
+    shutil.copyfile(PICTURES / loading["image"], server.base / "input" / loading["image"])
+    found, shape = drawn(server, graph)
+    assert shape == (4 * SIDE, 4 * SIDE, 3) and lies_at(found, 0.75, 0.75)
+    moved = Scene(SIDE, SIDE, "beige", (Thing("star", "blue", "medium", 0.25, 0.5),))
+    loading["image"] = put_picture(moved, "moved.png")
+    assert lies_at(drawn(server, graph)[0], 0.25, 0.5)
+    graph[server.find(graph, "InternVLU_LoadLoRA")]["inputs"]["strength_model"] = 0.0
+    assert not lies_at(drawn(server, graph)[0], 0.25, 0.5)
+
+
+def lies_at(found, x, y):
+    """Whether a red star on white is all that there is, within half a step of the grid of a place."""
+    near = [abs(thing.x - x) < 1 / 8 and abs(thing.y - y) < 1 / 8 for thing in found.things]
+    return found.background == "white" and names(found) == ["red star"] and near == [True]
 
 
 def test_a_painted_part_is_changed_and_the_rest_stays_to_the_pixel(server, nano_graph):

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pack.internvl_u import header
+from pack.internvl_u import header, places
 from pack.internvl_u.checkpoint import Folder, SingleFile, holds_language_model, holds_transformer
-from pack.internvl_u.defaults import NANO_CHOICE
+from pack.internvl_u.defaults import NANO_CHOICE, NANO_EDGES
 from pack.internvl_u.weights import weight_files
 
 from ..hub_cache import in_hub_cache
@@ -187,6 +187,28 @@ def test_the_nano_model_is_never_taken_unasked(empty, tmp_path, checkpoint, monk
     assert NANO_CHOICE not in empty.choices()
     with pytest.raises(FileNotFoundError, match="This copy of the pack comes without it"):
         empty.find(NANO_CHOICE)
+
+
+def test_the_nano_models_lora_is_offered_last_and_a_users_own_comes_before_it(empty, tmp_path, monkeypatch):
+    import folder_paths
+
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    assert empty.lora_choices() == [empty.NO_LORA, NANO_EDGES]
+    shipped = empty.find_lora(NANO_EDGES)
+    assert shipped.parent.parent.samefile(places.nano_folder()) and shipped.stat().st_size < 400_000
+    for name in ("mine.safetensors", NANO_EDGES):
+        (folder / name).write_bytes(b"own")
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    assert sorted(empty.lora_choices()) == [NANO_EDGES, "mine.safetensors"]
+    assert empty.find_lora(NANO_EDGES) == folder / NANO_EDGES
+    (folder / NANO_EDGES).unlink()
+    (folder / "mine.safetensors").unlink()
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(places, "nano_folder", lambda: None)
+    assert empty.lora_choices() == [empty.NO_LORA]
 
 
 def test_only_what_is_loaded_counts_as_a_change(broken):

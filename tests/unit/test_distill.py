@@ -1,7 +1,13 @@
 """Few steps: the student's target, the run and its state, the file, its mark, and the preset that draws with it."""
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from pack.internvl_u import distilled, sampling
@@ -9,19 +15,26 @@ from pack.internvl_u.__main__ import main
 from pack.internvl_u.convert import convert
 from pack.internvl_u.defaults import GUIDANCE
 from pack.internvl_u.images import noise
-from pack.internvl_u.load import load_mmdit
+from pack.internvl_u.load import load_mllm, load_mmdit
 from pack.internvl_u.merge import merge
 from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from pack.internvl_u.speed import NOT_DISTILLED
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("peft", reason="distill needs it: the extra [train]")
-from pack.internvl_u.finetune.distill import Distillation, DistillSettings  # noqa: E402
+from pack.internvl_u.finetune.distill import Distillation  # noqa: E402
+from pack.internvl_u.finetune.distill_estimate import estimate_distillation  # noqa: E402
+from pack.internvl_u.finetune.distill_settings import DistillSettings  # noqa: E402
 from pack.internvl_u.finetune.pool import Pool  # noqa: E402
+from pack.internvl_u.finetune.processes import Processes  # noqa: E402
 from pack.internvl_u.finetune.prompts import PromptSource, read_prompts  # noqa: E402
+from pack.internvl_u.finetune.sheet import contact_sheet  # noqa: E402
+from pack.internvl_u.finetune.state import STATE  # noqa: E402
 from pack.internvl_u.finetune.trajectory import Velocities, student_schedule, teacher_schedule  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 EVALUATIONS, SUBSTEPS, SIDE = 4, 3, 32
 SHAPE = (SIDE // 8, SIDE // 8)
 TEXTS = ("a red circle", "a blue square on a white background", "two stars", "a cross")
@@ -61,6 +74,12 @@ def denoiser(model, prompt):
 
 def quiet(line):
     pass
+
+
+@pytest.fixture(autouse=True)
+def no_estimate(monkeypatch):
+    """Runs begin at once; what they would say is asked for by the tests of that."""
+    monkeypatch.setattr(Distillation, "estimate", quiet)
 
 
 # What is learned
@@ -195,6 +214,171 @@ def test_it_runs_in_bfloat16(settings):
     assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
+def test_sheets_show_what_the_file_draws_and_what_the_teacher_does(settings, checkpoint, data):
+    more = {"steps": 4, "sample_every": 3, "sample_prompts": ("a red circle", "two stars")}
+    run = Distillation(settings(**more), quiet)
+    file, _ = run.run()
+    sheets = sorted(one.name for one in run.settings.folder.glob("sheet_*.png"))
+    assert sheets == ["sheet_000000.png", "sheet_000003.png", "sheet_000004.png", "sheet_teacher.png"]
+    turbo = {"speed": "turbo", "evaluations": EVALUATIONS}
+    for name, loras, way in (
+        ("sheet_000004", [(file, 1.0)], turbo),
+        ("sheet_000000", (), turbo),
+        ("sheet_teacher", (), {}),
+    ):
+        pipeline = Pipeline(checkpoint, loras=loras)
+        drawn = [
+            pipeline.draw(ImageRequest(text, SIDE, SIDE, seed=i, **way))
+            for i, text in enumerate(more["sample_prompts"])
+        ]
+        with Image.open(run.settings.folder / f"{name}.png") as sheet:
+            assert apart(contact_sheet(drawn), sheet) < 0.5, name
+    unseen = load_file(Distillation(settings("without.safetensors", steps=4), quiet).run()[0])
+    assert all(torch.equal(tensor, unseen[name]) for name, tensor in load_file(file).items()), "sheets change no weight"
+
+
+def apart(one, other):
+    """How far two pictures are apart on the mean, in levels of 255."""
+    first, second = (numpy.asarray(picture.convert("RGB")).astype(float) for picture in (one, other))
+    return float(abs(first - second).mean())
+
+
+def test_without_prompts_for_them_sheets_show_the_first_ones(settings):
+    run = Distillation(settings(), quiet)
+    assert [(wish.prompt, wish.seed) for wish in run.source.samples()] == [(text, i) for i, text in enumerate(TEXTS)]
+    edits = Distillation(settings(data=settings().data[1:]), quiet).source.samples()
+    assert [len(wish.images) for wish in edits] == [1, 1, 1] and {(wish.width, wish.height) for wish in edits} == {
+        (32, 32)
+    }
+
+
+# The estimate
+
+
+@pytest.mark.parametrize("data_of", [0, 1])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_are_those_of_a_step(settings, data_of, checkpointing):
+    """torch does not count the CPU's attention: two products forward, five more backward."""
+    run = Distillation(settings(data=settings().data[data_of:][:1], checkpointing=checkpointing), quiet)
+    wishes = [replace(wish, text="a red circle") for wish in run.source.wishes]
+    run.source = PromptSource(run.pipeline, wishes, SIDE)
+    run._load()
+    prompt = run.source[0]  # made before it is counted
+    run._prompts(run._chosen_pool())
+    with FlopCounterMode(display=False) as counter:
+        run.learn(0)
+    config, image = run.model.config, SHAPE[0] * SHAPE[1] // 4
+
+    def attention(context, references):
+        tokens = image * (1 + references) + len(context[0])
+        return 4 * config.width * ((config.layers - 1) * tokens + image) * tokens
+
+    contexts, seen = prompt.contexts, len(prompt.contexts.references)
+    guided = attention(contexts.conditional, seen) + attention(contexts.unconditional, 0)
+    guided += attention(contexts.partial, seen) if seen else 0
+    student = attention(contexts.conditional, seen) * (4.5 if checkpointing else 3.5)
+    expected = counter.get_total_flops() + run.settings.batch * (student + run.settings.substeps * guided)
+    assert estimate_distillation(run.settings, run.source).operations == expected
+
+
+def test_memory_is_counted_for_the_longest_prompt(settings, checkpoint):
+    run = Distillation(settings(), quiet)
+    memory = estimate_distillation(run.settings, run.source).memory
+    run._load()
+    learning = sum(weight.nbytes for weight in run.weights)
+    assert (memory["adapters"], memory["gradients"], memory["optimizer"]) == (learning, learning, 2 * learning)
+    assert memory["weights"] == sum(weight.nbytes for weight in load_mmdit(checkpoint).parameters())
+    assert memory["language model"] == sum(weight.nbytes for weight in load_mllm(checkpoint).parameters())
+    texts = Distillation(settings(data=run.settings.data[:1]), quiet)
+    alone = estimate_distillation(texts.settings, texts.source).memory
+    assert alone["activations"] < memory["activations"] and alone["weights"] == memory["weights"]
+    twice = estimate_distillation(settings(batch=8), run.source).memory
+    assert 1.9 < twice["activations"] / memory["activations"] <= 2.01
+
+
+def test_the_command_says_what_it_will_take(settings, data, checkpoint, capsys, monkeypatch):
+    monkeypatch.undo()
+    line = [
+        "distill",
+        "--model",
+        str(checkpoint),
+        "--data",
+        str(data / "texts.txt"),
+        "--out",
+        str(data / "x.safetensors"),
+    ]
+    assert main([*line, "--resolution", "32", "--batch", "2", "--device", "cpu", "--estimate", "--steps", "40"]) == 0
+    said = capsys.readouterr().err
+    assert "language model" in said and "TFLOP a step" in said and "for 40 steps" in said
+    assert not (data / "x.safetensors").exists() and not (data / "x-training").exists()
+
+
+# Several processes
+
+
+def test_two_processes_learn_the_mean_of_what_each_would(settings, data, checkpoint, monkeypatch, tmp_path):
+    given = {
+        "model": checkpoint,
+        "data": data / "texts.txt",
+        "out": tmp_path / "two.safetensors",
+        "evaluations": EVALUATIONS,
+    }
+    given |= {"teacher-steps": 2 * EVALUATIONS, "rank": 4, "batch": 4, "lr": 1e-2, "resolution": SIDE, "device": "cpu"}
+    given |= {"save-every": 1, "sample-every": 2, "sample": "a cross", "dtype": "float32"}
+
+    def command(steps):
+        options = [str(part) for name, value in {**given, "steps": steps}.items() for part in (f"--{name}", value)]
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        done = subprocess.run(
+            [*line, "-m", "internvl_u", "distill", *options],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    said = command(2)
+    assert said.count("step 2 of 2") == said.count("language model") == 1, "one of them speaks"
+    state = torch.load(tmp_path / "two-training" / STATE, weights_only=True)
+    assert len(state["optimizer"]["others"]) == 1
+    # The same in one process, one after the other.
+    gradients = []
+
+    def average(self, weights):
+        weights = list(weights)
+        if self.rank:
+            gradients.append([weight.grad.clone() for weight in weights])
+        else:
+            for weight, other in zip(weights, gradients[-1], strict=True):
+                weight.grad = (weight.grad + other) / 2
+
+    monkeypatch.setattr(Processes, "average_gradients", average)
+    runs = []
+    for rank in (1, 0):
+        run = Distillation(settings("one.safetensors", data=(data / "texts.txt",), steps=2), quiet)
+        run.processes.rank = rank
+        run._load()
+        runs.append(run)
+    other, first = runs
+    for step in range(2):
+        other.learn(step)
+        first.learn(step)
+        with torch.no_grad():
+            for own, shared in zip(other.weights, first.weights, strict=True):
+                own.copy_(shared)
+    for found, expected in zip(state["weights"], first.weights, strict=True):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(other.generator.get_state(), first.generator.get_state())
+    assert torch.equal(state["optimizer"]["others"][0]["generator"], other.generator.get_state())
+    assert sorted(one.name for one in (tmp_path / "two-training").glob("sheet_*.png"))[1:] == [
+        "sheet_000002.png",
+        "sheet_teacher.png",
+    ]
+
+
 def test_edits_come_as_often_as_is_wished(settings):
     run = Distillation(settings(edits=1.0), quiet)
     run._load()
@@ -211,6 +395,16 @@ def test_a_state_of_other_prompts_or_settings_is_refused(settings, data):
     (data / "texts.txt").write_text("something else", encoding="utf-8")
     with pytest.raises(RuntimeError, match="other settings, data or model"):
         Distillation(settings(), quiet).run()
+
+
+def test_what_changes_nothing_learnt_is_not_in_a_states_fingerprint():
+    plain = DistillSettings(Path("m"), (Path("d"),), Path("o.safetensors"))
+    assert plain.fingerprint("x") == "0825256c94a4b6d1313e948f085f0d8887eaf2104e9209cf933dbf13d67f004a", (
+        "states that were written before are not gone on from"
+    )
+    told = {"save_every": 7, "log_every": 7, "save_dtype": "float16", "sample_every": 7, "checkpointing": True}
+    assert replace(plain, **told).fingerprint("x") == plain.fingerprint("x")
+    assert len({plain.fingerprint("x", processes) for processes in (1, 2, 3)}) == 3
 
 
 @pytest.mark.parametrize(

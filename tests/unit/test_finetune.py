@@ -6,10 +6,12 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +29,7 @@ from pack.internvl_u import adapters, sampling
 from pack.internvl_u.__main__ import main
 from pack.internvl_u.arguments import make_parser
 from pack.internvl_u.checkpoint import open_part
+from pack.internvl_u.convert import convert
 from pack.internvl_u.finetune import adapter, command, log, objective, sheet, state
 from pack.internvl_u.finetune.settings import TrainSettings
 from pack.internvl_u.finetune.task import Task
@@ -36,6 +39,7 @@ from pack.internvl_u.lora import LANGUAGE, TRANSFORMER, read_lora
 from pack.internvl_u.mmdit import time_embedding
 from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from pack.internvl_u.rope import grid_of
+from pack.internvl_u.weights import save_weights
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "demo" / "internvl-u-nano"
@@ -274,6 +278,52 @@ def test_a_run_writes_its_file_its_folder_its_log_and_its_sheets(trained, pictur
     assert config["r"] == 4 and config["peft_type"] == "LORA"
 
 
+def test_its_files_have_the_rights_of_any_new_file(trained):
+    written = [trained, *trained.parent.rglob("*.safetensors"), *trained.parent.rglob("adapter_config.json")]
+    assert len(written) > 6 and len({file.stat().st_mode for file in written}) == 1
+    save_weights(trained.with_name("again.safetensors"), {"a": torch.ones(2)})
+    again = trained.with_name("again.safetensors")
+    again.chmod(0o640)
+    save_weights(again, {"b": torch.zeros(3)}, {"said": "yes"})
+    assert os.name == "nt" or again.stat().st_mode & 0o777 == 0o640, "a file that is there keeps its own"
+    assert load_file(again).keys() == {"b"}
+
+
+def test_numbers_are_written_in_the_wished_dtype_and_draw_alike(trained, pictures, tmp_path):
+    target = tmp_path / "half.safetensors"
+    shutil.copytree(trained.with_name("zorp-training"), tmp_path / "half-training")
+    said = train("--data", pictures, "--out", target, *SHORT, *VALIDATED, "--save-dtype", "float16")
+    assert "going on after step 8" in said
+    whole, half = load_file(trained), load_file(target)
+    inner = tmp_path / "half-peft" / "transformer" / "adapter_model.safetensors"
+    assert {one.dtype for one in load_file(inner).values()} == {torch.float16}
+    for name, tensor in half.items():
+        assert name.endswith(".alpha") or tensor.dtype == torch.float16
+        assert torch.equal(tensor, whole[name].to(tensor.dtype))
+    request = ImageRequest("zorp of red", 64, 64, steps=4)
+    assert apart(*(Pipeline(NANO, loras=[(file, 1.0)]).draw(request) for file in (trained, target))) < 0.5
+
+
+def test_numbers_beyond_a_dtype_are_told():
+    model = load_mmdit(NANO)
+    (name, *_) = adapter.add_adapter(model, "transformer", adapter.AdapterSettings(rank=2))
+    model.get_submodule(name).lora_B["default"].weight.data.fill_(1e6)
+    assert torch.isfinite(adapter.adapter_weights(model, "bfloat16")[f"{name}.lora_B.weight"]).all()
+    with pytest.raises(RuntimeError, match=f"{name}.lora_B.weight: .* beyond what float16 holds, .*: write bfloat16"):
+        adapter.adapter_weights(model, "float16")
+
+
+def test_converted_files_are_learned_from_as_their_folder_is(trained, pictures, tmp_path):
+    drawing, language, vae = convert(NANO, tmp_path, "bfloat16")
+    assert language.parent.parent == vae.parent.parent == tmp_path
+    target = tmp_path / "converted.safetensors"
+    train("--model", drawing, "--data", pictures, "--out", target, *SHORT, *VALIDATED)
+    ours, theirs = load_file(target), load_file(trained)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with safe_open(target, "pt") as file:
+        assert drawing.name in file.metadata()["base"]
+
+
 def test_the_file_changes_the_picture_as_the_contact_sheet_shows(learnt):
     folder = learnt.with_name("learnt-training")
     assert sorted(file.name for file in folder.glob("sheet_*.png")) == ["sheet_000000.png", "sheet_000060.png"]
@@ -428,6 +478,19 @@ def test_a_loss_that_is_no_number_ends_the_run():
 def test_settings_that_cannot_be_are_told(changed, told):
     with pytest.raises(ValueError, match=told):
         TrainSettings(**{"model": NANO, "data": (NANO,), "out": Path("a.safetensors")} | changed)
+
+
+def test_what_changes_nothing_learnt_is_not_in_a_states_fingerprint():
+    plain = TrainSettings(Path("m"), (Path("d"),), Path("o.safetensors"))
+    assert plain.fingerprint("x") == "cf6d2cbc2108c20339a86a63aedf917ed6a51ac49d6954dcfd6d46f9b213e70c", (
+        "states that were written before are not gone on from"
+    )
+    told = {"validate_every": 7, "save_every": 7, "log_every": 7, "save_dtype": "float16", "sample_every": 7}
+    assert replace(plain, out=Path("p.safetensors"), sample_prompts=("a",), **told).fingerprint("x") == (
+        plain.fingerprint("x")
+    )
+    for changed in ({"lr": 1e-3}, {"seed": 1}, {"validation": 0.1}, {"checkpointing": True}):
+        assert replace(plain, **changed).fingerprint("x") != plain.fingerprint("x")
 
 
 def test_the_rate_warms_up_and_goes_down():

@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ pytest.importorskip("peft")
 
 from pack.internvl_u.checkpoint import open_part
 from pack.internvl_u.config import mllm_config, mmdit_config
+from pack.internvl_u.finetune import timing
 from pack.internvl_u.finetune.adapter import AdapterSettings, add_adapter
 from pack.internvl_u.finetune.cache import SampleCache
 from pack.internvl_u.finetune.counting import count
@@ -23,11 +25,13 @@ from pack.internvl_u.finetune.estimate import (
     Networks,
     TextSize,
     estimate,
-    estimate_run,
-    measured_arithmetic,
+    forward_seconds,
+    networks_to_time,
+    step_seconds,
 )
 from pack.internvl_u.finetune.examples import Example, Picture
 from pack.internvl_u.finetune.settings import TrainSettings
+from pack.internvl_u.finetune.train_estimate import estimate_run
 from pack.internvl_u.load import load_mllm, load_mmdit
 from pack.internvl_u.mmdit import Block
 from pack.internvl_u.packing import Packing
@@ -204,14 +208,57 @@ def test_torchs_attention_is_as_it_was_after_counting(configs):
     assert torch.nn.functional.scaled_dot_product_attention is before
 
 
-def test_time_is_operations_by_what_the_processor_does(configs):
-    batch = TEXTS["both"]
-    wanted = networks(configs, batch, LEARNING["LoRA"])
-    arithmetic = measured_arithmetic(wanted, batch, CPU, times=1)
-    assert 1e6 < arithmetic < 1e14
-    step = estimate(wanted, batch, arithmetic=arithmetic)
-    assert step.seconds_a_step == step.operations / arithmetic
-    assert estimate(wanted, batch).seconds_a_step is None
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes on when it is told to: `clock(seconds)`."""
+    now = [0.0]
+
+    def wait(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return wait
+
+
+@pytest.mark.parametrize(
+    "seconds, found",
+    [
+        ([2.5, 1.5, 1, 2, 1.2, 1.1, 50], (1, 2)),
+        ([0.1, 20, 1], (20, 20)),
+        ([30, 20, 1], (20, 20)),
+        ([1, 6, 5, 1], (5, 6)),
+    ],
+)
+def test_the_first_run_warms_up_and_none_is_begun_when_patience_is_over(clock, seconds, found):
+    left = iter(seconds)
+    assert timing.time_of(lambda: clock(next(left)), CPU) == found
+
+
+@pytest.mark.parametrize("timed", [step_seconds, forward_seconds])
+def test_a_small_step_is_timed_whole_and_of_a_large_one_two_layers(configs, monkeypatch, timed):
+    deep = networks((replace(configs[0], layers=8), None), BATCHES["edits"], LEARNING["LoRA"])
+    layers = []
+
+    def time_of(compute, device):
+        compute()
+        step = next(cell.cell_contents for cell in compute.__closure__ if isinstance(cell.cell_contents, LearningStep))
+        layers.append(len(step.flow.model.transformer_blocks))
+        return 1.0, 3.0
+
+    monkeypatch.setattr("pack.internvl_u.finetune.estimate.time_of", time_of)
+    assert timed(deep, BATCHES["edits"], CPU, networks_to_time(deep, 10**9)) == (1.0, 3.0)
+    fastest, slowest = timed(deep, BATCHES["edits"], CPU, networks_to_time(deep, 10**10))
+    assert layers == [8, 2] and 4 <= fastest < 7 and slowest == pytest.approx(3 * fastest)
+
+
+def test_the_pace_is_that_of_the_usual_step(clock):
+    pace = timing.Pace()
+    for seconds in (40.0, 0.25, 0.25, 9.0):
+        with pace.step():
+            clock(seconds)
+        if seconds == 40.0:
+            assert pace.told(3) == "40 s a step, 2 minutes left"
+    assert pace.told(100) == "0.25 s a step, 25 s left" and pace.told(0) == "0.25 s a step"
 
 
 def picture(folder, name, size=(64, 64)):
@@ -234,13 +281,13 @@ def examples(tmp_path):
 def test_a_run_is_estimated_from_its_examples(tmp_path, checkpoint, examples, train, checkpointing):
     """By the largest of them: what its samples have, and what the language model reads of them, is what is counted."""
     settings = TrainSettings(
-        checkpoint, (tmp_path,), tmp_path / "x.safetensors", train, checkpointing=checkpointing, dtype="float32"
+        checkpoint, (tmp_path,), tmp_path / "x.safetensors", train=train, checkpointing=checkpointing, dtype="float32"
     )
     cache = SampleCache(tmp_path / "cache", Pipeline(checkpoint))
     if train == "transformer":
         examples = examples[:3]
     found = estimate_run(settings, cache, examples)
-    assert found.seconds_a_step is None and found.operations > 0
+    assert found.seconds is None and found.operations > 0
     largest = cache.samples(examples[2:3])[0]
     context = max(len(one[0]) for one in (largest.conditional, largest.partial, largest.unconditional))
     shape = cache.samples(examples[2:3]).shapes[0]
@@ -273,14 +320,16 @@ def test_batch_and_accumulation_count(tmp_path, checkpoint, examples):
     assert more.memory["activations"] > 3.5 * one.memory["activations"] and again.memory == one.memory
     assert again.operations == 4 * one.operations < 1.1 * more.operations
     timed = estimate_run(settings, cache, examples[:2], CPU)
-    assert timed.memory == one.memory and 0 < timed.seconds_a_step < 60
+    assert timed.memory == one.memory and 0 < timed.seconds[0] <= timed.seconds[1]
 
 
 def test_an_estimate_is_told_in_a_sentence():
     memory = {"weights": 3_600_000_000, "adapters": 40_000_000, "working": 0}
     told = Estimate(memory, 2.5e12).describe()
     assert told == "about 3.64 GB of memory (weights 3.6 GB, adapters 40 MB), 2.5 TFLOP a step"
-    timed = Estimate(memory, 2.5e12, 1.5)
-    assert timed.describe(60).endswith("about 1.5 s a step, 90 s for 60 steps")
+    timed = Estimate(memory, 2.5e12, (1.5, 1.5))
+    assert timed.describe(60).endswith("2.5 TFLOP a step, 1.5 s a step as timed just now, 90 s for 60 steps")
     assert timed.describe(1000).endswith("25 minutes for 1000 steps")
     assert timed.describe(10**4).endswith("4.2 hours for 10000 steps")
+    ranged = Estimate(memory, 2.5e12, (0.31, 1.5))
+    assert ranged.describe(1000).endswith("0.31 to 1.5 s a step as timed just now, 5 to 25 minutes for 1000 steps")

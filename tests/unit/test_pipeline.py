@@ -12,6 +12,7 @@ import torch
 from pack.internvl_u import images, sampling
 from pack.internvl_u.__main__ import main
 from pack.internvl_u.generation import GenerationConfig
+from pack.internvl_u.load import load_mmdit
 from pack.internvl_u.pipeline import ImageRequest, Pipeline
 from PIL import Image
 
@@ -254,3 +255,21 @@ def test_the_command_line_runs_from_a_clone(checkpoint, tmp_path):
     assert done.returncode == 0 and (tmp_path / "p.png").exists(), done.stderr
     done = subprocess.run([*line, "p.jpg"], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_networks_that_are_given_stay_where_they_are(checkpoint, monkeypatch):
+    moved, to = [], torch.nn.Module.to
+
+    def recorded(self, *given, **more):
+        moved.append(self)
+        return to(self, *given, **more)
+
+    transformer, pipeline = load_mmdit(checkpoint), Pipeline(checkpoint)
+    monkeypatch.setattr(torch.nn.Module, "to", recorded)
+    pipeline.use({"mmdit": transformer})
+    for seed in (1, 2):
+        pipeline.draw(ImageRequest("a cat", 32, 32, steps=1, seed=seed))
+    assert moved and not set(moved) & set(transformer.modules())
+    pipeline.forget()
+    pipeline.draw(ImageRequest("a cat", 32, 32, steps=1))
+    assert any(type(one) is torch.nn.Linear for one in moved), "its own are"

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from pack.internvl_u.defaults import NANO_CHOICE
+from pack.internvl_u.defaults import NANO_CHOICE, NANO_EDGES
 from pack.tools.workflows import graphs, hearts
 from PIL import Image
 
@@ -24,14 +24,14 @@ OURS = {
 CORE = {
     *("CLIPTextEncode", "Canny", "CheckpointLoaderSimple", "ControlNetApplyAdvanced", "ControlNetLoader"),
     *("ConditioningCombine", "ConditioningSetAreaPercentage", "EmptyLatentImage", "ImageCompositeMasked", "ImageGrid"),
-    *("ImageScaleToMaxDimension", "ImageUpscaleWithModel", "KSampler", "LatentUpscaleBy", "LoadImage"),
+    *("ImageScaleBy", "ImageScaleToMaxDimension", "ImageUpscaleWithModel", "KSampler", "LatentUpscaleBy", "LoadImage"),
     *("LoadImageDataSetFromFolder", "LoadImageTextDataSetFromFolder", "LoraLoaderModelOnly", "LoraModelLoader"),
     *("LossGraphNode", "MarkdownNote", "PreviewAny", "PreviewImage", "SaveLoRA", "TrainLoraNode"),
     *("PrimitiveStringMultiline", "RandomNoise", "SamplerCustomAdvanced", "SaveImage", "SaveImageTextDataSetToFolder"),
     *("SetLatentNoiseMask", "UpscaleModelLoader", "VAEDecode", "VAEEncode"),
 }
-NANO = "first_steps_with_nano"
-OF_NANO = {NANO, "train_a_lora", "load_a_trained_lora"}
+NANO, CONTROL = "first_steps_with_nano", "control_with_edges"
+OF_NANO = {NANO, "train_a_lora", "load_a_trained_lora", CONTROL}
 ABSOLUTE = re.compile(r'"(/|[A-Za-z]:\\|file:)|/(home|Users|root|tmp)/')
 
 
@@ -77,8 +77,8 @@ def test_it_is_in_the_format_that_all_frontends_read(name):
 
 
 def test_the_first_steps_draw_a_small_picture_with_the_model_in_the_box():
-    assert graphs.NANO_CHOICE == NANO_CHOICE
-    for name in OF_NANO:
+    assert (graphs.NANO_CHOICE, graphs.NANO_EDGES) == (NANO_CHOICE, NANO_EDGES)
+    for name in OF_NANO - {CONTROL}:  # which draws in the size of its picture
         nodes = [node["inputs"] for node in twin(name).values() if node["class_type"] == "InternVLU_CreateLatent"]
         assert [(node["preset"], node["width"], node["height"]) for node in nodes] == [("custom", 64, 64)]
     assert {name for name in FILES if "nano" in json.dumps(twin(name))} == OF_NANO

@@ -130,6 +130,9 @@ CARDS = {
         "first_steps_with_nano",
         "a large orange star on a black background",
     ),
+    "control_with_edges": Card(
+        "Control with edges", "edit", ("edges", ">", "save", quoted("a red star on white"), "=where the edges are")
+    ),
     "controlnet_of_another_model": Card(
         "ControlNet", "edit", ("save", ">", "lines", "=its lines lead another model"), CREDIT, "text_to_image"
     ),

@@ -30,6 +30,7 @@ FILES = {
     "with_a_lora": "LoRA",
     "train_a_lora": "train a LoRA",
     "load_a_trained_lora": "load a trained LoRA",
+    "control_with_edges": "control with edges",
     "controlnet_of_another_model": "ControlNet of another model",
     "captions_for_a_folder": "captions for a folder",
     "text_to_image_custom_sampling": "text to image, custom sampling",
@@ -75,6 +76,11 @@ the tiny model in the pack: a LoRA fits the model that it was trained on.
 
 **For the real model**: choose it in **Load InternVL-U**, and a LoRA that was trained on it. **Load InternVL-U LoRA** \
 knows more trainers' names, and the language model's half."""
+CONTROL_MODEL = """**What for?** The edges say where things are, the words what they are. **nano**, the tiny model in \
+the pack, has learnt that from 600 pictures; its LoRA comes with it, and nothing is downloaded.
+
+**For the real model**: `python -m internvl_u pairs` and `train` make such a LoRA of your own pictures \
+(docs/training.md). Canny's thresholds are those it was trained with."""
 WORDS = "**Prompt**: what you want to see, in English or Chinese."
 CHANGES = "**Prompt**: what to change, in English or Chinese."
 SIZE = "**Size**: width and height, 512 to 1024."
@@ -259,6 +265,15 @@ NOTES = {
         ],
         DRAW_VALUES,
     ),
+    "control_with_edges": (
+        [
+            "**Load Image**: a plain shape, 64 x 64 pixels.",
+            "**Prompt**: after *Draw from this edge map:*, the shape in any colours.",
+            "**scale_by**: how much larger the picture is saved.",
+        ],
+        "**Upscale Image By** wants no file; **Upscale Image (using Model)** in its place wants one. For another "
+        "model's ControlNet take **ControlNet of another model**.",
+    ),
     "controlnet_of_another_model": (
         [WORDS, "**Checkpoint** and **ControlNet** in step 5: models of one family.", "**Text** in step 6."],
         "InternVL-U composes the scene, its lines lead the other model. As it comes: any Stable Diffusion 1.5 "
@@ -275,7 +290,12 @@ NOTES = {
     ),
 }
 """Per workflow: the three lines on what to change, and the rest."""
-OWN_MODELS = {"first_steps_with_nano": NANO_MODEL, "train_a_lora": TRAIN_MODEL, "load_a_trained_lora": TRAINED_MODEL}
+OWN_MODELS = {
+    "first_steps_with_nano": NANO_MODEL,
+    "train_a_lora": TRAIN_MODEL,
+    "load_a_trained_lora": TRAINED_MODEL,
+    "control_with_edges": CONTROL_MODEL,
+}
 """What a note says of the model, where that is nano."""
 
 
@@ -289,6 +309,8 @@ def note(name: str) -> str:
 
 NANO_CHOICE = "nano InternVL-U (in the box: flat shapes, 64 x 64 pixels)"
 """What Load InternVL-U calls the nano model: internvl_u/defaults.py."""
+NANO_EDGES = "internvl_u_nano_edges.safetensors"
+"""The LoRA that comes with it, for edge maps: internvl_u/defaults.py."""
 PROMPT = "a red fox reading a newspaper in a sunny kitchen, watercolour"
 RIDDLE = "the fruit that fell on Newton's head, as a still life in oils"
 THOUGHT = (
@@ -314,6 +336,7 @@ CAPTION = "Describe this picture in one sentence for training an image model: su
 # Pictures of our own, see pictures.py.
 HARBOUR, EVENING = "internvl_u_harbour.jpg", "internvl_u_harbour_evening.jpg"
 CAT, CAT_MASKED = "internvl_u_cat.jpg", "internvl_u_cat_masked.png"
+SHAPE = "internvl_u_shape.png"
 PICTURES = "internvl_u_pictures"
 HEARTS = "internvl_u_hearts"
 TRAINED = "internvl_u_heart"
@@ -663,6 +686,29 @@ STEPS_OF = {
         [worded("a pink heart on a navy background"), ("Size", [[NANO_LATENT]])],
         NANO_DRAW,
     ],
+    "control_with_edges": [
+        [NANO_LOADED, ("Picture", [[image(SHAPE)]])],
+        [
+            (
+                "Edges",
+                [
+                    [
+                        ("canny", "Canny", {"low_threshold": 0.05, "high_threshold": 0.1}),
+                        ("edges", "PreviewImage", {}),
+                    ]
+                ],
+            ),
+        ],
+        [
+            (
+                "LoRA for edges",
+                [[("lora", "InternVLU_LoadLoRA", {"lora_name": NANO_EDGES} | LORA_STRENGTHS)]],
+            ),
+            worded("Draw from this edge map: a red star on a white background"),
+        ],
+        ("Draw", [[SAMPLE], [DECODE]]),
+        ("Upscale", [[("enlarge", "ImageScaleBy", {"upscale_method": "lanczos", "scale_by": 4.0}), SAVE]]),
+    ],
     "controlnet_of_another_model": [
         [LOADED, worded("a cottage on a hill beside a tall tree, ink drawing"), SIZED],
         ("Compose", [[SAMPLE], [DECODE, ("lines", "Canny", {"low_threshold": 0.2, "high_threshold": 0.5})]]),
@@ -745,6 +791,7 @@ TITLES = {
     "decode3": "Decode 3",
     "save3": "Save Image 3",
     "shown": "The newest picture",
+    "edges": "Edges",
     "judge1": "Judge the first",
     "judge2": "Judge the second",
     "left": "Left",
@@ -864,6 +911,10 @@ LINKS = {
     + EMPTY
     + DRAWN,
     "load_a_trained_lora": "load.MODEL lora.model, " + SAMPLED.replace("load.MODEL", "lora.MODEL") + EMPTY + DRAWN,
+    "control_with_edges": "image.IMAGE canny.image, canny.IMAGE edges.images, canny.IMAGE encode.image1, "
+    "load.VAE encode.vae, encode.latent sample.latent_image, load.MODEL lora.model, "
+    + SAMPLED.replace("load.MODEL", "lora.MODEL")
+    + DECODED.format("LATENT").replace("decode.IMAGE", "decode.IMAGE enlarge.image, enlarge.IMAGE"),
     "controlnet_of_another_model": SAMPLED + EMPTY + CONTROLLED,
     "captions_for_a_folder": "load.MLLM answer.mllm, folder.images answer.image1, folder.images save.images, "
     "answer.answer save.texts",
@@ -910,6 +961,9 @@ SIZES = {
     "keep_lora": (280, 110),
     "plot": (280, 300),
     "put": (250, 110),
+    "canny": (250, 110),
+    "edges": (250, 300),
+    "enlarge": (280, 110),
     "positive": (250, 110),
     "negative": (250, 90),
 }

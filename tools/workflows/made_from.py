@@ -48,6 +48,8 @@ def of_workflow(name: str, info: dict) -> dict:
     }
     made["app"] = graphs.APPS.get(name)
     made["card"] = [asdict(cards.CARDS[name]), weights()]
+    if graphs.NANO_EDGES in json.dumps(made["columns"]):
+        made["card"] += weights(lora=True)
     if name in nano_graphs.HINTS:
         made["nano"] = [nano_graphs.steps(name), nano_graphs.note(name)]
     return made
@@ -104,10 +106,15 @@ def ours(node: dict, also: tuple[str, ...] = ()) -> dict:
     return {"input": inputs, **{key: node[key] for key in (*OF_A_NODE, *also) if key in node}}
 
 
-def weights() -> list[str]:
-    """Returns the hashes of the nano model's weights: cards show what it draws."""
-    files = sorted((ROOT / "demo" / nano_graphs.MODEL).rglob("*.safetensors"))
-    return [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
+def weights(lora: bool = False) -> list[str]:
+    """Returns the hashes of the nano model's weights, or of its LoRA: cards show what they draw."""
+    folder = ROOT / "demo" / nano_graphs.MODEL
+    files = sorted(folder.rglob("*.safetensors"))
+    return [_hash(file) for file in files if lora == (file.parent.name == "loras")]
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def read() -> dict[str, str]:

@@ -67,6 +67,11 @@ HINTS = {
 TEXTS = {
     "first_steps_with_nano": {"load": {"model_name": MODEL}},
     "train_a_lora": {"load": {"model_name": MODEL}},
+    "control_with_edges": {
+        "load": {"model_name": MODEL},
+        "image": {"image": graphs.SHAPE},
+        "decode": {"width": 0, "height": 0},
+    },
     "text_to_image": {"encode": PROMPT},
     "text_to_image_custom_sampling": {"encode": PROMPT},
     "text_to_image_ksampler": {"encode": PROMPT},

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from . import hearts
+from . import graphs, hearts
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "web" / "pictures"
@@ -233,6 +233,13 @@ def nano_masked(before: Image.Image) -> Image.Image:
     return masked
 
 
+def shape() -> Image.Image:
+    """Returns a scene of the nano model's world, for its edges: a yellow star, low on the right, on navy."""
+    from training.data.scenes import Scene, Thing, render
+
+    return render(Scene(64, 64, "navy", (Thing("star", "yellow", "medium", 0.75, 0.75),)))
+
+
 def save_hearts(count: int = 20) -> None:
     """Writes as many hearts as pictures of known things, and the captions of both."""
     from training.data import captions
@@ -265,6 +272,7 @@ def save_all() -> None:
     masked = cat().quantize(96, dither=Image.Dither.NONE).convert("RGBA")  # few colours, a small file
     masked.putalpha(unpainted(cat(), cat(scarf=False), grow=13))
     masked.save(FOLDER / "internvl_u_cat_masked.png", optimize=True)
+    shape().save(FOLDER / graphs.SHAPE, optimize=True)
     demo = ROOT / "demo" / "input"
     with Image.open(demo / "nano_before.png") as before:
         nano_masked(before).save(demo / "nano_masked.png", optimize=True)

@@ -11,6 +11,7 @@ const PICTURES = new Set([
   "internvl_u_harbour_evening.jpg",
   "internvl_u_cat.jpg",
   "internvl_u_cat_masked.png",
+  "internvl_u_shape.png",
 ]);
 const SERIES = "internvl_u_pictures"; // a folder of ComfyUI's input folder, for captions
 const CAPTIONED = "internvl_u_hearts"; // another one, for training: web/hearts
