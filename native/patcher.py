@@ -22,7 +22,8 @@ class MovingPatcher(comfy.model_patcher.ModelPatcher):
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> Any:
-        model = self.model
+        # Before 0.33 `device_to` may be that of another patcher, which is gone: the one whose weights are on it still.
+        model, device_to = self.model, self.load_device
         if model.model_loaded_weight_memory > 0 and model.device != device_to:
             extra_memory += model.model_loaded_weight_memory
             self.unpatch_model(self.offload_device)

@@ -30,11 +30,13 @@ class SelectMLLMDevice(io.ComfyNode):
                     "device",
                     options=compat.device_choices(),
                     default=DEFAULT,
-                    tooltip="default: where ComfyUI puts text encoders. cpu: slow, and takes no graphics memory. gpu:N: "
-                    "the GPU of this number, from 0 (ComfyUI 0.33 and newer, where there are several).",
+                    tooltip="default: where ComfyUI puts text encoders. cpu: slow, and takes no graphics memory. "
+                    "gpu:N: the GPU of this number, from 0 (ComfyUI 0.33 and newer, where there are several).",
                 ),
             ],
-            outputs=[MLLM.Output(display_name="MLLM", tooltip="The language model: for Encode, Think, Answer and Chat.")],
+            outputs=[
+                MLLM.Output(display_name="MLLM", tooltip="The language model: for Encode, Think, Answer and Chat.")
+            ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             **compat.search_aliases("device", "select device", "multi gpu", "second gpu", "cpu", "mllm"),
         )

@@ -1,10 +1,11 @@
 """Two accelerators that are not there: torch devices that keep their values on the CPU, and are as strict as GPUs.
 
-A tensor on `fake:0` and one on `fake:1` do not go together, nor with one on the CPU, as with real devices. Everything is
-computed by the CPU's kernels, so results are the CPU's to the bit. Importing this registers the device with torch.
+A tensor on `fake:0` and one on `fake:1` do not go together, nor with one on the CPU, as with real devices. The CPU's
+kernels compute everything, so results are the CPU's to the bit. Importing this registers the device with torch.
 """
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -90,7 +91,9 @@ def _check_together(operation, values):
     tensors = [one for one in values if isinstance(one, torch.Tensor)]
     places = {str(one.device) for one in tensors if one.dim() or isinstance(one, FakeTensor)}
     if len(places) > 1:
-        raise RuntimeError(f"{operation._schema.name}: tensors on {' and '.join(sorted(places))} found, on one expected")
+        raise RuntimeError(
+            f"{operation._schema.name}: tensors on {' and '.join(sorted(places))} found, on one expected"
+        )
 
 
 def _kernel(operation):
@@ -104,24 +107,39 @@ for _name in _WITH_PYTHON_ASIDE:
     _kernels.impl(_name, _kernel(getattr(getattr(torch.ops.aten, _base), _overload or "default")))
 
 
+class Gpus(NamedTuple):
+    """What ComfyUI is told of the two: the devices, and how many bytes of each are free."""
+
+    devices: tuple
+    free: dict
+
+
 @contextlib.contextmanager
-def as_gpus(memory=8 << 30):
-    """Lets ComfyUI take the two for all its GPUs, of so many bytes each, and the first for the one that it starts on."""
+def as_gpus():
+    """Lets ComfyUI take the two for all its GPUs, of 8 GiB each, and the first for the one that it starts on."""
     import comfy.model_management as mm
     import pytest
+
+    gpus, of_cpu = Gpus(DEVICES, dict.fromkeys(DEVICES, 8 << 30)), torch.Generator
 
     def all_devices(exclude_current=False):
         return list(DEVICES[1:] if exclude_current else DEVICES)
 
     def bytes_of(device=None, torch_free_too=False, torch_total_too=False):
-        return (memory, memory) if torch_free_too or torch_total_too else memory
+        found = gpus.free.get(DEVICES[0] if device is None else device, 8 << 30)
+        return (found, found) if torch_free_too or torch_total_too else found
+
+    def generator(device="cpu"):
+        return of_cpu("cpu" if torch.device(device).type == NAME else device)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "Generator", generator)
         for name in ("get_torch_device", "text_encoder_device", "vae_device"):
             patch.setattr(mm, name, lambda: DEVICES[0])
         for name in ("get_free_memory", "get_total_memory"):
             patch.setattr(mm, name, bytes_of)
-        patch.setattr(mm, "get_all_torch_devices", all_devices)
+        patch.setattr(mm, "get_all_torch_devices", all_devices, raising=False)
         patch.setattr(mm, "vram_state", mm.VRAMState.NORMAL_VRAM)
-        yield DEVICES
+        yield gpus
+        gpus.free.clear()
         mm.unload_all_models()
