@@ -90,7 +90,7 @@ def reload_with(patcher: ModelPatcher, make: Callable[..., ModelPatcher], part: 
 
 
 def device_choices() -> list[str]:
-    """Returns what ComfyUI's nodes that choose a device offer: "default", "cpu" and, where several are, "gpu:N" (0.33)."""
+    """Returns what ComfyUI's nodes that choose a device offer: "default", "cpu" and, of several GPUs, "gpu:N"."""
     offered = getattr(comfy.model_management, "get_gpu_device_options", None)
     return ["default", "cpu"] if offered is None else offered()
 
