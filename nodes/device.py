@@ -25,7 +25,7 @@ class SelectMLLMDevice(io.ComfyNode):
             "Select VAE Device do for the other two parts: a second GPU, or the CPU. Put it behind Load InternVL-U and "
             "its LoRAs. A GPU that this machine has not leaves everything as it is.",
             inputs=[
-                MLLM.Input("mllm", tooltip="From Load InternVL-U, or with a LoRA on it."),
+                MLLM.Input("mllm", tooltip="From Load InternVL-U, or with a LoRA on it already."),
                 io.Combo.Input(
                     "device",
                     options=compat.device_choices(),
