@@ -19,9 +19,7 @@ class MovingPatcher(comfy.model_patcher.ModelPatcher):
     weights are loaded, not where.
     """
 
-    def partially_load(
-        self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
-    ) -> Any:
+    def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> Any:
         # Before 0.33 `device_to` may be that of another patcher, which is gone: the one whose weights are on it still.
         model, device_to = self.model, self.load_device
         if model.model_loaded_weight_memory > 0 and model.device != device_to:

@@ -39,7 +39,7 @@ FILES = {
 """The workflows in the order of the documents: name, and what its file is called after "InternVL-U "."""
 
 WANTS = {"train_a_lora": "0.33.0", "two_gpus": "0.33.0"}
-"""The oldest ComfyUI for a workflow, where that is not the pack's own oldest: before, its nodes are others or missing."""
+"""The oldest ComfyUI for a workflow, where that is not the pack's own oldest: before, nodes differ or are missing."""
 
 NEWER = {"MultiGPU_WorkUnits"}
 """ComfyUI's nodes, of workflows in WANTS, that the pack's oldest ComfyUI has not."""
