@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pack.internvl_u.convert import convert
+from pack.internvl_u.generation import GenerationConfig
 from pack.tests.lora_files import LANGUAGE_LAYERS, LAYERS, STRENGTH, random_change
 from PIL import Image
 from safetensors.torch import save_file
@@ -248,6 +249,15 @@ def test_the_language_model_goes_to_the_cpu_and_back(gpus, load, select, near):
         chosen, note = select(mllm, choice)
         near(context_of(chosen), expected, SAME)
         assert places(chosen.model) == {device} and note == ""
+
+
+def test_the_language_model_answers_on_another_gpu_as_on_the_first(gpus, core, load, select):
+    mllm = load()[1]
+    other = select(mllm, "gpu:1")[0]
+    for config in (GenerationConfig(5), GenerationConfig(5, beams=2)):
+        asked = {"system": "", "images": [Image.new("RGB", (64, 64), "red")], "config": config}
+        assert other.generate("<image> what?", **asked) == mllm.generate("<image> what?", **asked)
+    assert places(other.model) == {gpus.devices[1]}
 
 
 def test_a_clip_on_another_gpu_encodes_there(gpus, core, load):
