@@ -207,7 +207,7 @@ class NativeMLLM:
     def over(self, patcher: comfy.model_patcher.ModelPatcher) -> NativeMLLM:
         """Returns the MLLM over another patcher of the same network, or of one like it on another device.
 
-        Where that device has no arithmetic in bf16 worth the name, which the CPU has not, it computes in fp32.
+        Where that device has no fast arithmetic in bf16, as the CPU, it computes in fp32.
         """
         moved = patcher.load_device != self.patcher.load_device
         if not moved or self.dtype != torch.bfloat16 or mm.should_use_bf16(patcher.load_device):

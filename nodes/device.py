@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..native import compat
 from ..native.devices import DEFAULT, select_device
 from ..native.mllm import NativeMLLM
-from ..native.progress import show_note
+from ..native.progress import show_note_on_current
 from .inputs import checked
 from .load import MLLM
 
@@ -23,7 +23,7 @@ class SelectMLLMDevice(io.ComfyNode):
             category="InternVL-U",
             description="Chooses the device that the language model works on, as ComfyUI's Select Model Device and "
             "Select VAE Device do for the other two parts: a second GPU, or the CPU. Put it behind Load InternVL-U and "
-            "its LoRAs. A GPU that this machine has not leaves everything as it is.",
+            "its LoRAs. Where the GPU of that number is missing, everything stays as it is.",
             inputs=[
                 MLLM.Input("mllm", tooltip="From Load InternVL-U, or with a LoRA on it already."),
                 io.Combo.Input(
@@ -37,7 +37,6 @@ class SelectMLLMDevice(io.ComfyNode):
             outputs=[
                 MLLM.Output(display_name="MLLM", tooltip="The language model: for Encode, Think, Answer and Chat.")
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             **compat.search_aliases("device", "select device", "multi gpu", "second gpu", "cpu", "mllm"),
         )
 
@@ -50,5 +49,5 @@ class SelectMLLMDevice(io.ComfyNode):
     def execute(cls, mllm: NativeMLLM, device: str = DEFAULT) -> io.NodeOutput:
         selected, note = select_device(mllm, device)
         if note:
-            show_note(cls.hidden, note)
+            show_note_on_current(note)
         return io.NodeOutput(selected)
