@@ -60,9 +60,6 @@ def draw_together(pipeline: Pipeline, wishes: Sequence[ImageRequest]) -> list[Im
         ValueError: two differ in `shape_of`, or one is refused by `Pipeline.draw`.
         RuntimeError: as from `Pipeline.draw`; which of the pictures is at fault is found by drawing each alone.
     """
-    shapes = {shape_of(pipeline, wish) for wish in wishes}
-    if len(shapes) > 1:
-        raise ValueError(f"pictures of {len(shapes)} shapes found, one expected: group them by `shape_of`")
     if not wishes:
         return []
     # One by one: several share little, need more memory, and other kernels round otherwise.
@@ -77,6 +74,9 @@ def sample_together(pipeline: Pipeline, wishes: Sequence[ImageRequest]) -> torch
     Raises:
         ValueError, RuntimeError: as from `draw_together`.
     """
+    shapes = {shape_of(pipeline, wish) for wish in wishes}
+    if len(shapes) > 1:
+        raise ValueError(f"pictures of {len(shapes)} shapes found, one expected: group them by `shape_of`")
     wishes = [pipeline.settled(wish) for wish in wishes]
     first, drawn = wishes[0], drawn_size(*pipeline.size(wishes[0]))
     pipeline._vae()  # one that cannot be loaded is not found after minutes of work
