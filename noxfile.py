@@ -63,6 +63,8 @@ _OLDER = {
 }
 MEETING_LIBRARIES = [f"tests/{kind}/test_{name}.py" for kind, names in _OLDER.items() for name in names]
 """What tests_older runs: the rest would only pass again."""
+SIDE_BY_SIDE = ["--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile"]
+"""Arguments of pytest-xdist for many tests; each process starts its own servers, which a few tests are not worth."""
 nox.options.sessions = ["lint", "types", "tests", "tests_older"]
 
 
@@ -81,16 +83,16 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Runs all tests."""
+    """Runs all tests, in as many processes as there are cores."""
     comfyui = development_environment()
-    run_pytest(session, environment.PYTHON, session.posargs, INTERNVLU_COMFYUI=str(comfyui))
+    run_pytest(session, environment.PYTHON, session.posargs or SIDE_BY_SIDE, INTERNVLU_COMFYUI=str(comfyui))
 
 
 @nox.session(venv_backend="none")
 def tests_older(session: nox.Session) -> None:
     """Runs the tests of what meets transformers, tokenizers, diffusers or huggingface_hub, on their older lines."""
     comfyui = development_environment()
-    arguments = session.posargs or MEETING_LIBRARIES
+    arguments = session.posargs or [*SIDE_BY_SIDE, *MEETING_LIBRARIES]
     older = str(environment.older_packages())
     run_pytest(session, environment.PYTHON, arguments, INTERNVLU_COMFYUI=str(comfyui), PYTHONPATH=older)
 

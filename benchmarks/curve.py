@@ -26,7 +26,7 @@ from internvl_u import images as image_module
 from internvl_u import sampling
 from internvl_u.defaults import STEPS
 from internvl_u.load import load_mmdit
-from internvl_u.mmdit import MMDiT, time_embedding
+from internvl_u.mmdit import MMDiT
 from internvl_u.pipeline import ImageRequest, Pipeline
 from internvl_u.rope import grid_of
 from internvl_u.sampling import Denoiser, DrawingContexts
@@ -92,33 +92,16 @@ class BatchDenoiser(Denoiser):
     """The pipeline's denoiser for several scenes of one size at once; counts the branches that it evaluates."""
 
     def __init__(self, model: MMDiT, scenes: list[Scene], size: tuple[int, int], intervals: GuidanceIntervals):
-        self.model, self.intervals, self.dtype = model, intervals, torch.float32
-        self.guidance, self.counts = scenes[0].request.guidance, Counter()
         contexts = [scene.contexts for scene in scenes]
-        self.references = [torch.cat(same) for same in zip(*(one.references for one in contexts))]
-        grids = [grid_of(reference) for reference in self.references]
-        self.branches = {
-            "conditional": [model.branch(*one.conditional, size, grids) for one in contexts],
-            "unconditional": [model.branch(*one.unconditional, size, ()) for one in contexts],
-        }
-        if grids:
-            self.branches["partial"] = [model.branch(*one.partial, size, grids) for one in contexts]
-        self.groups = ((), ()) if grids else ((),)  # what tells that there are references
+        super().__init__(model, contexts, size, scenes[0].request.guidance, torch.float32, intervals)
+        self.counts = Counter()
 
     def velocities(self, latent: torch.Tensor, timestep: torch.Tensor, wanted: Branches = EVERY_BRANCH):
         """Returns the velocities [B, 16, h, w] of the branches; see `Denoiser.velocities`."""
-        conditional = self._velocity("conditional", latent, timestep)
-        partial = self._velocity("partial", latent, timestep) if self.references and wanted.partial else None
-        unconditional = partial if partial is not None else conditional
-        if wanted.unconditional:
-            unconditional = self._velocity("unconditional", latent, timestep)
-        return conditional, unconditional if partial is None else partial, unconditional
-
-    def _velocity(self, name: str, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        self.counts[name] += 1
-        branches = self.branches[name]
-        time = time_embedding(timestep.float()).expand(len(branches), -1)
-        return self.model(latent, time, branches, self.references if name != "unconditional" else ())
+        partial = len(self.groups) > 1 and wanted.partial
+        evaluated = {"conditional": True, "partial": partial, "unconditional": wanted.unconditional}
+        self.counts.update(name for name, counts in evaluated.items() if counts)
+        return super().velocities(latent, timestep, wanted)
 
 
 class Judge:

@@ -229,6 +229,13 @@ def _distill(options: argparse.Namespace) -> None:
     write_text("\n".join(map(str, run(options))), "list of files")
 
 
+def _batch(options: argparse.Namespace) -> None:
+    from .batch.command import run
+    from .results import write_text
+
+    write_text(run(options), "name of the manifest")
+
+
 def _open(options: argparse.Namespace) -> Pipeline:
     from .devices import chosen_device, chosen_dtype
     from .pipeline import Pipeline
@@ -272,6 +279,7 @@ _COMMANDS = {
     "train": _train,
     "pairs": _pairs,
     "distill": _distill,
+    "batch": _batch,
     "download": _download,
 }
 

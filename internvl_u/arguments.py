@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from . import __version__, chat_console
+from .batch import command as batch
 from .console import text_argument
 from .defaults import (
     ANSWER_TOKENS,
@@ -46,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     distill_command.add_arguments(
         commands.add_parser("distill", help="a LoRA after which few evaluations draw a picture; needs peft")
     )
+    _add_batch(commands.add_parser("batch", help="a list of pictures and texts by several workers; needs ray"))
     _add_download(commands.add_parser("download", help=f"fetch the released model ({RELEASED_SIZE})"))
     return parser
 
@@ -131,6 +133,11 @@ def _add_ask(parser: argparse.ArgumentParser) -> None:
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     chat_console.add_arguments(parser)
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    batch.add_arguments(parser)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

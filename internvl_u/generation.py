@@ -111,17 +111,17 @@ def sample_tokens(
 ) -> list[int]:
     """Returns the ids that are written after a prompt, one token after the other."""
     generator = torch.Generator().manual_seed(config.seed)
-    step = _step_of(language, read.cache, config.cuda_graphs)
+    step = step_of(language, read.cache, config.cuda_graphs)
     logits, ids = language.logits(read.last)[0], []
     while True:
         ids.append(sample_token(logits, config, generator, ids))
         on_token(ids.copy())
         if ids[-1] in stops or len(ids) == config.max_new_tokens:
             return ids
-        logits = step(_embed(language, ids[-1:], read.last)[0])
+        logits = step(embed_written(language, ids[-1:], read.last)[0])
 
 
-def _step_of(language: Qwen3, cache: KeyValueCache, graphs: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def step_of(language: Qwen3, cache: KeyValueCache, graphs: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns the fastest way from an embedding [width] to the logits [vocabulary] that the weights allow."""
     step = TokenStep.of(language, cache)
     if step is None:
@@ -129,7 +129,7 @@ def _step_of(language: Qwen3, cache: KeyValueCache, graphs: bool) -> Callable[[t
     return GraphedStep(step) if graphs and cache.keys.device.type == "cuda" else step
 
 
-def _embed(language: Qwen3, ids: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+def embed_written(language: Qwen3, ids: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """Returns the embeddings [tokens, width] of ids that were written: a special token has none of its own there."""
     return language.model.embed_tokens(torch.tensor(ids, device=like.device)).to(like.dtype)
 
@@ -197,7 +197,7 @@ def search_beams(
         nonlocal cache
         if list(order) != list(range(len(order))):
             cache = cache.reordered(torch.tensor(order, device=read.last.device))
-        return language.logits(language(_embed(language, ids, read.last)[:, None], cache)[0])
+        return language.logits(language(embed_written(language, ids, read.last)[:, None], cache)[0])
 
     limits: dict[str, Any] = {"beams": config.beams, "max_new_tokens": config.max_new_tokens, "stops": stops}
     return beam_search(language.logits(read.last)[0], advance, on_token=on_token, **limits)

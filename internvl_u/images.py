@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 import numpy
 import torch
@@ -116,8 +117,8 @@ class ReferenceSizes:
         return width, height
 
 
-def open_image(file: Path, name: str = "") -> Image.Image:
-    """Returns a file's image in its own mode, read whole. `name` is what an error calls the file.
+def open_image(file: Path | IO[bytes], name: str = "") -> Image.Image:
+    """Returns a file's image in its own mode, read whole. `name` is what an error calls the file, which may be open.
 
     Raises:
         ValueError: it is not there, or not readable as a picture.

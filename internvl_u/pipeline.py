@@ -20,7 +20,6 @@ from .distilled import evaluations_in
 from .encoder import BranchContexts, Encoder, check_length, fit_history
 from .files import check_unchanged
 from .generation import GenerationConfig, OnToken, cut_warning, ended, generate
-from .images import ReferenceSizes
 from .load import load_mllm, load_mmdit, load_vae
 from .lora import LANGUAGE, TRANSFORMER
 from .mllm import MLLM
@@ -48,7 +47,10 @@ Network = TypeVar("Network", bound=torch.nn.Module)
 
 
 class Pipeline:
-    """A checkpoint on one device. Its parts are loaded when first needed and are never on the device together."""
+    """A checkpoint on one device. Its parts are loaded when first needed.
+
+    They are never on the device together, unless `offload` is False: then each stays there once it is loaded.
+    """
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class Pipeline:
         mllm: Path | None = None,
         vae: Path | None = None,
         loras: Strengths = (),
+        offload: bool = True,
     ):
         """Opens a checkpoint folder (also in the hub's cache), or the transformer's single file.
 
@@ -76,6 +79,7 @@ class Pipeline:
         self.root, self.dtype, self.device = self.files.transformer, dtype, torch.device(device)
         self.encoder = Encoder.from_checkpoint(open_checkpoint(self.files.language))
         self.loras = open_loras(loras, self.files)
+        self.offload = offload
         self._networks: dict[str, torch.nn.Module] = {}
         self._given: set[str] = set()
         self._kept = PrefixCache()
@@ -130,6 +134,18 @@ class Pipeline:
         self._given |= set(networks)
         self._kept = PrefixCache()
 
+    def load(self, drawing: bool = True) -> None:
+        """Loads its parts now, which are else loaded when first needed; without `drawing` the language model alone.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            RuntimeError: one is damaged, or a LoRA does not fit.
+        """
+        if drawing:
+            self._vae()
+            self._mmdit()
+        self._mllm()
+
     def forget(self) -> None:
         """Lets go of all networks, which are loaded anew when they are needed, and of what was read."""
         self._networks.clear()
@@ -160,8 +176,33 @@ class Pipeline:
 
         `history` is the conversation before; turns that do not fit are left out, which is logged.
         """
-        model, where = self._mllm(), {"device": self.device, "dtype": self.dtype, "kept": self._kept}
-        config = config or GenerationConfig()
+        config, model = config or GenerationConfig(), self._mllm()
+        prompt, features = self.question(text, images, system, config, history)
+
+        def report(ids: list[int]) -> None:
+            check_unchanged(model.mapped)
+            if on_token is not None:
+                on_token(ids)
+
+        written = generate(self.encoder, model, prompt, features, config, on_token=report, **self.reading)
+        self.warn_of_cut(written)
+        return written
+
+    @torch.inference_mode()
+    def question(
+        self,
+        text: str,
+        images: Sequence[Image.Image],
+        system: str,
+        config: GenerationConfig,
+        history: History | None = None,
+    ) -> tuple[TokenizedPrompt, list[torch.Tensor]]:
+        """Returns a question's prompt and the features of its images and those before; see `generate`.
+
+        Raises:
+            ValueError: a text has more placeholders than there are images, or the prompt is too long.
+        """
+        model = self._mllm()
 
         def build(some: History) -> TokenizedPrompt:
             given: dict[str, Any] = {
@@ -175,17 +216,12 @@ class Pipeline:
         history = _fitting(model, history or History(), build, config.max_new_tokens)
         prompt = build(history)
         check_length(model, prompt)
-        features = self.encoder.image_features(model, (*history.images, *images), **where)
+        return prompt, self.encoder.image_features(model, (*history.images, *images), **self.reading)
 
-        def report(ids: list[int]) -> None:
-            check_unchanged(model.mapped)
-            if on_token is not None:
-                on_token(ids)
-
-        written = generate(self.encoder, model, prompt, features, config, on_token=report, **where)
+    def warn_of_cut(self, written: Sequence[int]) -> None:
+        """Logs that a limit has ended a text, if one has."""
         if not ended(written, self.encoder.tokenizer.stops):
             _logger.warning("InternVL-U: %s", cut_warning(len(written)))
-        return written
 
     def answer(
         self,
@@ -215,9 +251,22 @@ class Pipeline:
         Raises:
             ValueError: a text has more placeholders than there are input images, or `reference_size` is out of range.
         """
-        references = self._references(request.images, self.encoder.sizes.limited(request.reference_size))
+        references = self.encode_references(request)
         contexts = self.encode_contexts(request)
         return DrawingContexts(contexts.conditional, contexts.partial, contexts.unconditional, references)
+
+    @torch.inference_mode()
+    def encode_references(self, request: ImageRequest) -> tuple[torch.Tensor, ...]:
+        """Returns the latents [1, 16, h, w] of the input images as the transformer sees them.
+
+        Raises:
+            ValueError: `reference_size` is out of range.
+        """
+        sizes = self.encoder.sizes.limited(request.reference_size)
+        if not request.images:
+            return ()
+        vae = self._vae()
+        return tuple(vae.encode(image_module.reference_pixels(image, sizes)) for image in request.images)
 
     @torch.inference_mode()
     def encode_contexts(self, request: ImageRequest) -> BranchContexts:
@@ -227,10 +276,10 @@ class Pipeline:
             ValueError: as for `branch_prompts`.
         """
         prompts, history = self._branch_prompts(request)
-        model, where = self._mllm(), {"device": self.device, "dtype": self.dtype, "kept": self._kept}
-        seen = self.encoder.image_features(model, (*history.images, *request.images), **where)
+        model = self._mllm()
+        seen = self.encoder.image_features(model, (*history.images, *request.images), **self.reading)
         earlier, features = seen[: len(history.images)], seen[len(history.images) :]
-        return self.encoder.encode_branches(model, prompts, features, earlier=earlier, **where)
+        return self.encoder.encode_branches(model, prompts, features, earlier=earlier, **self.reading)
 
     def branch_prompts(self, request: ImageRequest) -> BranchPrompts:
         """Returns the prompts of a picture's branches as token ids, before anything is computed of them.
@@ -258,14 +307,14 @@ class Pipeline:
     @torch.inference_mode()
     def sample(
         self,
-        contexts: DrawingContexts,
+        contexts: DrawingContexts | Sequence[DrawingContexts],
         noise: torch.Tensor,
         sigmas: torch.Tensor,
         guidance: Guidance,
         on_step: Callable[[int], object] | None = None,
         intervals: GuidanceIntervals = ALWAYS,
     ) -> torch.Tensor:
-        """Returns the final latent [1, 16, h, w], fp32, from `noise` [1, 16, h, w]."""
+        """Returns the final latents [N, 16, h, w], fp32, from `noise` [N, 16, h, w] and the contexts of N pictures."""
         model = self._mmdit()
         levels = sigmas.to(self.device)
         denoise = Denoiser(model, contexts, grid_of(noise), guidance, self.dtype, intervals, levels)
@@ -281,16 +330,15 @@ class Pipeline:
 
     @torch.inference_mode()
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        """Returns images [1, 3, 8 h, 8 w] in [-1, 1] from a final latent [1, 16, h, w]."""
+        """Returns images [N, 3, 8 h, 8 w] in [-1, 1] from final latents [N, 16, h, w]."""
         decoded = self._vae().decode(latent.to(self.dtype)).float()
         sampling.check_finite(decoded, "the decoded image", "the VAE")
         return decoded
 
-    def _references(self, images: Sequence[Image.Image], sizes: ReferenceSizes) -> tuple[torch.Tensor, ...]:
-        if not images:
-            return ()
-        vae = self._vae()
-        return tuple(vae.encode(image_module.reference_pixels(image, sizes)) for image in images)
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What prompts are read with, by the names that the encoder's functions take."""
+        return {"device": self.device, "dtype": self.dtype, "kept": self._kept}
 
     def _mmdit(self) -> MMDiT:
         def load() -> MMDiT:
@@ -329,7 +377,7 @@ class Pipeline:
 
     def _on_device(self, name: str, load: Callable[[], Network]) -> Network:
         for other, network in self._networks.items():
-            if other != name and other not in self._given:
+            if self.offload and other != name and other not in self._given:
                 network.to("cpu")
         if name not in self._networks:
             self._networks[name] = load()
@@ -337,7 +385,7 @@ class Pipeline:
         check_unchanged(getattr(network, "mapped", ()))
         if name in self._given:
             return cast(Network, network)
-        move = network.to_sample if isinstance(network, MMDiT) else network.to
+        move = network.to_sample if self.offload and isinstance(network, MMDiT) else network.to
         return cast(Network, move(self.device))
 
 

@@ -57,6 +57,21 @@ class KeyValueCache:
         self.values[..., self.length : end, :] = values
         self.length = end
 
+    @classmethod
+    def joined(cls, caches: Sequence[KeyValueCache], config: LanguageConfig, more: int) -> KeyValueCache:
+        """Returns a cache of what is in several caches of one sequence, with room for `more` tokens.
+
+        Sequences end at the same place; before those that are shorter stand zeros, not to be seen.
+        """
+        longest, first = max(cache.length for cache in caches), caches[0].keys
+        joined = cls(config, longest + more, batch=len(caches), device=first.device, dtype=first.dtype)
+        for row, cache in enumerate(caches):
+            for whole, part in ((joined.keys, cache.keys), (joined.values, cache.values)):
+                whole[:, row, :, : longest - cache.length] = 0.0  # what is not seen is multiplied by zero: no NaN
+                whole[:, row, :, longest - cache.length : longest] = part[:, 0, :, : cache.length]
+        joined.length = longest
+        return joined
+
     def repeated(self, batch: int) -> KeyValueCache:
         """Returns this cache of one sequence for `batch` equal ones."""
         return self.reordered(torch.zeros(batch, dtype=torch.long, device=self.keys.device))
@@ -129,9 +144,9 @@ class Decoder(nn.Module):
         """Returns the last hidden states [B, T, D] of embedded tokens [B, T, D], which follow those in `cache`.
 
         They are written into the cache. With `layers` come the hidden states of these layers side by side
-        [B, T, len(layers) * D]: layer -1 is the output after the final norm, -2 the input of the last layer. Without a
-        cache, for training, `mask` [B, 1, T, T] may say or weigh what a token sees instead of all before it, and
-        `positions` [B, T] where it stands. `run_layer` may wrap or replace the call of a layer.
+        [B, T, len(layers) * D]: layer -1 is the output after the final norm, -2 the input of the last layer. `mask`
+        [B, 1, T, length + T] may say or weigh what a token sees instead of all before it, and `positions` [B, T] where
+        it stands. `run_layer` may wrap or replace the call of a layer.
         """
         rotary = self._rotary(embedded, cache, positions)
         if mask is None and cache is not None:
@@ -156,11 +171,11 @@ class Decoder(nn.Module):
         self, embedded: torch.Tensor, cache: KeyValueCache | None, positions: torch.Tensor | None
     ) -> Sequence[torch.Tensor]:
         tokens = embedded.shape[1]
-        if cache is not None:
+        if cache is not None and positions is None:
             return cache.rotary[:, cache.length : cache.length + tokens].unbind()
         if positions is None:
             positions = torch.arange(tokens, device=embedded.device)
-        table = rotary_table(self.config, positions).to(embedded)
+        table = rotary_table(self.config, positions).to(embedded) if cache is None else cache.rotary[:, positions]
         return (table if positions.ndim == 1 else table.unsqueeze(2)).unbind()
 
 
@@ -244,12 +259,13 @@ class MLP(nn.Module):
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Returns the attention [B, H, T, E] of queries [B, H, T, E], the last T of the tokens of [B, K, N, E].
 
-    `mask` [..., T, N] says what each sees; without one T is 1 or N, and each sees what is before it, and itself.
+    `mask` [..., T, N], one for all heads, says what each sees; without one T is 1 or N, and each sees itself and what
+    is before it.
     """
     batch, heads, tokens, width = query.shape
-    if tokens == 1 and mask is None:  # the heads that share a key are its queries
+    if tokens == 1:  # the heads that share a key are its queries
         grouped = query.view(batch, keys.shape[1], -1, width)
-        return functional.scaled_dot_product_attention(grouped, keys, values).view(query.shape)
+        return functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).view(query.shape)
     repeats = heads // keys.shape[1]
     keys, values = (one.repeat_interleave(repeats, dim=1) for one in (keys, values))
     return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None)

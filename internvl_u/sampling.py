@@ -7,7 +7,7 @@ log(1 - s) - log(s) of the flow schedule, first order at the first and at the la
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy
@@ -17,6 +17,7 @@ from .defaults import LONGEST_SCHEDULE, Guidance
 from .mmdit import MMDiT, time_embedding
 from .modulation import Modulations
 from .numbers import check_whole
+from .packing import BranchInput
 from .rope import Grid, Layout, grid_of
 from .speed import ALWAYS, EVERY_BRANCH, Branches, GuidanceIntervals
 
@@ -108,17 +109,19 @@ class DrawingContexts(NamedTuple):
 
 
 class Denoiser:
-    """The transformer with dual guidance: (latent [1, 16, h, w], sigma) -> the clean latent that it sees.
+    """The transformer with dual guidance: (latents [N, 16, h, w], sigma) -> the clean latents that it sees.
 
-    Branches of equal references share a call: two in one for an image from text; when editing two and then one.
-    Outside the `intervals` only the branches that then count are evaluated. With `sigmas`, the noise levels of a run to
-    come, their modulation is computed at the first call and kept.
+    It is for one picture's `contexts`, or for those of N pictures whose references have the same sizes. All branches of
+    equal references share a call: one for images from text; when editing two, for those that see the references and
+    those that do not. Pictures whose contexts are equally long also share the calls of the attention if they stand side
+    by side. Outside the `intervals` only the branches that then count are evaluated. With `sigmas`, the noise levels of
+    a run to come, their modulation is computed at the first call and kept.
     """
 
     def __init__(
         self,
         model: MMDiT,
-        contexts: DrawingContexts,
+        contexts: DrawingContexts | Sequence[DrawingContexts],
         size: Grid,
         guidance: Guidance,
         dtype: torch.dtype,
@@ -129,12 +132,18 @@ class Denoiser:
         self.modulations = None
         if sigmas is not None:
             self.modulations = Modulations(time_embedding(whole_timestep(sigmas[sigmas > 0]).to(dtype)))
-        references = contexts.references
+        pictures = [contexts] if isinstance(contexts, DrawingContexts) else contexts
+        references = tuple(torch.cat(same) for same in zip(*(one.references for one in pictures), strict=True))
         grids = [grid_of(reference) for reference in references]
-        seeing = [branch for branch in (contexts.conditional, contexts.partial) if branch is not None]
-        groups = [([model.branch(*branch, size, grids) for branch in seeing], references)]
-        groups.append(([model.branch(*contexts.unconditional, size, ())], ()))
-        self.groups = groups if references else [([*groups[0][0], *groups[1][0]], ())]
+
+        def made(some: Iterable[tuple[torch.Tensor, Layout] | None], seen: Sequence[Grid]) -> list[BranchInput]:
+            return [model.branch(*one, size, seen) for one in some if one is not None]
+
+        conditional, partial, unconditional = zip(*(one[:3] for one in pictures), strict=True)
+        seeing = [made(some, grids) for some in (conditional, partial)]
+        blind = [made(unconditional, ())]
+        seeing = [branches for branches in seeing if branches]
+        self.groups = [(seeing, references), (blind, ())] if references else [([*seeing, *blind], ())]
 
     def __call__(self, latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         timestep = whole_timestep(sigma).reshape(1)
@@ -147,7 +156,7 @@ class Denoiser:
     def velocities(
         self, latent: torch.Tensor, timestep: torch.Tensor, wanted: Branches = EVERY_BRANCH
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the velocities, fp32, of the conditional, partial and unconditional branch.
+        """Returns the velocities [N, 16, h, w], fp32, of the conditional, partial and unconditional branch.
 
         In the place of one that is not wanted stands the one that it cancels out with.
         """
@@ -156,11 +165,12 @@ class Denoiser:
         edits = len(self.groups) > 1
         counts = (1 + wanted.partial, int(wanted.unconditional)) if edits else (1 + wanted.unconditional,)
         found: list[torch.Tensor] = []
-        for (branches, references), count in zip(self.groups, counts):
+        for (kinds, references), count in zip(self.groups, counts):
             if count:
-                latents, *seen = (one.to(self.dtype).expand(count, -1, -1, -1) for one in (latent, *references))
-                inputs = (latents, time.expand(count, -1), branches[:count], seen)
-                found += self.model(*inputs, modulation_at=modulation_at).float().split(1)
+                branches = [branch for kind in kinds[:count] for branch in kind]
+                latents, *seen = (one.to(self.dtype).repeat(count, 1, 1, 1) for one in (latent, *references))
+                inputs = (latents, time.expand(len(branches), -1), branches, seen)
+                found += self.model(*inputs, modulation_at=modulation_at).float().split(len(latent))
         return found[0], found[1] if edits and wanted.partial else found[-1], found[-1]
 
 

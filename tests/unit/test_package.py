@@ -63,6 +63,24 @@ def test_what_trains_stands_on_the_library(file):
         assert level <= 2 and (level or name in LIBRARY | TRAINING or name in sys.stdlib_module_names), module
 
 
+BATCH = {"ray", "pyarrow", "fsspec"}
+"""What the extra `batch` brings."""
+
+
+@pytest.mark.parametrize("file", files("internvl_u/batch"), ids=lambda f: f.name)
+def test_what_makes_lists_stands_on_the_library(file):
+    for module, level in imports(file):
+        name = module.split(".")[0]
+        assert level <= 2 and (level or name in LIBRARY | BATCH or name in sys.stdlib_module_names), module
+
+
+def test_nothing_else_imports_what_makes_lists():
+    for folder in ("internvl_u", "internvl_u/finetune", "native", "nodes"):
+        for file in files(folder):
+            if file.name not in ("__main__.py", "arguments.py"):
+                assert not [module for module, _ in imports(file) if module.split(".")[0] == "batch"], file
+
+
 def test_nothing_that_runs_in_comfyui_imports_what_trains():
     for folder in ("internvl_u", "native", "nodes"):
         for file in files(folder):
@@ -91,7 +109,7 @@ def test_training_stands_on_the_library_alone(file):
 
 
 def test_functions_and_files_are_short():
-    for folder in ("internvl_u", "internvl_u/finetune", "native", "nodes"):
+    for folder in ("internvl_u", "internvl_u/batch", "internvl_u/finetune", "native", "nodes"):
         for file in files(folder):
             tree = ast.parse(file.read_text(encoding="utf-8"))
             assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file
