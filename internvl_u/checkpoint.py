@@ -74,6 +74,11 @@ class Part:
             if name not in self.packed and name.removesuffix(".weight") not in self.layers
         }
 
+    def files(self) -> list[Path]:
+        """Returns the files that the part alone is read from."""
+        files = self.checkpoint.files()
+        return [file for file in files if file == self.checkpoint.path or file.parent.name == self.name]
+
     def mapped_by(self, used: Mapping[str, torch.Tensor]) -> tuple[FileState, ...]:
         """Returns `mapped` if a tensor of `used`, a network's weights by name, is still mapped; else nothing."""
         pairs = ((tensor, used[name]) for name, tensor in self.weights.items() if name in used)

@@ -128,7 +128,7 @@ class Pipeline:
     def use(self, networks: Mapping[str, torch.nn.Module]) -> None:
         """Takes networks in the place of those of the files: "mllm", "mmdit" or "vae". What was read is forgotten.
 
-        They are the caller's: each is expected on the pipeline's device and stays there.
+        They are the caller's: each is put on the pipeline's device and stays there.
         """
         self._networks |= networks
         self._given |= set(networks)
@@ -377,15 +377,14 @@ class Pipeline:
 
     def _on_device(self, name: str, load: Callable[[], Network]) -> Network:
         for other, network in self._networks.items():
-            if self.offload and other != name and other not in self._given:
+            if self.offload and other not in (name, *self._given):
                 network.to("cpu")
         if name not in self._networks:
             self._networks[name] = load()
         network = self._networks[name]
         check_unchanged(getattr(network, "mapped", ()))
-        if name in self._given:
-            return cast(Network, network)
-        move = network.to_sample if self.offload and isinstance(network, MMDiT) else network.to
+        in_part = self.offload and name not in self._given and isinstance(network, MMDiT)
+        move = cast(MMDiT, network).to_sample if in_part else network.to
         return cast(Network, move(self.device))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ class CLIP(comfy.sd.CLIP):
     @property
     def mllm(self) -> NativeMLLM:
         """The MLLM under this CLIP's patcher: other nodes exchange it for one with their LoRAs and hooks."""
-        return dataclasses.replace(self._mllm, patcher=self.patcher)
+        return self._mllm.over(self.patcher)
 
     @property
     def cond_stage_model(self) -> TextEncoder:

@@ -29,6 +29,7 @@ from ..internvl_u.checkpoint import Part
 from ..internvl_u.files import FileState
 from ..internvl_u.quantization import QuantizedLayer
 from .latents import latent_samples
+from .patcher import Reload
 
 LATENT_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 """Keys of an empty LATENT: pixels per side, and frames, for each of its values. ComfyUI's samplers take them away."""
@@ -80,9 +81,44 @@ def is_dynamic(patcher: ModelPatcher) -> bool:
     return getattr(patcher, "is_dynamic", bool)()
 
 
-def reload_with(patcher: ModelPatcher, factory: Callable[..., ModelPatcher], *arguments: object) -> None:
-    """Tells ComfyUI how to make the patcher again (`factory(*arguments, disable_dynamic=...)`)."""
-    cast(Any, patcher).cached_patcher_init = (factory, arguments)
+def reload_with(patcher: ModelPatcher, make: Callable[..., ModelPatcher], part: Part, *arguments: object) -> None:
+    """Tells ComfyUI how to make the patcher again (`make(*arguments, disable_dynamic=...)`) while its files are there.
+
+    0.33 does so for each further GPU, and where weights are not to be streamed.
+    """
+    cast(Any, patcher).cached_patcher_init = (Reload(make, part.files()), arguments)
+
+
+def device_choices() -> list[str]:
+    """Returns what ComfyUI's nodes that choose a device offer: "default", "cpu" and, of several GPUs, "gpu:N"."""
+    offered = getattr(comfy.model_management, "get_gpu_device_options", None)
+    return ["default", "cpu"] if offered is None else offered()
+
+
+def chosen_device(choice: str) -> torch.device | None:
+    """Returns the device of such a choice; None where this machine has none, or it is "default"."""
+    resolve = getattr(comfy.model_management, "resolve_gpu_device_option", None)
+    if resolve is None:
+        return torch.device("cpu") if choice == "cpu" else None
+    return resolve(choice)
+
+
+def patcher_on(patcher: ModelPatcher, load_device: torch.device, offload_device: torch.device) -> ModelPatcher:
+    """Returns a patcher over the same weights, patched alike, that works on another device.
+
+    On a GPU they are read anew (0.33), as two GPUs may want them at the same time; a patcher for the CPU shares them.
+
+    Raises:
+        FileNotFoundError: the files that they were read from are there no more.
+    """
+    make = getattr(patcher, "deepclone_multigpu", None)
+    if load_device.type != "cpu" and make is not None:
+        moved = make(new_load_device=load_device)
+    else:
+        moved = cloned_patcher(patcher) if is_dynamic(patcher) else patcher.clone()
+        moved.load_device = load_device
+    moved.offload_device = offload_device
+    return moved
 
 
 def set_dtypes(model: BASE, storage: torch.dtype, compute: torch.dtype | None, device: torch.device) -> None:

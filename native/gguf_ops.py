@@ -17,6 +17,7 @@ from torch import nn
 
 from ..internvl_u.dequantize import PackedMatrix, dequantize, pack_layers, packed_linear, packed_rows
 from . import compat
+from .patcher import MovingPatcher
 
 
 class Dequantize:
@@ -65,7 +66,7 @@ class CastPackedEmbedding(comfy.ops.manual_cast.Embedding):
         return rows
 
 
-class PackedPatcher(comfy.model_patcher.ModelPatcher):
+class PackedPatcher(MovingPatcher):
     """ComfyUI's patcher over a model with packed layers.
 
     It keeps one rule: while weights are patched, a packed layer that has patches has the functions that unpack it and

@@ -76,6 +76,7 @@ CALLS: dict[str, tuple[int, str]] = {
     "comfy.model_patcher.ModelPatcher.get_combined_hook_patches": (2, ""),
     "comfy.model_patcher.ModelPatcher.load": (2, ""),
     "comfy.model_patcher.ModelPatcher.model_size": (1, ""),
+    "comfy.model_patcher.ModelPatcher.partially_load": (4, ""),
     "comfy.model_patcher.ModelPatcher.partially_unload": (2, ""),
     "comfy.model_patcher.ModelPatcher.patch_hooks": (2, ""),
     "comfy.model_patcher.ModelPatcher.patch_weight_to_device": (2, ""),
@@ -168,6 +169,9 @@ OPTIONAL = {
     "comfy.model_patcher.ModelPatcher.is_dynamic": "0.33",
     "comfy.model_management.archive_model_dtypes": "0.33",
     "comfy.model_management.cuda_device_context": "0.33: several GPUs",
+    "comfy.model_management.get_gpu_device_options": "0.33: several GPUs",
+    "comfy.model_management.resolve_gpu_device_option": "0.33: several GPUs",
+    "comfy.model_patcher.ModelPatcher.deepclone_multigpu": "0.33: several GPUs",
     "comfy.storage.state_dict_fast_disk": "about 0.38: weights that are read from a fast disk and not kept in memory",
     "comfy.supported_models_base.BASE.quant_config": "0.33; before it, layer_quant_config",
 }

@@ -52,7 +52,7 @@ class InMeantValues(WeightAdapterBase):
         """Returns the weight, changed; arguments as ComfyUI gives them to every adapter."""
         inner, magnitude, layer = self.weights
         stored = None if getattr(weight, "is_meant", False) else layer
-        meant = weight if stored is None else stored.convert_weight(weight)
+        meant = weight if stored is None else stored.offloaded(weight)
         whole = 1.0 if magnitude is not None else strength
         if isinstance(inner, torch.Tensor):
             added = meant + whole * inner.to(meant)

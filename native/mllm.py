@@ -38,6 +38,7 @@ from .gguf_ops import PackedPatcher, cast_packed_layers
 from .guidance import PARTIAL, THOUGHT
 from .latents import Latent, check_vae, with_edited_size
 from .model import LAYOUT
+from .patcher import MovingPatcher
 from .quantized import quantize_layers
 from .sampler import empty_latent
 
@@ -203,6 +204,17 @@ class NativeMLLM:
         check_unchanged(self.model.mapped)
         mm.load_models_gpu([self.patcher], memory_required=self._activations(tokens, config))
 
+    def over(self, patcher: comfy.model_patcher.ModelPatcher) -> NativeMLLM:
+        """Returns the MLLM over another patcher of the same network, or of one like it on another device.
+
+        Where that device has no fast arithmetic in bf16, as the CPU, it computes in fp32.
+        """
+        moved = patcher.load_device != self.patcher.load_device
+        if not moved or self.dtype != torch.bfloat16 or mm.should_use_bf16(patcher.load_device):
+            return dataclasses.replace(self, patcher=patcher)
+        patcher.force_cast_weights = True
+        return dataclasses.replace(self, patcher=patcher, dtype=torch.float32)
+
     @contextlib.contextmanager
     def computing(self) -> Iterator[Execution]:
         """Makes the loaded weights ready; gives the device and the dtype of the arithmetic, and what has been read."""
@@ -216,7 +228,7 @@ class NativeMLLM:
         patcher = self.patcher
         if patcher.current_hooks is not None or patcher.injections or patcher.object_patches:
             return None
-        self.kept.weights = str(self.patcher.patches_uuid)
+        self.kept.weights = f"{self.patcher.patches_uuid} on {patcher.load_device} in {self.dtype}"
         return self.kept
 
     @contextlib.contextmanager
@@ -294,12 +306,12 @@ def _make_patcher(
     model.eval()
     model.mapped = compat.mapped_files(part, weights)
     compat.remember_dtypes(model)
-    patcher = compat.make_patcher(
-        model, weights, load_device, offload_device, not disable_dynamic, PackedPatcher if part.packed else None
-    )
+    streams = not disable_dynamic and not part.packed and compat.can_stream()
+    cls = None if streams else PackedPatcher if part.packed else MovingPatcher
+    patcher = compat.make_patcher(model, weights, load_device, offload_device, streams, cls)
     # As ComfyUI's own text encoders have it, for hooks on the CLIP over it.
     patcher.is_clip, patcher.hook_mode = True, comfy.hooks.EnumHookMode.MinVram
-    compat.reload_with(patcher, _reload_patcher, str(part.checkpoint.path), precision)
+    compat.reload_with(patcher, _reload_patcher, part, str(part.checkpoint.path), precision)
     return patcher, compute
 
 

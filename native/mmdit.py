@@ -75,7 +75,7 @@ class NativeMMDiT(MMDiT):
                 "a ControlNet is attached, but none exists for InternVL-U: use it on another model of a chain"
             )
         latents = single_frame(x)
-        branches = [one.branch_for(grid_of(latents)) for one in contexts]
+        branches = [one.branch_for(grid_of(latents), latents.device) for one in contexts]
         references = [single_frame(reference) for reference in ref_latents]
         options = transformer_options.copy()
         options["total_blocks"], options["block_type"] = len(self.transformer_blocks), "double"

@@ -99,7 +99,8 @@ class InternVLU(comfy.model_base.QwenImage, comfy.model_base.HunyuanDiT):
         """Returns the time sinusoids [B, 256]. They and the rotary tables are made here, out of reach of a compiler."""
         check_unchanged(cast(NativeMMDiT, self.diffusion_model).mapped)
         for context in contexts:
-            context.branch_for(grid_of(cast(torch.Tensor, x)))
+            latent = cast(torch.Tensor, x)
+            context.branch_for(grid_of(latent), latent.device)
         compute = self.manual_cast_dtype or self.get_dtype()
         return time_embedding(torch.floor(timestep).to(compute))
 
@@ -147,18 +148,20 @@ class InternVLU(comfy.model_base.QwenImage, comfy.model_base.HunyuanDiT):
 class PromptContext:
     """One prompt's context of exact length, with its positions in an image of any size.
 
-    The size is known only when the model is called: areas, tiles and the like take parts of an image.
+    The size is known only when the model is called: areas, tiles and the like take parts of an image. So is the device,
+    where several GPUs share the prompts of a step.
     """
 
     def __init__(self, model: MMDiT, context: torch.Tensor, layout: Layout, references: Sequence[Grid]):
         self.model, self.context, self.layout, self.references = model, context, layout, references
-        self._branches: dict[Grid, BranchInput] = {}
+        self._branches: dict[tuple[Grid, torch.device], BranchInput] = {}
 
-    def branch_for(self, size: Grid) -> BranchInput:
-        """Returns the branch for latents of (height, width), made when first asked for."""
-        if size not in self._branches:
-            self._branches[size] = self.model.branch(self.context, self.layout, size, self.references)
-        return self._branches[size]
+    def branch_for(self, size: Grid, device: torch.device) -> BranchInput:
+        """Returns the branch for latents of (height, width) on a device, made when first asked for."""
+        key = size, device
+        if key not in self._branches:
+            self._branches[key] = self.model.branch(self.context.to(device), self.layout, size, self.references)
+        return self._branches[key]
 
 
 class CONDContexts(comfy.conds.CONDRegular):
@@ -213,7 +216,7 @@ def load_model(
     streams = not disable_dynamic and not part.packed and compat.can_stream()
     cls = None if streams else modulation.PackedFlowPatcher if part.packed else modulation.FlowPatcher
     patcher = compat.make_patcher(model, weights, load_device, offload_device, streams, cls)
-    compat.reload_with(patcher, load_model, source, precision)
+    compat.reload_with(patcher, load_model, part, source, precision)
     guidance.install(patcher)
     modulation.install(patcher)
     training.install(patcher)

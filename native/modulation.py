@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import comfy.model_patcher
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
@@ -19,6 +18,7 @@ from torch import nn
 from ..internvl_u.mmdit import MMDiT
 from ..internvl_u.modulation import Modulations
 from .gguf_ops import PackedPatcher
+from .patcher import MovingPatcher
 
 KEY = "internvl_u_modulation"
 """Of the wrapper, and in the transformer's options of a run."""
@@ -108,7 +108,7 @@ def _schedule(model: Any, time: torch.Tensor, options: Mapping[str, Any]) -> tor
     return model.process_timestep(model.model_sampling.timestep(sigmas[sigmas > 0]).float())
 
 
-class FlowPatcher(comfy.model_patcher.ModelPatcher):
+class FlowPatcher(MovingPatcher):
     """ComfyUI's patcher, where the layers of modulation come last to the device and are the first to leave it.
 
     ComfyUI takes the largest layers first, which they are.

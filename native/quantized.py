@@ -36,6 +36,13 @@ class Quantized(nn.Module):
         cast(Any, meant).is_meant = True
         return meant
 
+    def offloaded(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the same of a matrix that is as the file has it, whatever this layer's is now.
+
+        It may be of this layer's copy on another device: patches are shared by all.
+        """
+        return int8.dequantize(weight, self.scale.to(weight.device), self.group)
+
     def set_weight(
         self,
         weight: torch.Tensor,

@@ -36,7 +36,7 @@ def load_vae(source: str) -> comfy.sd.VAE:
     vae.throw_exception_if_invalid()
     vae.not_video = True
     one_frame.shorten(vae)
-    compat.reload_with(vae.patcher, _load_patcher, source)
+    compat.reload_with(vae.patcher, _load_patcher, part, source)
     return vae
 
 

@@ -6,6 +6,7 @@ from ..native.copies import is_second_copy
 from . import model_folders
 from .chat import AddToHistory, Chat
 from .decode import DecodeLatent
+from .device import SelectMLLMDevice
 from .encode import EncodePrompt
 from .latent import CreateLatent
 from .load import LoadModel
@@ -32,6 +33,7 @@ NODES = [
     JudgePicture,
     Chat,
     AddToHistory,
+    SelectMLLMDevice,
 ]
 
 model_folders.register()

@@ -33,8 +33,8 @@ SECTION = "internvlu"
 """The key in main.json that web/js/text.js reads."""
 LIMIT = "max_new_tokens"
 """An input that a message names."""
-FOLDER_WIDGETS = {"model_name", "mllm_name", "vae_name", "lora_name"}
-"""Widgets whose choices are files."""
+LISTING_WIDGETS = {"model_name", "mllm_name", "vae_name", "lora_name", "device"}
+"""Widgets whose choices are files, or what the machine has."""
 _CALL = re.compile(r"""(?<![\w.])text\(\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|`((?:[^`\\$]|\\.)*)`)""")
 _SPECIAL = re.compile(r"[{}@|$]")
 Nodes = dict[str, dict]
@@ -56,7 +56,7 @@ def _node(node: dict) -> dict:
                 "name": options.get("display_name") or name,
                 "tooltip": options.get("tooltip") or "",
                 "placeholder": options.get("placeholder") or "",
-                "choices": [] if name in FOLDER_WIDGETS else [str(one) for one in choices],
+                "choices": [] if name in LISTING_WIDGETS else [str(one) for one in choices],
             }
     outputs = {
         str(number): {"name": name, "tooltip": tooltip or ""}

@@ -18,6 +18,7 @@ from .test_graph import SERIES
 OTHER_FILES = {"controlnet_of_another_model", "upscale_with_a_model", "with_a_lora"} | {
     "train_a_lora",
     "load_a_trained_lora",
+    "two_gpus",
 }
 """Workflows that want models of others as well, a newer ComfyUI, or what another one has made; see test_graph."""
 WORKFLOWS = [

@@ -83,6 +83,7 @@ FROZEN = {
         ["STRING", "IMAGE", HISTORY],
     ),
     "InternVLU_AddToHistory": (["role", "text", "history", "image"], [HISTORY]),
+    "InternVLU_SelectMLLMDevice": (["mllm", "device"], ["INTERNVL_U_MLLM"]),
 }
 
 

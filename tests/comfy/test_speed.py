@@ -25,7 +25,7 @@ def test_the_transformer_compiles_without_a_graph_break(loaded, parts, golden, n
     contexts = []
     for branch in branches:
         contexts.append(parts.model.PromptContext(network, case.context(branch), case.layout(branch), grids))
-        contexts[-1].branch_for(tuple(case["noise"].shape[-2:]))
+        contexts[-1].branch_for(tuple(case["noise"].shape[-2:]), torch.device("cpu"))
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     options = {"optimized_attention_override": pytorch_attention}
     for latent, time, expected in zip(case["mmdit_in"], case["mmdit_t"], case["mmdit_out"]):

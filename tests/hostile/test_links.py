@@ -49,6 +49,7 @@ NODES = {
     "InternVLU_PickFrames": {"images": ["picture", 0], "count": 1},
     "InternVLU_JudgePicture": {"mllm": ["load", 1], "image": ["picture", 0], "question": "is it red?"}
     | {"otherwise": ["picture", 0]},
+    "InternVLU_SelectMLLMDevice": {"mllm": ["load", 1], "device": "cpu"},
     "InternVLU_LoadLoRA": {
         "model": ["load", 0],
         "mllm": ["load", 1],
@@ -140,7 +141,7 @@ def test_the_table_has_every_input_of_every_node(littered):
         for name in given.get(kind, ())
     ]
     assert sorted(inputs) == sorted(INPUTS)
-    assert len(INPUTS) * len(VALUES) == 680
+    assert len(INPUTS) * len(VALUES) == 690
 
 
 @pytest.mark.parametrize("node, name", INPUTS)

@@ -136,6 +136,14 @@ CARDS = {
     "controlnet_of_another_model": Card(
         "ControlNet", "edit", ("save", ">", "lines", "=its lines lead another model"), CREDIT, "text_to_image"
     ),
+    "two_gpus": Card(
+        "Two GPUs",
+        "draw",
+        ("save", "=both at work on each step"),
+        CREDIT,
+        "text_to_image",
+        "a large blue cross on a grey background",
+    ),
     "captions_for_a_folder": Card(
         "Captions",
         "ask",

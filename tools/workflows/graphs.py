@@ -32,14 +32,18 @@ FILES = {
     "load_a_trained_lora": "load a trained LoRA",
     "control_with_edges": "control with edges",
     "controlnet_of_another_model": "ControlNet of another model",
+    "two_gpus": "two GPUs",
     "captions_for_a_folder": "captions for a folder",
     "text_to_image_custom_sampling": "text to image, custom sampling",
     "text_to_image_ksampler": "text to image, KSampler",
 }
 """The workflows in the order of the documents: name, and what its file is called after "InternVL-U "."""
 
-WANTS = {"train_a_lora": "0.33.0"}
-"""The oldest ComfyUI for a workflow, where that is not the pack's own oldest: before, its nodes have other outputs."""
+WANTS = {"train_a_lora": "0.33.0", "two_gpus": "0.33.0"}
+"""The oldest ComfyUI for a workflow, where that is not the pack's own oldest: before, nodes differ or are missing."""
+
+NEWER = {"MultiGPU_WorkUnits"}
+"""ComfyUI's nodes, of workflows in WANTS, that the pack's oldest ComfyUI has not."""
 
 
 def runs_on(name: str, version: str) -> bool:
@@ -279,6 +283,15 @@ NOTES = {
         "InternVL-U composes the scene, its lines lead the other model. As it comes: any Stable Diffusion 1.5 "
         "checkpoint and its [Canny ControlNet](https://huggingface.co/Comfy-Org/ControlNet-v1-1_fp16_safetensors).",
     ),
+    "two_gpus": (
+        [
+            "**max_gpus**: how many share each step of a picture; an edit has work for three.",
+            "**device**: where the language model is, which reads and thinks: **gpu:1** is the second GPU.",
+            WORDS,
+        ],
+        "**Wants ComfyUI 0.33** or newer. With one GPU it runs as well, and nothing is shared. Two cards of one kind "
+        "share best: each waits for the other at every step. **Select VAE Device** does for the VAE what step 2 does.",
+    ),
     "captions_for_a_folder": (
         [
             "**folder**: a folder with pictures in ComfyUI's **input**.",
@@ -361,6 +374,8 @@ VAE_DECODE = ("decode", "VAEDecode", {})
 SAVE = ("save", "SaveImage", {"filename_prefix": "InternVL-U"})
 LORA_STRENGTHS = {"strength_model": 1.0, "strength_mllm": 1.0}
 LORA = ("lora", "InternVLU_LoadLoRA", {"lora_name": "your_lora.safetensors"} | LORA_STRENGTHS)
+SPLIT = ("split", "MultiGPU_WorkUnits", {"max_gpus": 2})
+DEVICE = ("device", "InternVLU_SelectMLLMDevice", {"device": "gpu:1"})
 
 
 def image(file: str = HARBOUR, name: str = "image") -> tuple:
@@ -738,6 +753,7 @@ STEPS_OF = {
         ),
         ("Draw with it", [[("sample2", "KSampler", SD_SAMPLER)], [("decode2", "VAEDecode", {}), SAVE]]),
     ],
+    "two_gpus": [LOADED, ("GPUs", [[SPLIT, DEVICE]]), [worded(PROMPT), SIZED], DRAW],
     "captions_for_a_folder": [
         [LOADED, ("Folder", [[("folder", "LoadImageDataSetFromFolder", {"folder": PICTURES})]])],
         ("Question", [[answer(CAPTION)]]),
@@ -916,6 +932,8 @@ LINKS = {
     + SAMPLED.replace("load.MODEL", "lora.MODEL")
     + DECODED.format("LATENT").replace("decode.IMAGE", "decode.IMAGE enlarge.image, enlarge.IMAGE"),
     "controlnet_of_another_model": SAMPLED + EMPTY + CONTROLLED,
+    "two_gpus": "load.MODEL split.model, load.MLLM device.mllm, split.MODEL sample.model, device.MLLM encode.mllm, "
+    "encode.positive sample.positive, encode.negative sample.negative, " + EMPTY + DRAWN,
     "captions_for_a_folder": "load.MLLM answer.mllm, folder.images answer.image1, folder.images save.images, "
     "answer.answer save.texts",
 }
@@ -966,6 +984,8 @@ SIZES = {
     "enlarge": (280, 110),
     "positive": (250, 110),
     "negative": (250, 90),
+    "split": (300, 0),
+    "device": (300, 0),
 }
 # Narrower where much stands side by side.
 NARROW = {

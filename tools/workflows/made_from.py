@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FILE = Path(__file__).with_suffix(".json")
 NAMES = [*graphs.FILES, *blueprints.BLUEPRINTS, *wiring.PARTS]
 OURS = "InternVLU_"
-# Widgets that list what lies in folders.
-FOLDER_WIDGETS = {"model_name", "mllm_name", "vae_name", "lora_name"}
+# Widgets that list what lies in folders, and what the machine has.
+LISTING_WIDGETS = {"model_name", "mllm_name", "vae_name", "lora_name", "device"}
 OF_AN_INPUT = ("default", "min", "max", "step", "round", "multiline", "display_name", "options")
 OF_A_NODE = ("name", "display_name", "output", "output_name")
 EXPLANATIONS = ("tooltip", "description", "category", "output_tooltips")  # on help pages, not in workflows and pictures
@@ -85,6 +85,8 @@ def described(node: tuple, links: list[list[str]], info: dict) -> object:
     name, kind, values = node
     if kind.startswith(OURS):
         return ours(info[kind])
+    if kind in graphs.NEWER:
+        return kind
     inputs = {key: one[0] for group in info[kind]["input"].values() for key, one in group.items()}
     linked = [into.split(".")[1] for _, into in links if into.split(".")[0] == name]
     wanted = sorted({*linked, *(key for key in values if key != "control_after_generate")})
@@ -92,10 +94,10 @@ def described(node: tuple, links: list[list[str]], info: dict) -> object:
 
 
 def ours(node: dict, also: tuple[str, ...] = ()) -> dict:
-    """Returns a node's description without what depends on the files in folders or on ComfyUI's version."""
+    """Returns a node's description without what depends on the machine, its files or ComfyUI's version."""
 
     def options(name: str, given: dict) -> dict:
-        unsteady = ("default", "options") if name in FOLDER_WIDGETS else ()
+        unsteady = ("default", "options") if name in LISTING_WIDGETS else ()
         return {key: given[key] for key in (*OF_AN_INPUT, *also) if key in given and key not in unsteady}
 
     inputs = {

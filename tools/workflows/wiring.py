@@ -24,6 +24,7 @@ PARTS = {
     "InternVLU_ListPrompts": ("batch_of_prompts", "prompts encode sample save"),
     "InternVLU_ListScales": ("grid_of_scales", "scales sample decode grid"),
     "InternVLU_PickFrames": ("frames", "load video parts frames answer"),
+    "InternVLU_SelectMLLMDevice": ("two_gpus", "load device encode"),
     "InternVLU_JudgePicture": ("draw_judge_draw_again", "question decode judge2 judge1 save"),
 }
 GRAPHS = {
