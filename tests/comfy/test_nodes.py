@@ -184,7 +184,7 @@ def test_models_of_all_folders_are_offered_and_no_other_models(info):
 def test_the_template_browser_offers_the_workflows(server):
     names = server.get("/workflow_templates")["internvl-u"]
     shipped = {file.stem for file in (Path(__file__).parent.parent.parent / "workflows").glob("*.json")}
-    assert set(names) == shipped and len(shipped) == 28
+    assert set(names) == shipped and len(shipped) == 29
     for name in names:
         workflow = server.get(f"/api/workflow_templates/internvl-u/{urllib.parse.quote(name)}.json")
         assert workflow["version"] == 0.4
