@@ -269,7 +269,9 @@ def test_networks_that_are_given_stay_where_they_are(checkpoint, monkeypatch):
     pipeline.use({"mmdit": transformer})
     for seed in (1, 2):
         pipeline.draw(ImageRequest("a cat", 32, 32, steps=1, seed=seed))
-    assert moved and not set(moved) & set(transformer.modules())
+    own = set(transformer.modules()) - {transformer}
+    assert moved and not set(moved) & own, "nor in part"
+    assert moved.count(transformer) == 2, "only when it draws, to where the pipeline is"
     pipeline.forget()
     pipeline.draw(ImageRequest("a cat", 32, 32, steps=1))
     assert any(type(one) is torch.nn.Linear for one in moved), "its own are"
