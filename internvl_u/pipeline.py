@@ -128,9 +128,9 @@ class Pipeline:
     def use(self, networks: Mapping[str, torch.nn.Module]) -> None:
         """Takes networks in the place of those of the files: "mllm", "mmdit" or "vae". What was read is forgotten.
 
-        They are the caller's: each is put on the pipeline's device and stays there.
+        They are the caller's: each is put on the pipeline's device now, and stays there.
         """
-        self._networks |= networks
+        self._networks |= {name: network.to(self.device) for name, network in networks.items()}
         self._given |= set(networks)
         self._kept = PrefixCache()
 
@@ -383,8 +383,9 @@ class Pipeline:
             self._networks[name] = load()
         network = self._networks[name]
         check_unchanged(getattr(network, "mapped", ()))
-        in_part = self.offload and name not in self._given and isinstance(network, MMDiT)
-        move = cast(MMDiT, network).to_sample if in_part else network.to
+        if name in self._given:
+            return cast(Network, network)
+        move = network.to_sample if self.offload and isinstance(network, MMDiT) else network.to
         return cast(Network, move(self.device))
 
 

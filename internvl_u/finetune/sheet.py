@@ -34,7 +34,6 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = COLUMNS) -> Im
     return sheet
 
 
-@torch.inference_mode()
 def draw_sheet(
     pipeline: Pipeline, networks: Mapping[str, nn.Module | None], wishes: Sequence[ImageRequest], file: Path
 ) -> None:
