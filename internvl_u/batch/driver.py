@@ -148,12 +148,15 @@ class Run:
         try:
             self.out.make_folder("")
             with locked(self.out):
+                killed = self.out.has_folder(ATTEMPTS)  # which a run that ends as it should takes away
                 try:
                     self._passes()
                 finally:
                     self.out.remove_folder(PLAN)
                 if not self.summary.stop:
                     self._gather()
+                if killed or self.summary.again:
+                    self.out.remove_unfinished()
         except OSError as error:
             if not nothing_more_fits(error):
                 raise

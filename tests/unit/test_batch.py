@@ -481,6 +481,8 @@ def test_what_a_killed_run_has_written_is_kept(batch, monkeypatch):
     assert len(list((batch.out / "manifest").iterdir())) == 3
     torn = sorted((batch.out / "manifest").iterdir())[0]
     torn.write_bytes(torn.read_bytes()[:100])  # as a power cut may leave it
+    (batch.out / "pictures" / "00").mkdir(exist_ok=True)
+    (batch.out / "pictures" / "00" / ".p9.1.part").write_bytes(b"half a pict")
     summary = batch.run()
     assert (summary.made, summary.kept) == (4, 2) and batch.wrong() == []
     assert [line for line in batch.said if "cannot be read and counts as missing" in line]
