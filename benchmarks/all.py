@@ -41,6 +41,7 @@ QUICK: dict[str, list[str]] = {
     "modulation": ["modulation", "--sizes", "256", "--steps", "8", "--repeats", "3"],
     "vae": ["vae", "--sizes", "512", "--repeats", "3"],
     "picture_nano": [*NANO, "--steps", "20", "--repeats", "3"],
+    "together_nano": ["together", "demo/internvl-u-nano", "--repeats", "5"],
 }
 FULL: dict[str, list[str]] = {
     "text_contexts": [*FEW[:-1], "64", "1024", "4096", "--tokens", "16", "--repeats", "3"],

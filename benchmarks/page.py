@@ -16,7 +16,7 @@ from .report import make_parser
 PAGE = ROOT / "docs" / "performance.md"
 PLACES = {"--comfyui": "PATH", "--official": "../InternVL-U", "--work": "FOLDER"}
 """What stands in a command in place of the folders of the machine that it ran on."""
-LEFT_OUT, SPREAD = ("from", "to"), ("ms a token", "picture s")
+LEFT_OUT, SPREAD = ("from", "to"), ("ms a token", "picture s", "ms each")
 _BLOCK = "(<!-- {0} -->\n).*?(<!-- /{0} -->)"
 
 

@@ -1,8 +1,7 @@
 """Several pictures or texts at once: the networks' weights are read once for all of them.
 
 A picture is drawn from its own noise and contexts, which are read alone, and a text written after its own prompt, so
-none depends on what it comes with but for rounding: sums of other lengths are taken in another order. `tests` and
-`benchmarks/together.py` hold the difference.
+none depends on what it comes with but for rounding: products of more rows may be summed in another order.
 """
 
 from __future__ import annotations
@@ -61,12 +60,10 @@ def draw_together(pipeline: Pipeline, wishes: Sequence[ImageRequest]) -> list[Im
         ValueError: two differ in `shape_of`, or one is refused by `Pipeline.draw`.
         RuntimeError: as from `Pipeline.draw`; which of the pictures is at fault is found by drawing each alone.
     """
-    shapes = {shape_of(pipeline, wish) for wish in wishes}
-    if len(shapes) > 1:
-        raise ValueError(f"pictures of {len(shapes)} shapes found, one expected: group them by `shape_of`")
     if not wishes:
         return []
-    decoded = pipeline.decode(sample_together(pipeline, wishes))
+    # One by one: several share little, need more memory, and other kernels round otherwise.
+    decoded = [pipeline.decode(latent[None])[0] for latent in sample_together(pipeline, wishes)]
     sizes = [pipeline.size(wish) for wish in wishes]
     return [resize(to_image(pixels), *size) for pixels, size in zip(decoded, sizes, strict=True)]
 
@@ -77,6 +74,9 @@ def sample_together(pipeline: Pipeline, wishes: Sequence[ImageRequest]) -> torch
     Raises:
         ValueError, RuntimeError: as from `draw_together`.
     """
+    shapes = {shape_of(pipeline, wish) for wish in wishes}
+    if len(shapes) > 1:
+        raise ValueError(f"pictures of {len(shapes)} shapes found, one expected: group them by `shape_of`")
     wishes = [pipeline.settled(wish) for wish in wishes]
     first, drawn = wishes[0], drawn_size(*pipeline.size(wishes[0]))
     pipeline._vae()  # one that cannot be loaded is not found after minutes of work

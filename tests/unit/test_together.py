@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
@@ -24,8 +25,6 @@ from pack.internvl_u.together import (
 )
 from PIL import Image
 
-from .. import conftest
-
 SPOKEN = History((Turn("user", "a red circle"), Turn("assistant", "here it is")))
 TEXTS = ("a cat", "two red dogs on a very green lawn", "", "a cat", "a bird")
 
@@ -37,7 +36,7 @@ def tiny(checkpoint):
 
 @pytest.fixture(scope="module")
 def nano():
-    return Pipeline(conftest.NANO)
+    return Pipeline(Path(__file__).parents[2] / "demo" / "internvl-u-nano")
 
 
 def picture(*size, colour="red"):
