@@ -149,7 +149,7 @@ def cannot_write(who: str, out: Store, error: OSError) -> str:
     if nothing_more_fits(error):
         remedy = "make room there and run the same command again, which goes on from here"
     else:
-        remedy = "give a folder that every worker can write into"
+        remedy = "give a folder that every worker reaches and can write into"
     return f"{who} cannot write into {out.root} ({why}): {remedy}"
 
 
