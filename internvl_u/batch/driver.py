@@ -19,15 +19,13 @@ from .worker import ATTEMPTS, Worker, WorkerSettings
 MERGED = 1024
 """Parts of the manifest that are made one while the run goes on."""
 _ERRORS_TOLD = 10
-_WITHOUT_MODEL = 4
-"""Micro-batches for each worker that come back not made, and none made, before a pass is given up."""
 
 
 class Workers(Protocol):
     """What micro-batches are given to; `ray_pool.Pool` is the one."""
 
     @property
-    def most(self) -> int: ...
+    def least(self) -> int: ...
 
     @property
     def threads(self) -> int: ...
@@ -61,7 +59,6 @@ class Summary:
         """Counts a micro-batch."""
         self.made += report["made"]
         self.failed += report["failed"]
-        self.not_made += report["absent"]
         self.again += report["again"] > 0
         self.errors = (self.errors + [tuple(one) for one in json.loads(report["errors"])])[:_ERRORS_TOLD]
         if report["missing"]:
@@ -90,6 +87,8 @@ class Summary:
         """Returns why not all is made, in a sentence; "" where all is."""
         if self.stop:
             return self.stop
+        if self.cut:
+            return f"ended with the first job that failed; {self.made + self.kept} are made, see {manifest}"
         if self.not_made:
             return (
                 f"{self.not_made} jobs not made, no worker left that has the model ({next(iter(self.missing))}): put "
@@ -97,8 +96,6 @@ class Summary:
             )
         if not self.failed:
             return ""
-        if self.cut:
-            return f"ended with the first job that failed; {self.made + self.kept} are made, see {manifest}"
         total = self.failed + self.made + self.kept
         return f"{self.failed} of {total} jobs failed, see {manifest}; the others are made"
 
@@ -126,12 +123,9 @@ class Run:
         self.jobs, self.out = Store.of(settings.jobs), Store.of(settings.out)
         if self.jobs.states([""]) == [None]:
             raise FileNotFoundError(f"no list of jobs {settings.jobs} found: give the name of a file")
-        told = WorkerSettings(
-            settings.model, self.jobs.beside(), self.out, loras=settings.loras, offload=settings.offload
-        )
-        told = replace(
-            told, mllm=settings.mllm, vae=settings.vae, dtype=settings.dtype, device=settings.device, pause=pause
-        )
+        same = ("mllm", "vae", "loras", "dtype", "device", "offload")
+        given = {name: getattr(settings, name) for name in same}
+        told = WorkerSettings(settings.model, self.jobs.beside(), self.out, pause=pause, **given)
         self.pipeline = told.pipeline()
         self.told = replace(told, digest=told.found(self.pipeline))
         self.run, self.passes, self.ignored = 0, 0, set()
@@ -148,12 +142,15 @@ class Run:
         try:
             self.out.make_folder("")
             with locked(self.out):
+                killed = self.out.has_folder(ATTEMPTS)  # which a run that ends as it should takes away
                 try:
                     self._passes()
                 finally:
                     self.out.remove_folder(PLAN)
                 if not self.summary.stop:
                     self._gather()
+                if killed or self.summary.again:
+                    self.out.remove_unfinished()
         except OSError as error:
             if not nothing_more_fits(error):
                 raise
@@ -175,13 +172,11 @@ class Run:
         if not planned.batches or self._ended():
             return
         with self.start(self.settings) as workers:
+            told = replace(self.told, run=self.run, drawing=planned.pictures > 0, threads=workers.threads)
             while planned.batches:
-                self.summary.not_made, before = 0, self.summary.made + self.summary.failed
-                told = replace(
-                    self.told, plan=plan, run=self.run, drawing=planned.pictures > 0, threads=workers.threads
-                )
-                self._pass(workers.run(self.worker, told, planned.batches), planned.jobs, workers.most)
-                if self._ended() or not self.summary.not_made or before == self.summary.made + self.summary.failed:
+                reports = workers.run(self.worker, replace(told, plan=plan), planned.batches)
+                done = self._pass(reports, planned.jobs, workers.least)
+                if self._ended() or not (done and self.summary.not_made):
                     return
                 self.say(f"{self.summary.not_made} jobs came back from workers without the model and go to the others")
                 planned, plan = self._plan()
@@ -201,8 +196,9 @@ class Run:
         return planned, plan
 
     def _pass(self, reports: Iterator[dict[str, Any]], total: int, workers: int) -> int:
-        """Counts what workers report, until a pass is over or not worth going on with; returns the jobs it has done."""
-        start, done, absent, parts = self.summary.made + self.summary.failed, 0, 0, []
+        """Counts what workers report, until a pass is over or as many have no model; returns the jobs it has done."""
+        start, done, parts = self.summary.made + self.summary.failed, 0, []
+        without: set[str] = set()
         with closing(cast(Generator, reports)):
             for report in reports:
                 self.summary.add(report)
@@ -211,9 +207,10 @@ class Run:
                     merge_parts(self.out, parts)
                     parts = []
                 self.show(done := self.summary.made + self.summary.failed - start, total)
-                absent += bool(report["missing"])
-                if self._ended() or (done == 0 and absent >= _WITHOUT_MODEL * workers):
+                without |= {report["worker"]} if report["missing"] else set()
+                if self._ended() or (done == 0 and len(without) >= workers):
                     break
+        self.summary.not_made = total - done if without else 0
         return done
 
     def _ended(self) -> bool:

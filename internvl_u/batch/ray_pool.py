@@ -58,7 +58,7 @@ class Pool:
         reports = ray.data.from_arrow(numbers).map_batches(
             worker,
             fn_constructor_args=(settings,),
-            batch_size=1,
+            batch_size=rows,
             compute=compute,
             num_cpus=self.cpus,
             num_gpus=self.gpus,

@@ -16,6 +16,7 @@ from ..files import in_short
 
 _PUT_IS_WHOLE = ("s3", "gcs", "abfs")
 """Object storage: what is written there appears when it is whole."""
+_UNFINISHED = ".part"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -94,8 +95,8 @@ class Store:
         else:
             target = self.path(name)
             self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-            self._put(f"{target}.part", data)
-            self.filesystem.move(f"{target}.part", target)
+            self._put(f"{target}{_UNFINISHED}", data)
+            self.filesystem.move(f"{target}{_UNFINISHED}", target)
 
     def replace(self, source: str, target: str) -> None:
         """Gives a file the name of another, which it replaces."""
@@ -121,6 +122,17 @@ class Store:
         except FileNotFoundError:
             return
 
+    def has_folder(self, name: str) -> bool:
+        """Returns whether there is a folder of this name."""
+        return self.filesystem.get_file_info(self.path(name)).type == arrow_fs.FileType.Directory
+
+    def remove_unfinished(self) -> None:
+        """Removes what processes that were killed have begun to write in the folder, one level deep and two."""
+        if self.local:
+            for depth in ("*", "*/*"):
+                for file in Path(self.root).glob(f"{depth}/.*{_UNFINISHED}"):
+                    file.unlink(missing_ok=True)
+
     def _put(self, path: str, data: bytes) -> None:
         with self.filesystem.open_output_stream(path) as file:
             file.write(data)
@@ -137,13 +149,13 @@ def cannot_write(who: str, out: Store, error: OSError) -> str:
     if nothing_more_fits(error):
         remedy = "make room there and run the same command again, which goes on from here"
     else:
-        remedy = "give a folder that every worker can write into"
+        remedy = "give a folder that every worker reaches and can write into"
     return f"{who} cannot write into {out.root} ({why}): {remedy}"
 
 
 def _write_local(file: Path, data: bytes, lasting: bool) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.stem[:40]}.{os.getpid()}.part")
+    partial = file.with_name(f".{file.stem[:40]}.{os.getpid()}{_UNFINISHED}")
     try:
         with partial.open("wb") as target:
             target.write(data)

@@ -29,7 +29,7 @@ MOST_ATTEMPTS = 3
 LONGEST_PAUSE = 30.0
 """Seconds."""
 _ERRORS_TOLD = 3
-_NOTHING = {"made": 0, "failed": 0, "absent": 0, "again": 0, "errors": "[]", "missing": "", "stop": "", "part": ""}
+_NOTHING = {"made": 0, "failed": 0, "again": 0, "errors": "[]", "missing": "", "stop": "", "part": ""}
 """A report: numbers of jobs, how often it was begun before, errors as JSON, why nothing is made here or any more."""
 
 
@@ -81,8 +81,15 @@ class Worker:
         torch.set_num_threads(settings.threads)
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
-        """Returns a report for each micro-batch, which are given by their `number` in the plan."""
-        reports = [self._report(int(number)) for number in batch["number"]]
+        """Returns a report for each micro-batch, which are given by their `number` in the plan.
+
+        After one that says to stop there are no more.
+        """
+        reports, missing = [], self._model_missing()
+        for number in batch["number"]:
+            reports.append(self._report(int(number), missing))
+            if reports[-1]["stop"]:
+                break
         return {key: [report[key] for report in reports] for key in reports[0]}
 
     def open(self) -> Pipeline:
@@ -100,25 +107,14 @@ class Worker:
         pipeline.load(self.settings.drawing)
         return pipeline
 
-    def _report(self, number: int) -> dict[str, Any]:
+    def _report(self, number: int, missing: str) -> dict[str, Any]:
         started, out = time.time(), self.settings.out
-        digest, jobs = self._planned(number)
-        report = {
-            "made": 0,
-            "failed": 0,
-            "absent": 0,
-            "errors": "[]",
-            "missing": "",
-            "stop": "",
-            "again": 0,
-            "part": "",
-        }
-        report |= {"worker": self.name, "started": started, "ended": started}
-        rows = read_part(out, digest)  # of a worker that was ended after it had written them
-        if rows is None and (missing := self._model_missing()):
-            return report | {"absent": len(jobs), "missing": missing}
-        report["started"] = time.time()
+        report = _NOTHING | {"worker": self.name, "started": started, "ended": started}
         try:
+            digest, jobs = self._planned(number)
+            rows = read_part(out, digest)  # of a worker that was ended after it had written them
+            if rows is None and missing:
+                return report | {"missing": missing}
             if rows is None:
                 report["again"] = (attempt := self._attempt(digest)) - 1
                 rows = self._rows(jobs, attempt)

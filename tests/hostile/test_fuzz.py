@@ -3,6 +3,7 @@
 Whatever comes in, it works, or it is refused by one of the errors that the functions state.
 """
 
+import importlib
 import json
 import math
 import os
@@ -254,3 +255,29 @@ def test_any_values_of_an_image_become_levels(native, values, shape):
     batch = torch.tensor(values).reshape(shape)
     pictures = to_pil_images([batch], ReferenceSizes(256, 10**6, None))
     assert len(pictures) == shape[0] and all(numpy.asarray(picture).dtype == numpy.uint8 for picture in pictures)
+
+
+COLUMNS = ("id", "prompt", "question", "task", "images", "width", "seed", "steps", "all_cfg", "think", "speed", "x")
+
+
+@given(cells=st.dictionaries(st.sampled_from(COLUMNS), values, max_size=6), loose=st.booleans())
+def test_any_row_of_a_list_is_a_job_or_is_refused(cells, loose):
+    rows = pytest.importorskip("pack.internvl_u.batch.rows")
+    jobs = importlib.import_module("pack.internvl_u.batch.jobs")
+    try:
+        job = jobs.read_job(rows.Row(1, cells, "", loose))
+    except ValueError as error:
+        assert "found" in str(error)
+        return
+    assert len(job.digest("model", [])) == 64 and len(job.file.split("/")) == 3
+    assert jobs.Job(**json.loads(json.dumps(job.packed()))).file == job.file
+
+
+@given(data=st.binary(max_size=300), ending=st.sampled_from(("jsonl", "csv", "tsv")))
+def test_any_bytes_are_rows_of_a_list_or_rows_that_are_refused(tmp_path_factory, data, ending):
+    rows = pytest.importorskip("pack.internvl_u.batch.rows")
+    storage = importlib.import_module("pack.internvl_u.batch.storage")
+    file = tmp_path_factory.getbasetemp() / f"fuzzed.{ending}"
+    file.write_bytes(data)
+    for row in rows.read_rows(storage.Store.of(str(file))):
+        assert row.number > 0 and (row.cells or row.error or ending == "jsonl")

@@ -36,7 +36,7 @@ class InTurns:
     threads = 1
 
     def __init__(self, most=1):
-        self.most = most
+        self.most = self.least = most
 
     def run(self, worker, settings, batches):
         workers = [worker(settings) for _ in range(self.most)]
@@ -402,15 +402,16 @@ def test_what_a_worker_without_the_model_is_given_goes_to_the_others(batch):
 
 def test_a_model_that_comes_later_is_found(batch):
     batch.write([{"id": f"p{i}", "prompt": "a", "seed": i, **SMALL} for i in range(5)])
-    summary = batch.run(worker=type("Late", (WithoutModel,), {"fails": 2}))
+    summary = batch.run(workers=2, worker=type("Late", (WithoutModel,), {"fails": 2}))
     assert (summary.made, summary.not_made) == (5, 0)
+    assert [line for line in batch.said if line.startswith("2 jobs came back from workers without the model")]
 
 
 def test_without_a_model_anywhere_a_run_ends_soon_and_says_so(batch):
     batch.write([{"id": f"p{i}", "prompt": "a", "seed": i, **SMALL} for i in range(50)])
     kind = type("None", (WithoutModel,), {})
     summary = batch.run(worker=kind)
-    assert summary.made == 0 and 0 < summary.not_made < 10
+    assert (summary.made, summary.not_made, kind.made) == (0, 50, 1)
     assert "not made, no worker left that has the model" in summary.trouble("")
 
 
@@ -437,10 +438,10 @@ def test_a_job_that_ends_its_worker_again_and_again_is_given_up(batch, monkeypat
     class Restarted(worker.Worker):
         """Ray starts a worker that was killed again, with the same micro-batch."""
 
-        def _report(self, number):
+        def _report(self, number, missing):
             while True:
                 try:
-                    return super()._report(number)
+                    return super()._report(number, missing)
                 except Killed:
                     killed.append(number)
 
@@ -481,6 +482,8 @@ def test_what_a_killed_run_has_written_is_kept(batch, monkeypatch):
     assert len(list((batch.out / "manifest").iterdir())) == 3
     torn = sorted((batch.out / "manifest").iterdir())[0]
     torn.write_bytes(torn.read_bytes()[:100])  # as a power cut may leave it
+    (batch.out / "pictures" / "00").mkdir(exist_ok=True)
+    (batch.out / "pictures" / "00" / ".p9.1.part").write_bytes(b"half a pict")
     summary = batch.run()
     assert (summary.made, summary.kept) == (4, 2) and batch.wrong() == []
     assert [line for line in batch.said if "cannot be read and counts as missing" in line]
@@ -509,8 +512,8 @@ def test_a_micro_batch_that_was_written_before_its_worker_was_killed_is_not_made
     monkeypatch.setattr(making, "draw_together", lambda *given: drawn.append(1) or draw(*given))
 
     class Twice(worker.Worker):
-        def _report(self, number):
-            first, again = super()._report(number), super()._report(number)
+        def _report(self, number, missing):
+            first, again = super()._report(number, missing), super()._report(number, missing)
             assert first["made"] == again["made"] == 1
             return again
 
@@ -523,9 +526,9 @@ def test_parts_are_made_one_while_a_run_goes_on(batch, monkeypatch):
     there = []
 
     class Counting(worker.Worker):
-        def _report(self, number):
+        def _report(self, number, missing):
             there.append(len(list((batch.out / "manifest").glob("*"))))
-            return super()._report(number)
+            return super()._report(number, missing)
 
     assert batch.run(worker=Counting).made == 9 and batch.wrong() == []
     assert there == [0, 1, 2, 3, 1, 2, 3, 4, 2]

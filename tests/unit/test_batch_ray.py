@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
 
 def begin(folder):
     line = [sys.executable, "-m", "internvl_u", "batch", folder / "jobs.jsonl", "--out", folder / "out"]
-    line += ["--model", "nano", "--workers", "2", "--cpus", "0.5", "--batch", "2"]
+    line += ["--model", "nano", "--workers", "2", "--cpus", "0.5", "--batch", "4"]
     return subprocess.Popen([*map(str, line)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -88,19 +88,17 @@ def is_alive(process):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 def test_500_jobs_are_made_once_each_though_a_worker_and_the_driver_are_killed(folder):
     running = begin(folder)
-    wait_for(running, lambda: len(parts(folder)) >= 20)
-    victim = min(workers(folder))
-    os.kill(victim, signal.SIGKILL)
-    reached = len(parts(folder)) + 60
-    wait_for(running, lambda: len(parts(folder)) >= reached and len(workers(folder)) >= 3)
+    wait_for(running, lambda: len(parts(folder)) >= 25)
     started = workers(folder)
     running.kill()
     running.communicate()
     wait_for(None, lambda: not any(map(is_alive, started)))
     written = {file: file.stat().st_mtime_ns for file in (folder / "out").glob("pictures/*/*.png")}
-    assert not (folder / "out" / "manifest.parquet").exists() and 100 < len(written) < COUNT
+    assert not (folder / "out" / "manifest.parquet").exists() and 50 < len(written) < COUNT
 
     running = begin(folder)
+    wait_for(running, lambda: workers(folder) - started)
+    os.kill(min(workers(folder) - started), signal.SIGKILL)
     told = running.communicate(timeout=PATIENCE)[1]
     assert running.returncode == 1, "three jobs are broken"
     assert f"internvl_u: 3 of {COUNT} jobs failed" in told and "; the others are made" in told
@@ -110,10 +108,10 @@ def test_500_jobs_are_made_once_each_though_a_worker_and_the_driver_are_killed(f
     failed = {name: row["error"] for name, row in rows.items() if row["status"] == "failed"}
     assert set(failed) == {"p41", "p42", "p43"}
     assert "steps -1 found, 1 to" in failed["p41"] and "torn.png is not readable as a picture" in failed["p42"]
-    assert {row["together"] for row in rows.values()} == {1, 2, None}
+    assert max(row["together"] or 0 for row in rows.values()) == 4
 
     kept = [row["file"] for row in rows.values() if row["run"] == min(row["run"] for row in rows.values())]
-    assert len(kept) > 100 and f"{len(kept)} kept" in told
+    assert len(kept) > 50 and f"{len(kept)} kept" in told
     for file in kept:
         if file.endswith(".png"):
             assert written[folder / "out" / file] == (folder / "out" / file).stat().st_mtime_ns, "made twice"
