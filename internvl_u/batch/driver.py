@@ -44,7 +44,7 @@ class Summary:
     again: int = 0
     errors: list[tuple[str, str]] = field(default_factory=list)
     missing: dict[str, None] = field(default_factory=dict)
-    busy: dict[str, float] = field(default_factory=dict)
+    busy: dict[str, tuple[float, float]] = field(default_factory=dict)
     first: float = float("inf")
     last: float = 0.0
     stop: str = ""
@@ -64,16 +64,17 @@ class Summary:
         if report["missing"]:
             self.missing[report["missing"]] = None
             return
-        worker, taken = report["worker"], report["ended"] - report["started"]
-        self.busy[worker] = self.busy.get(worker, 0.0) + taken
+        worker, started, ended = (report[name] for name in ("worker", "started", "ended"))
+        first, last = self.busy.get(worker, (started, ended))
+        self.busy[worker] = min(first, started), max(last, ended)
         self.first, self.last = min(self.first, report["started"]), max(self.last, report["ended"])
         self.stop = self.stop or report["stop"]
 
     def sentences(self, manifest: str) -> Iterator[str]:
         """Yields what there is to tell."""
         yield f"{self.made} made ({self.rate:.3g} a second), {self.kept} kept, {self.failed} failed"
-        for worker, seconds in sorted(self.busy.items()):
-            yield f"{worker} worked for {seconds:.1f} s"
+        for worker, (first, last) in sorted(self.busy.items()):
+            yield f"{worker} worked for {last - first:.1f} s"
         if self.again:
             yield f"workers ended in the middle (killed, or out of memory); {self.again} micro-batches were begun again"
         for reason in self.missing:

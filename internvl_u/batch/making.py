@@ -7,9 +7,10 @@ import hashlib
 import io
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -62,10 +63,11 @@ class Maker:
         """`model` is what was asked for; `told` stands in each row: run, worker and digest of the model."""
         self.pipeline, self.model, self.folder, self.out, self.told = pipeline, model, folder, out, told
 
-    def make(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    def make(self, jobs: Sequence[Job], computing: AbstractContextManager[Any] | None = None) -> list[dict[str, Any]]:
         """Returns a row of the manifest for each job, after its file has been written.
 
-        A job that fails does so alone.
+        A job that fails does so alone. `computing` is held while the model is at work: reading images and writing files
+        may go on beside another micro-batch.
 
         Raises:
             OSError: the disk takes nothing more.
@@ -76,9 +78,9 @@ class Maker:
                 opened.append(self._open(job))
             except Exception as error:  # whatever a broken file makes a library raise
                 rows.append(self._failed(job, _sentence(error)))
-        for result in (*self._draw_all(opened), *self._answer_all(opened)):
-            rows.append(self._row(result))
-        return rows
+        with computing or nullcontext():
+            results = [*self._draw_all(opened), *self._answer_all(opened)]
+        return [*rows, *map(self._row, results)]
 
     def _open(self, job: Job) -> Opened:
         images, inputs, notes = [], [], []
@@ -235,9 +237,10 @@ def _sentence(error: BaseException) -> str:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """Gives the warnings of the library while it lasts."""
+    """Gives the warnings of the library in this thread while it lasts."""
     told: list[str] = []
-    handler = logging.Handler(logging.WARNING)
+    handler, thread = logging.Handler(logging.WARNING), threading.get_ident()
+    handler.addFilter(lambda record: record.thread == thread)
     handler.emit = lambda record: told.append(record.getMessage().removeprefix("InternVL-U: "))
     _logger.addHandler(handler)
     try:

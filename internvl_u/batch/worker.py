@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,18 +80,27 @@ class Worker:
         self._pipeline: Pipeline | None = None
         self._plan: Plan | None = None
         self._absent = 0
+        self._planning, self._computing = threading.Lock(), threading.Lock()
         torch.set_num_threads(settings.threads)
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
         """Returns a report for each micro-batch, which are given by their `number` in the plan.
 
-        After one that says to stop there are no more.
+        While one is drawn, the files of the one before are written. After one that says to stop none is begun.
         """
-        reports, missing = [], self._model_missing()
-        for number in batch["number"]:
-            reports.append(self._report(int(number), missing))
-            if reports[-1]["stop"]:
-                break
+        missing, stopped = self._model_missing(), threading.Event()
+
+        def report(number: int) -> dict[str, Any] | None:
+            if stopped.is_set():
+                return None
+            found = self._report(int(number), missing)
+            if found["stop"]:
+                stopped.set()
+            return found
+
+        with ThreadPoolExecutor(2) as threads:
+            reports = [one for one in threads.map(report, batch["number"]) if one is not None]
+        reports.sort(key=lambda one: bool(one["stop"]))  # which ends what is read of them
         return {key: [report[key] for report in reports] for key in reports[0]}
 
     def open(self) -> Pipeline:
@@ -139,9 +150,10 @@ class Worker:
             return f"{self.name}: {' '.join(in_short(error).split())}"
 
     def _planned(self, number: int) -> tuple[str, list[Job]]:
-        if self._plan is None:
-            self._plan = Plan(self.settings.out, self.settings.plan)
-        return self._plan.row(number)
+        with self._planning:
+            if self._plan is None:
+                self._plan = Plan(self.settings.out, self.settings.plan)
+            return self._plan.row(number)
 
     def _rows(self, jobs: list[Job], attempt: int) -> list[dict[str, Any]]:
         settings = self.settings
@@ -154,7 +166,8 @@ class Worker:
                 told,
             )
         assert self._pipeline is not None
-        return Maker(self._pipeline, settings.model, settings.jobs, settings.out, told).make(jobs)
+        maker = Maker(self._pipeline, settings.model, settings.jobs, settings.out, told)
+        return maker.make(jobs, self._computing)
 
     def _attempt(self, digest: str) -> int:
         """Returns how often a micro-batch has been begun, this time included, and writes it down."""

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,12 +57,12 @@ class Batch:
         text = "".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in listed)
         (self.folder / name).write_text(text, encoding="utf-8")
 
-    def run(self, workers=1, worker=worker.Worker, **more):
+    def run(self, workers=1, worker=worker.Worker, pool=InTurns, **more):
         given = settings.BatchSettings(str(self.folder / "jobs.jsonl"), self.model, str(self.out), **more)
 
         @contextmanager
         def start(_):
-            yield InTurns(workers)
+            yield pool(workers)
 
         made = driver.Run(given, start, self.said.append, worker=worker, pause=0.0).make()
         return made
@@ -532,6 +533,55 @@ def test_parts_are_made_one_while_a_run_goes_on(batch, monkeypatch):
 
     assert batch.run(worker=Counting).made == 9 and batch.wrong() == []
     assert there == [0, 1, 2, 3, 1, 2, 3, 4, 2]
+
+
+class AllAtOnce(InTurns):
+    """One worker that is given all micro-batches in one block."""
+
+    def run(self, worker, settings, batches):
+        reports = worker(settings)({"number": list(range(batches))})
+        yield from ({name: values[i] for name, values in reports.items()} for i in range(len(reports["made"])))
+
+
+def test_the_files_of_a_micro_batch_are_written_while_the_next_one_is_drawn(batch, monkeypatch):
+    batch.write([{"id": f"p{i}", "prompt": "a", "seed": i, **SMALL} for i in range(6)])
+    write, draw = storage._write_local, making.draw_together
+    begun, drawing = threading.Semaphore(0), threading.Lock()
+
+    def written(file, data, lasting):
+        if file.suffix == ".png" and file.stem != "p5":
+            begun.acquire(timeout=60) or pytest.fail("no picture was begun while this one was to be written")
+        write(file, data, lasting)
+
+    def drawn(pipeline, wishes):
+        if wishes[0].seed:
+            begun.release()
+        assert drawing.acquire(blocking=False), "one at a time"
+        try:
+            return draw(pipeline, wishes)
+        finally:
+            drawing.release()
+
+    monkeypatch.setattr(storage, "_write_local", written)
+    monkeypatch.setattr(making, "draw_together", drawn)
+    assert batch.run(pool=AllAtOnce).made == 6 and batch.wrong() == []
+
+
+def test_after_a_full_disk_a_worker_begins_nothing_more(batch, monkeypatch):
+    batch.write([{"id": f"p{i}", "prompt": "a", "seed": i, **SMALL} for i in range(20)])
+    write, draw, wishes = storage._write_local, making.draw_together, []
+
+    def full(file, data, lasting):
+        if file.suffix == ".png" and len(wishes) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, data, lasting)
+
+    monkeypatch.setattr(storage, "_write_local", full)
+    monkeypatch.setattr(making, "draw_together", lambda *given: wishes.append(1) or draw(*given))
+    summary = batch.run(pool=AllAtOnce)
+    assert len(wishes) <= 5 and "make room there" in summary.trouble("")
+    monkeypatch.undo()
+    assert batch.run(pool=AllAtOnce).kept == summary.made and batch.wrong() == []
 
 
 def test_two_runs_never_write_into_one_folder(batch):
