@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib
+import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import importlib.util
@@ -41,10 +42,28 @@ TEXT_CASES = ("qa_one", "qa_two", "qa_text_only", "qa_beam")
 pack = types.ModuleType("pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["pack"] = pack
-# `training` and `benchmarks` are run from the root, where `internvl_u` is a package of its own. In tests they share the
-# pack's: a second copy would have classes of its own, and no span or config would be equal to the other copy's.
-for name in ("", *(f".{file.stem}" for file in (ROOT / "internvl_u").glob("[!_]*.py"))):
-    sys.modules[f"internvl_u{name}"] = importlib.import_module(f"pack.internvl_u{name}")
+
+
+class PackFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports the pack's modules under the names that `training` and `benchmarks`, run from the root, know them by.
+
+    A second copy would have classes of its own, and no span or config would be equal to the other copy's.
+    """
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "internvl_u":
+            return importlib.machinery.ModuleSpec(name, self)
+
+    def create_module(self, spec):
+        module = importlib.import_module(f"pack.{spec.name}")
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module):
+        module.__spec__ = module.__spec__.loader_state
+
+
+sys.meta_path.insert(0, PackFinder())
 for name in ("training", "benchmarks"):
     spec = importlib.machinery.PathFinder.find_spec(name, [str(ROOT)])
     sys.modules[name] = importlib.util.module_from_spec(spec)
