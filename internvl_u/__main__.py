@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from . import chat_console
 from .arguments import make_parser
-from .console import check_model_name, shown_name, usable_streams
+from .console import check_model_name, check_places, shown_name, usable_streams
 from .defaults import (
     MOST_PICTURES,
     NANO_NOTE,
@@ -241,9 +241,7 @@ def _open(options: argparse.Namespace) -> Pipeline:
     from .pipeline import Pipeline
     from .places import is_nano
 
-    for flag, place in (("--model", options.model), ("--mllm", options.mllm), ("--vae", options.vae)):
-        if place is not None:
-            check_model_name(str(place), flag)
+    check_places(options.model, options.mllm, options.vae)
     device = chosen_device(options.device)
     dtype = chosen_dtype(options.dtype, device)
     pipeline = Pipeline(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
@@ -56,6 +58,30 @@ def check_model_name(name: str, flag: str = "--model") -> None:
             f"{flag} {shown_name(name)}: a path that is no UTF-8 found, and safetensors opens none such. "
             "Rename the folder, or make a symbolic link to it"
         ) from None
+
+
+def check_places(model: Path, mllm: Path | None, vae: Path | None) -> None:
+    """Makes sure, before any work, that what `--model`, `--mllm` and `--vae` name can be opened.
+
+    Raises:
+        ValueError: a path is no UTF-8.
+    """
+    for flag, place in (("--model", model), ("--mllm", mllm), ("--vae", vae)):
+        if place is not None:
+            check_model_name(str(place), flag)
+
+
+def check_packages(what: str, names: Sequence[str], wanted: str = "") -> None:
+    """Makes sure that the packages that a command needs are installed; `wanted` is what to install, if not these.
+
+    Raises:
+        ImportError: one is not.
+    """
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise ImportError(
+            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"pip install {wanted or ' '.join(missing)}"
+        )
 
 
 @contextlib.contextmanager

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
-from ..console import check_model_name, text_argument
+from ..console import check_packages, check_places, text_argument
 
 if TYPE_CHECKING:
     from .settings import BatchSettings
@@ -60,16 +59,10 @@ def settings_of(options: argparse.Namespace) -> BatchSettings:
         ValueError: an option is out of range.
         ImportError: a package is missing.
     """
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ImportError(
-            f"batch needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            'pip install "ray[data]"'
-        )
+    check_packages("batch", PACKAGES, '"ray[data]"')
     from .settings import BatchSettings
 
-    for flag, place in (("--model", options.model), ("--mllm", options.mllm), ("--vae", options.vae)):
-        if place is not None:
-            check_model_name(str(place), flag)
+    check_places(options.model, options.mllm, options.vae)
     return BatchSettings(
         options.jobs,
         options.model,

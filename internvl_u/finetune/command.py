@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import check_model_name, text_argument
+from ..console import check_model_name, check_packages, text_argument
 
 if TYPE_CHECKING:
     from .settings import TrainSettings
@@ -148,7 +147,7 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
         ValueError: an option is out of range.
         ImportError: a package is missing.
     """
-    check_packages("training")
+    check_packages("training", PACKAGES)
     from .adapter import AdapterSettings
     from .objective import Dropout
     from .settings import TrainSettings
@@ -170,19 +169,6 @@ def settings_of(options: argparse.Namespace) -> TrainSettings:
         validation=options.validation,
         validate_every=options.validate_every,
     )
-
-
-def check_packages(what: str) -> None:
-    """Makes sure that the packages that a run needs are installed.
-
-    Raises:
-        ImportError: one is not.
-    """
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ImportError(
-            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install {' '.join(missing)}"
-        )
 
 
 def shared_settings(options: argparse.Namespace) -> dict[str, Any]:

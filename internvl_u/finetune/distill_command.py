@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..console import check_packages
 from ..defaults import STEPS
-from .command import add_shared, check_packages, say, shared_settings
+from .command import PACKAGES, add_shared, say, shared_settings
 
 if TYPE_CHECKING:
     from .distill_settings import DistillSettings
@@ -64,7 +65,7 @@ def settings_of(options: argparse.Namespace) -> DistillSettings:
         ImportError: a package is missing.
         ValueError: an option is out of range.
     """
-    check_packages("distill")
+    check_packages("distill", PACKAGES)
     from ..devices import chosen_device, chosen_dtype
     from .distill_settings import DistillSettings
 

@@ -513,7 +513,7 @@ def test_the_device_is_chosen_where_none_is_named(monkeypatch):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "peft" else object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else object())
     with pytest.raises(ImportError, match="training needs peft, which is not installed: pip install peft"):
         command.settings_of(SimpleNamespace(out=Path("a.safetensors")))
 

@@ -56,22 +56,22 @@ TRAINING = {"accelerate", "peft", "datasets"}
 """What the extra `train` brings, and what a dataset on disk may need."""
 
 
-@pytest.mark.parametrize("file", files("internvl_u/finetune"), ids=lambda f: f.name)
-def test_what_trains_stands_on_the_library(file):
-    for module, level in imports(file):
-        name = module.split(".")[0]
-        assert level <= 2 and (level or name in LIBRARY | TRAINING or name in sys.stdlib_module_names), module
-
-
 BATCH = {"ray", "pyarrow", "fsspec"}
 """What the extra `batch` brings."""
 
 
-@pytest.mark.parametrize("file", files("internvl_u/batch"), ids=lambda f: f.name)
-def test_what_makes_lists_stands_on_the_library(file):
+COMMANDS = [
+    (file, brought)
+    for folder, brought in (("finetune", TRAINING), ("batch", BATCH))
+    for file in files(f"internvl_u/{folder}")
+]
+
+
+@pytest.mark.parametrize("file, brought", COMMANDS, ids=lambda one: one.name if isinstance(one, Path) else "")
+def test_what_has_an_extra_of_its_own_stands_on_the_library(file, brought):
     for module, level in imports(file):
         name = module.split(".")[0]
-        assert level <= 2 and (level or name in LIBRARY | BATCH or name in sys.stdlib_module_names), module
+        assert level <= 2 and (level or name in LIBRARY | brought or name in sys.stdlib_module_names), module
 
 
 def test_nothing_else_imports_what_makes_lists():
